@@ -1,1 +1,19 @@
+//! The words of sarai, shared by every other crate.
+//!
+//! Holds the types that requests, answers, errors and worker frames are made of. It does no I/O, reads no
+//! clock and knows no wire format: those are `sarai-server` and `sarai-api`.
 
+pub mod deadline;
+pub mod error;
+pub mod event;
+pub mod frame;
+pub mod memory;
+pub mod request;
+pub mod units;
+
+pub use deadline::Deadlines;
+pub use error::{Attempt, Error, Phase, RemoteCause};
+pub use event::{Event, FinishReason, Timings, Usage};
+pub use memory::{Held, Part, Refusal};
+pub use request::{Format, GenerateRequest, Message, Prompt, Role, Sampling};
+pub use units::Bytes;

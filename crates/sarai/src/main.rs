@@ -1,1 +1,2 @@
+//! sarai
 fn main() {}

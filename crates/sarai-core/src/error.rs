@@ -1,0 +1,238 @@
+//! Everything that can go wrong with a request, by cause.
+//!
+//! Which HTTP status a cause becomes is decided in one place, the server's `http/error.rs`.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error as ThisError;
+
+use crate::memory::Refusal;
+
+/// A phase of a request that has a deadline of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Waiting for a permit or a slot.
+    Queue,
+    /// Loading the model.
+    Load,
+    /// Waiting for the first token.
+    FirstToken,
+    /// Waiting for the next token.
+    Gap,
+}
+
+impl Phase {
+    /// The key under `deadlines:` that sets it.
+    #[must_use]
+    pub const fn config_key(self) -> &'static str {
+        match self {
+            Self::Queue => "queue_seconds",
+            Self::Load => "load_seconds",
+            Self::FirstToken => "first_token_seconds",
+            Self::Gap => "gap_seconds",
+        }
+    }
+}
+
+/// What a remote host did instead of answering.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ThisError)]
+#[serde(rename_all = "snake_case")]
+pub enum RemoteCause {
+    /// Nothing listens there, or the name does not resolve.
+    #[error("cannot be reached ({0})")]
+    Unreachable(String),
+    /// It does not have the model.
+    #[error("does not have the model `{0}`")]
+    ModelMissing(String),
+    /// It answered with an HTTP error.
+    #[error("answered with status {status}: {message}")]
+    Status {
+        /// The HTTP status.
+        status: u16,
+        /// What it said, shortened.
+        message: String,
+    },
+    /// It reported an error inside a stream.
+    #[error("reported an error: {0}")]
+    Reported(String),
+    /// What it sent is not its API.
+    #[error("sent what is not an answer: {0}")]
+    Garbled(String),
+    /// The stream ended before its end mark.
+    #[error("cut the stream before its end")]
+    Cut,
+    /// It sent nothing before the deadline.
+    #[error("sent nothing for {seconds} s (deadline `{key}`)", key = phase.config_key())]
+    Silent {
+        /// The phase whose deadline passed.
+        phase: Phase,
+        /// The deadline.
+        seconds: u64,
+    },
+}
+
+impl RemoteCause {
+    /// A short fixed word for headers, logs and metrics.
+    #[must_use]
+    pub const fn slug(&self) -> &'static str {
+        match self {
+            Self::Unreachable(_) => "unreachable",
+            Self::ModelMissing(_) => "model_missing",
+            Self::Status { .. } => "bad_status",
+            Self::Reported(_) => "reported_error",
+            Self::Garbled(_) => "garbled",
+            Self::Cut => "cut",
+            Self::Silent { .. } => "silent",
+        }
+    }
+}
+
+/// One deployment that was tried in vain.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Attempt {
+    /// `model@place`.
+    pub deployment: String,
+    /// Why it did not answer.
+    pub error: Box<Error>,
+}
+
+/// A request that cannot be answered, by cause.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ThisError)]
+#[serde(rename_all = "snake_case")]
+pub enum Error {
+    /// The request itself is wrong.
+    #[error("{message}")]
+    InvalidRequest {
+        /// What is wrong and what would be right.
+        message: String,
+        /// The field, as the client wrote it.
+        param: Option<String>,
+    },
+    /// The prompt does not fit the model's context.
+    #[error(
+        "the prompt has {prompt_tokens} tokens, the context of `{model}` holds {context_tokens} and an answer needs at \
+         least one: shorten the prompt or raise context_length"
+    )]
+    ContextOverflow {
+        /// The model's name.
+        model: String,
+        /// Tokens of the rendered prompt.
+        prompt_tokens: u32,
+        /// Tokens that one sequence can hold.
+        context_tokens: u32,
+    },
+    /// No model has this name.
+    #[error("no model is called `{name}`{}", suggestion(known))]
+    UnknownModel {
+        /// The name that was asked for.
+        name: String,
+        /// The names that exist.
+        known: Vec<String>,
+    },
+    /// The body is larger than the server takes.
+    #[error("the request body is larger than {limit_bytes} bytes: send less, or raise server.max_body_mb")]
+    BodyTooLarge {
+        /// The limit in bytes.
+        limit_bytes: usize,
+    },
+    /// So much is under way that this request was shed.
+    #[error("{in_flight} requests are in flight and {queued} wait: try again later, or raise server.max_queued")]
+    Overloaded {
+        /// Requests being answered.
+        in_flight: usize,
+        /// Requests waiting.
+        queued: usize,
+    },
+    /// A phase took longer than its deadline.
+    #[error("`{model}` took longer than {seconds} s (deadline `{key}`)", key = phase.config_key())]
+    Deadline {
+        /// The model's name.
+        model: String,
+        /// The phase.
+        phase: Phase,
+        /// The deadline.
+        seconds: u64,
+    },
+    /// The ledger does not admit the load.
+    #[error("{0}")]
+    DoesNotFit(Box<Refusal>),
+    /// The model cannot be served as it stands: no file, a broken file, too many crashes.
+    #[error("`{model}` cannot be served: {reason}")]
+    Unavailable {
+        /// The model's name.
+        model: String,
+        /// Why, and what would fix it.
+        reason: String,
+    },
+    /// The worker process ended while it was needed.
+    #[error("the worker of `{model}` ended unexpectedly ({detail}); it is started again for the next request")]
+    WorkerDied {
+        /// The model's name.
+        model: String,
+        /// Exit status and last words.
+        detail: String,
+    },
+    /// A remote host failed.
+    #[error("host {host} {cause}")]
+    Remote {
+        /// The host's URL.
+        host: String,
+        /// What it did.
+        cause: RemoteCause,
+    },
+    /// Every deployment of the model failed.
+    #[error("no deployment of `{model}` could answer: {}", list(attempts))]
+    AllFailed {
+        /// The model's name.
+        model: String,
+        /// What was tried, in order.
+        attempts: Vec<Attempt>,
+    },
+    /// The server is stopping.
+    #[error("the server is shutting down: ask again when it is back")]
+    ShuttingDown,
+    /// A defect of ours.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+impl Error {
+    /// A request that names its field.
+    #[must_use]
+    pub fn invalid(param: &str, message: impl Into<String>) -> Self {
+        Self::InvalidRequest { message: message.into(), param: Some(param.to_owned()) }
+    }
+
+    /// Whether another deployment may succeed where this one failed.
+    #[must_use]
+    pub const fn may_succeed_elsewhere(&self) -> bool {
+        match self {
+            Self::InvalidRequest { .. }
+            | Self::ContextOverflow { .. }
+            | Self::UnknownModel { .. }
+            | Self::BodyTooLarge { .. }
+            | Self::Overloaded { .. }
+            | Self::AllFailed { .. }
+            | Self::ShuttingDown => false,
+            Self::Deadline { .. }
+            | Self::DoesNotFit(_)
+            | Self::Unavailable { .. }
+            | Self::WorkerDied { .. }
+            | Self::Remote { .. }
+            | Self::Internal(_) => true,
+        }
+    }
+}
+
+fn suggestion(known: &[String]) -> String {
+    if known.is_empty() {
+        return ": add it under `models:`".to_owned();
+    }
+    let names: Vec<_> = known.iter().map(|name| format!("`{name}`")).collect();
+    format!(": use one of {}", names.join(", "))
+}
+
+fn list(attempts: &[Attempt]) -> String {
+    let lines: Vec<_> = attempts.iter().map(|attempt| format!("{}: {}", attempt.deployment, attempt.error)).collect();
+    lines.join("; ")
+}

@@ -1,0 +1,145 @@
+//! What a client asks for, free of any wire format.
+
+use serde::{Deserialize, Serialize};
+
+/// Who says a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Instructions to the model (`developer` counts as this).
+    System,
+    /// The person.
+    User,
+    /// The model.
+    Assistant,
+    /// The result of a tool.
+    Tool,
+}
+
+impl Role {
+    /// The name that chat templates and both APIs use.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+            Self::Tool => "tool",
+        }
+    }
+}
+
+/// One turn of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// Who says it.
+    pub role: Role,
+    /// The text of it.
+    pub content: String,
+}
+
+/// What the model continues.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Prompt {
+    /// A conversation, rendered by the model's own chat template.
+    Chat(Vec<Message>),
+    /// Text that reaches the model as it stands, without a template.
+    Raw(String),
+}
+
+/// The form that the answer must have.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// Any text.
+    #[default]
+    Text,
+    /// Any JSON object.
+    Json,
+    /// JSON that this JSON schema accepts.
+    Schema(serde_json::Value),
+}
+
+impl Format {
+    /// Whether the answer is constrained by a grammar.
+    #[must_use]
+    pub fn is_constrained(&self) -> bool {
+        *self != Self::Text
+    }
+}
+
+/// How tokens are chosen; `None` leaves the choice to the model's configuration, then to the engine.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Sampling {
+    /// 0 is greedy; 0 or more.
+    pub temperature: Option<f32>,
+    /// Nucleus: the smallest set of tokens with this probability; 0 to 1, 1 is off.
+    pub top_p: Option<f32>,
+    /// Only the so many likeliest tokens; 0 is off.
+    pub top_k: Option<i32>,
+    /// Only tokens at least this likely relative to the likeliest; 0 to 1, 0 is off.
+    pub min_p: Option<f32>,
+    /// Locally typical sampling; 0 to 1, 1 is off.
+    pub typical_p: Option<f32>,
+    /// Seed of the random choice; `None` draws one.
+    pub seed: Option<u32>,
+    /// Factor on the logits of recent tokens; above 0, 1 is off.
+    pub repeat_penalty: Option<f32>,
+    /// How many recent tokens the penalties look at; -1 is the whole context, 0 is none.
+    pub repeat_last_n: Option<i32>,
+    /// Taken from the logit of every token that occurred; -2 to 2, 0 is off.
+    pub presence_penalty: Option<f32>,
+    /// Taken from a token's logit once per occurrence; -2 to 2, 0 is off.
+    pub frequency_penalty: Option<f32>,
+    /// Added to the logits of these token ids; -100 bans, 100 forces.
+    pub logit_bias: Vec<(i32, f32)>,
+}
+
+impl Sampling {
+    /// Fills what the request leaves open from the model's configuration.
+    #[must_use]
+    pub fn or(self, defaults: &Self) -> Self {
+        Self {
+            temperature: self.temperature.or(defaults.temperature),
+            top_p: self.top_p.or(defaults.top_p),
+            top_k: self.top_k.or(defaults.top_k),
+            min_p: self.min_p.or(defaults.min_p),
+            typical_p: self.typical_p.or(defaults.typical_p),
+            seed: self.seed.or(defaults.seed),
+            repeat_penalty: self.repeat_penalty.or(defaults.repeat_penalty),
+            repeat_last_n: self.repeat_last_n.or(defaults.repeat_last_n),
+            presence_penalty: self.presence_penalty.or(defaults.presence_penalty),
+            frequency_penalty: self.frequency_penalty.or(defaults.frequency_penalty),
+            logit_bias: if self.logit_bias.is_empty() { defaults.logit_bias.clone() } else { self.logit_bias },
+        }
+    }
+}
+
+/// One generation, ready for any backend.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GenerateRequest {
+    /// What the model continues.
+    pub prompt: Prompt,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// Texts that end the answer; they are not part of it.
+    pub stop: Vec<String>,
+    /// The longest answer in tokens; `None` is as far as the context reaches.
+    pub max_tokens: Option<u32>,
+    /// The form that the answer must have.
+    pub format: Format,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_overrides_the_defaults_of_its_model_one_by_one() {
+        let defaults = Sampling { temperature: Some(0.3), top_k: Some(20), ..Sampling::default() };
+        let asked = Sampling { temperature: Some(0.0), seed: Some(7), ..Sampling::default() };
+        let meant = asked.or(&defaults);
+        assert_eq!((meant.temperature, meant.top_k, meant.seed), (Some(0.0), Some(20), Some(7)));
+    }
+}
