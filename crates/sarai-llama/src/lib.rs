@@ -1,1 +1,39 @@
-//! Placeholder.
+//! The llama worker: everything that computes with llama.cpp.
+//!
+//! One worker holds one GGUF file and answers generations over a socket pair. It is the only crate that
+//! links llama.cpp; a failed assertion in there ends the worker, never the server. It opens no network
+//! socket and decides nothing about memory: the server did that before it started the worker.
+
+mod answer;
+mod channel;
+mod engine;
+mod log;
+mod prompt;
+mod sequence;
+
+use std::os::fd::OwnedFd;
+
+use sarai_core::frame::{FromWorker, ToWorker};
+
+/// Runs a worker on its end of the socket pair until the server closes it.
+///
+/// # Errors
+/// The first frame is missing or is not a load; failures after that are reported as frames.
+pub fn run_worker(socket: OwnedFd) -> anyhow::Result<()> {
+    prefer_as_victim();
+    let (commands, mut frames) = channel::open(socket)?;
+    let Ok(ToWorker::Load(spec)) = commands.recv() else {
+        anyhow::bail!("the first frame of a worker must be a load");
+    };
+    match engine::run(&spec, &commands, &mut frames) {
+        Ok(()) => Ok(()),
+        Err(reason) => frames.send(&FromWorker::LoadFailed(reason)),
+    }
+}
+
+/// Asks the kernel to take this process first when memory runs out: the server must survive its workers.
+fn prefer_as_victim() {
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "500") {
+        log::warn(&format!("oom_score_adj stays as it is: {error}"));
+    }
+}

@@ -1,1 +1,12 @@
-//! Placeholder.
+//! Memory decisions: from a GGUF header to bytes, and from events to loads, refusals and evictions.
+//!
+//! Pure: it reads what it is handed, spawns nothing and knows no clock. `sarai-server` reads the files,
+//! measures the processes and carries out the effects.
+
+pub mod estimate;
+pub mod gguf;
+pub mod ledger;
+
+pub use estimate::{Plan, Settings};
+pub use gguf::{GgufError, Header};
+pub use ledger::{Effect, EngineId, Ledger, PoolEvent, Strategy, Ticket};

@@ -1,0 +1,61 @@
+//! The worker's end of the socket pair: a thread that reads frames, and a writer that batches them.
+
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use sarai_core::frame::{self, FromWorker, HEADER_BYTES, ToWorker};
+
+/// Commands that wait for the engine at most. The server sends at most two per sequence at a time.
+const WAITING_COMMANDS: usize = 1024;
+
+/// Starts reading; commands arrive on the receiver, which closes when the server does.
+pub fn open(socket: OwnedFd) -> anyhow::Result<(Receiver<ToWorker>, FrameWriter)> {
+    let socket = UnixStream::from(socket);
+    socket.set_nonblocking(false)?;
+    let reader = socket.try_clone()?;
+    let (sender, receiver) = sync_channel(WAITING_COMMANDS);
+    std::thread::Builder::new().name("frames".into()).spawn(move || {
+        let _ = read_all(reader, &sender);
+        // The server is gone or sends nonsense: there is nobody to compute for, not even for this step.
+        std::process::exit(0);
+    })?;
+    Ok((receiver, FrameWriter { socket, buffer: Vec::new() }))
+}
+
+fn read_all(mut socket: UnixStream, sender: &SyncSender<ToWorker>) -> anyhow::Result<()> {
+    let mut header = [0; HEADER_BYTES];
+    loop {
+        socket.read_exact(&mut header)?;
+        let mut body = vec![0; frame::body_length(header)?];
+        socket.read_exact(&mut body)?;
+        sender.send(frame::decode(&body)?)?;
+    }
+}
+
+/// Writes frames; those of one step leave in one system call.
+pub struct FrameWriter {
+    socket: UnixStream,
+    buffer: Vec<u8>,
+}
+
+impl FrameWriter {
+    /// Adds a frame to the step.
+    pub fn queue(&mut self, frame: &FromWorker) -> anyhow::Result<()> {
+        Ok(frame::encode(frame, &mut self.buffer)?)
+    }
+
+    /// Sends what was added.
+    pub fn flush(&mut self) -> anyhow::Result<()> {
+        self.socket.write_all(&self.buffer)?;
+        self.buffer.clear();
+        Ok(())
+    }
+
+    /// Sends one frame at once.
+    pub fn send(&mut self, frame: &FromWorker) -> anyhow::Result<()> {
+        self.queue(frame)?;
+        self.flush()
+    }
+}

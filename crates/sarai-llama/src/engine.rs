@@ -1,0 +1,344 @@
+//! Continuous batching over the sequences of one model.
+//!
+//! Each step computes one token of every running answer, then as much of the waiting prompts as its token
+//! budget allows, so that a long prompt does not freeze running answers. Commands are taken between steps:
+//! a cancelled generation stops within one.
+
+use std::num::NonZeroU32;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Instant;
+
+use llama_cpp_4::chat::ChatTemplates;
+use llama_cpp_4::context::LlamaContext;
+use llama_cpp_4::context::params::{LlamaContextParams, LlamaFlashAttnType};
+use llama_cpp_4::llama_backend::LlamaBackend;
+use llama_cpp_4::llama_batch::LlamaBatch;
+use llama_cpp_4::model::params::{LlamaLoadMode, LlamaModelParams};
+use llama_cpp_4::model::{LlamaModel, Special};
+use llama_cpp_4::token::LlamaToken;
+use sarai_core::frame::{FromWorker, LoadSpec, LoadedInfo, ToWorker};
+use sarai_core::{Error, Event, FinishReason, GenerateRequest};
+
+use crate::answer::{AnswerText, Pushed};
+use crate::channel::FrameWriter;
+use crate::log;
+use crate::prompt;
+use crate::sequence::{Generation, Sequence};
+
+/// Prompt tokens per step while other answers run: bounds the gap between their tokens.
+const PROMPT_TOKENS_BESIDE_ANSWERS: usize = 64;
+
+/// Loads the model, reports it, and computes until the server is gone.
+///
+/// # Errors
+/// The model cannot be loaded; the text says why.
+pub fn run(spec: &LoadSpec, commands: &Receiver<ToWorker>, frames: &mut FrameWriter) -> Result<(), String> {
+    log::capture_llama();
+    let backend = LlamaBackend::init().map_err(|error| error.to_string())?;
+    let model_params = LlamaModelParams::default().with_load_mode(LlamaLoadMode::Mmap);
+    let model = LlamaModel::load_from_file(&backend, &spec.path, &model_params)
+        .map_err(|error| format!("llama.cpp cannot load {} ({error})", spec.path.display()))?;
+    let templates = ChatTemplates::from_model(&model, None).map_err(|error| error.to_string())?;
+    let context = model
+        .new_context(&backend, context_params(spec))
+        .map_err(|error| format!("llama.cpp cannot make a context of {} tokens ({error})", spec.context_tokens))?;
+    let mut engine = Engine::new(spec, &model, &templates, context);
+    let info = LoadedInfo { context_tokens: engine.context.n_ctx_seq(), has_chat_template: templates.was_explicit() };
+    frames.send(&FromWorker::Loaded(info)).map_err(|error| error.to_string())?;
+    engine.serve(commands, frames);
+    Ok(())
+}
+
+fn context_params(spec: &LoadSpec) -> LlamaContextParams {
+    let threads = i32::try_from(spec.threads).unwrap_or(1);
+    LlamaContextParams::default()
+        .with_n_ctx(NonZeroU32::new(spec.context_tokens.saturating_mul(spec.parallel)))
+        .with_n_seq_max(spec.parallel)
+        .with_n_batch(spec.ubatch_tokens)
+        .with_n_ubatch(spec.ubatch_tokens)
+        .with_n_outputs_max(spec.parallel)
+        .with_swa_full(false)
+        .with_kv_unified(false)
+        .with_flash_attn_type(LlamaFlashAttnType::Enabled)
+        .with_no_perf(true)
+        .with_n_threads(threads)
+        .with_n_threads_batch(threads)
+}
+
+struct Engine<'model> {
+    name: String,
+    model: &'model LlamaModel,
+    templates: &'model ChatTemplates,
+    context: LlamaContext<'model>,
+    context_tokens: usize,
+    ubatch_tokens: usize,
+    batch: LlamaBatch,
+    sequences: Vec<Sequence>,
+    uses: u64,
+}
+
+impl<'model> Engine<'model> {
+    fn new(
+        spec: &LoadSpec,
+        model: &'model LlamaModel,
+        templates: &'model ChatTemplates,
+        context: LlamaContext<'model>,
+    ) -> Self {
+        let ubatch_tokens = spec.ubatch_tokens.max(spec.parallel) as usize;
+        Self {
+            name: spec.model.clone(),
+            model,
+            templates,
+            context_tokens: context.n_ctx_seq() as usize,
+            context,
+            ubatch_tokens,
+            batch: LlamaBatch::new(ubatch_tokens, 1),
+            sequences: (0..spec.parallel).map(|_| Sequence::default()).collect(),
+            uses: 0,
+        }
+    }
+
+    fn serve(&mut self, commands: &Receiver<ToWorker>, frames: &mut FrameWriter) {
+        loop {
+            if !self.take_commands(commands, frames) {
+                return;
+            }
+            if let Err(error) = self.step(frames).and_then(|()| frames.flush()) {
+                log::warn(&format!("the worker ends: {error:#}"));
+                return;
+            }
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.sequences.iter().all(|sequence| sequence.generation.is_none())
+    }
+
+    /// Takes all commands that are there, and waits for one while nothing runs; false when the server is gone.
+    fn take_commands(&mut self, commands: &Receiver<ToWorker>, frames: &mut FrameWriter) -> bool {
+        loop {
+            let command = if self.is_idle() {
+                match commands.recv() {
+                    Ok(command) => command,
+                    Err(_) => return false,
+                }
+            } else {
+                match commands.try_recv() {
+                    Ok(command) => command,
+                    Err(TryRecvError::Empty) => return true,
+                    Err(TryRecvError::Disconnected) => return false,
+                }
+            };
+            if self.obey(command, frames).is_err() {
+                return false;
+            }
+        }
+    }
+
+    fn obey(&mut self, command: ToWorker, frames: &mut FrameWriter) -> anyhow::Result<()> {
+        match command {
+            ToWorker::Generate { id, request } => match self.begin(id, &request) {
+                Ok(()) => Ok(()),
+                Err(error) => frames.send(&FromWorker::Failed { id, error }),
+            },
+            ToWorker::Cancel { id } => {
+                for sequence in &mut self.sequences {
+                    sequence.generation.take_if(|generation| generation.id == id);
+                }
+                Ok(())
+            }
+            ToWorker::Threads(threads) => {
+                let threads = i32::try_from(threads.max(1)).unwrap_or(1);
+                self.context.set_n_threads(threads, threads);
+                Ok(())
+            }
+            ToWorker::Load(_) => anyhow::bail!("a worker loads once"),
+        }
+    }
+
+    fn begin(&mut self, id: u64, request: &GenerateRequest) -> Result<(), Error> {
+        let started = Instant::now();
+        let rendered = prompt::render(self.model, self.templates, request)?;
+        let prompt_tokens = rendered.tokens.len();
+        if prompt_tokens >= self.context_tokens {
+            return Err(Error::ContextOverflow {
+                model: self.name.clone(),
+                prompt_tokens: u32::try_from(prompt_tokens).unwrap_or(u32::MAX),
+                context_tokens: u32::try_from(self.context_tokens).unwrap_or(u32::MAX),
+            });
+        }
+        let mut sampler = prompt::sampler(self.model, &rendered, request)?;
+        for &token in &rendered.tokens {
+            sampler.accept(token, false);
+        }
+        let index = self.choose_sequence(&rendered.tokens)?;
+        let cached = self.keep_prefix(index, &rendered.tokens)?;
+        self.uses += 1;
+        self.sequences[index].last_used = self.uses;
+        self.sequences[index].generation = Some(Generation {
+            id,
+            sampler,
+            answer: AnswerText::new(&request.stop),
+            prompt: rendered.tokens,
+            cached,
+            generated: 0,
+            max_tokens: request.max_tokens.unwrap_or(u32::MAX),
+            next: None,
+            output_row: None,
+            started,
+            first_token: None,
+        });
+        Ok(())
+    }
+
+    /// The free sequence that shares the longest prefix; among equals, the least recently used.
+    fn choose_sequence(&self, prompt: &[LlamaToken]) -> Result<usize, Error> {
+        let free = self.sequences.iter().enumerate().filter(|(_, sequence)| sequence.generation.is_none());
+        free.max_by_key(|(_, sequence)| (sequence.shared_prefix(prompt), u64::MAX - sequence.last_used))
+            .map(|(index, _)| index)
+            .ok_or_else(|| Error::Internal("more generations than sequences".into()))
+    }
+
+    /// Cuts the cache of a sequence down to the prefix it shares with the prompt, less one token: the last
+    /// one is always computed, since its logits are needed.
+    fn keep_prefix(&mut self, index: usize, prompt: &[LlamaToken]) -> Result<usize, Error> {
+        let internal = |error: &dyn std::fmt::Display| Error::Internal(error.to_string());
+        let mut keep = self.sequences[index].shared_prefix(prompt).min(prompt.len() - 1);
+        let sequence = u32::try_from(index).map_err(|error| internal(&error))?;
+        let from = u32::try_from(keep).map_err(|error| internal(&error))?;
+        let cut = self.context.clear_kv_cache_seq(Some(sequence), Some(from), None).map_err(|e| internal(&e))?;
+        if !cut {
+            // A recurrent state, or a window that has moved on, cannot be cut: compute it all again.
+            self.context.clear_kv_cache_seq(Some(sequence), None, None).map_err(|e| internal(&e))?;
+            keep = 0;
+        }
+        self.sequences[index].cached.truncate(keep);
+        Ok(keep)
+    }
+
+    fn step(&mut self, frames: &mut FrameWriter) -> anyhow::Result<()> {
+        self.fill_batch()?;
+        if self.batch.n_tokens() == 0 {
+            return Ok(());
+        }
+        if let Err(error) = self.context.decode(&mut self.batch) {
+            return self.fail_all(frames, &error.to_string());
+        }
+        for index in 0..self.sequences.len() {
+            self.advance(index, frames)?;
+        }
+        Ok(())
+    }
+
+    fn fill_batch(&mut self) -> anyhow::Result<()> {
+        self.batch.clear();
+        let mut answers = 0;
+        for (index, sequence) in (0..).zip(&mut self.sequences) {
+            let Some(generation) = &mut sequence.generation else { continue };
+            generation.output_row = None;
+            if let Some(token) = generation.next.take() {
+                generation.output_row = Some(self.batch.n_tokens());
+                self.batch.add(token, i32::try_from(sequence.cached.len())?, &[index], true)?;
+                sequence.cached.push(token);
+                answers += 1;
+            }
+        }
+        let mut room = self.ubatch_tokens - answers;
+        if answers > 0 {
+            room = room.min(PROMPT_TOKENS_BESIDE_ANSWERS);
+        }
+        for (index, sequence) in (0..).zip(&mut self.sequences) {
+            let Some(generation) = &mut sequence.generation else { continue };
+            let done = sequence.cached.len();
+            if generation.output_row.is_some() || done >= generation.prompt.len() {
+                continue;
+            }
+            let until = generation.prompt.len().min(done + room);
+            for position in done..until {
+                let token = generation.prompt[position];
+                let last = position + 1 == generation.prompt.len();
+                if last {
+                    generation.output_row = Some(self.batch.n_tokens());
+                }
+                self.batch.add(token, i32::try_from(position)?, &[index], last)?;
+                sequence.cached.push(token);
+            }
+            room -= until - done;
+        }
+        Ok(())
+    }
+
+    /// Samples the next token of one sequence, sends its text, and ends the generation where it ends.
+    fn advance(&mut self, index: usize, frames: &mut FrameWriter) -> anyhow::Result<()> {
+        let sequence = &mut self.sequences[index];
+        let in_cache = sequence.cached.len();
+        let Some(generation) = &mut sequence.generation else { return Ok(()) };
+        let Some(row) = generation.output_row else { return Ok(()) };
+        generation.first_token.get_or_insert_with(Instant::now);
+        if generation.max_tokens == 0 {
+            return self.end(index, FinishReason::Length, frames);
+        }
+        let token = match generation.sampler.sample(&mut self.context, row, false) {
+            Ok(token) => token,
+            Err(error) => {
+                let id = generation.id;
+                sequence.generation = None;
+                return frames.queue(&FromWorker::Failed { id, error: Error::Internal(error.to_string()) });
+            }
+        };
+        generation.sampler.accept(token, true);
+        generation.generated += 1;
+        if self.model.is_eog_token(token) {
+            return self.end(index, FinishReason::Stop, frames);
+        }
+        let piece = self.model.token_to_raw_bytes(token, Special::Plaintext).unwrap_or_default();
+        match generation.answer.push(&piece) {
+            Pushed::Stopped(text) => return self.end_with(index, FinishReason::Stop, text, frames),
+            Pushed::Text(text) if !text.is_empty() => {
+                frames.queue(&FromWorker::Event { id: generation.id, event: Event::Text(text) })?;
+            }
+            Pushed::Text(_) => {}
+        }
+        generation.next = Some(token);
+        match generation.limit(in_cache, self.context_tokens) {
+            Some(finish) => self.end(index, finish, frames),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends a generation that no stop text ended: what was held back is part of the answer.
+    fn end(&mut self, index: usize, finish: FinishReason, frames: &mut FrameWriter) -> anyhow::Result<()> {
+        let Some(generation) = &mut self.sequences[index].generation else { return Ok(()) };
+        let rest = std::mem::replace(&mut generation.answer, AnswerText::new(&[])).finish();
+        self.end_with(index, finish, rest, frames)
+    }
+
+    fn end_with(
+        &mut self,
+        index: usize,
+        finish: FinishReason,
+        text: String,
+        frames: &mut FrameWriter,
+    ) -> anyhow::Result<()> {
+        let Some(generation) = self.sequences[index].generation.take() else { return Ok(()) };
+        let id = generation.id;
+        if !text.is_empty() {
+            frames.queue(&FromWorker::Event { id, event: Event::Text(text) })?;
+        }
+        let event = Event::Done { finish, usage: generation.usage(), timings: generation.timings() };
+        frames.queue(&FromWorker::Event { id, event })
+    }
+
+    /// A step that llama.cpp could not compute fails all that took part, and leaves an empty cache.
+    fn fail_all(&mut self, frames: &mut FrameWriter, reason: &str) -> anyhow::Result<()> {
+        self.context.clear_kv_cache();
+        for sequence in &mut self.sequences {
+            sequence.cached.clear();
+            if let Some(generation) = sequence.generation.take() {
+                let error = Error::Internal(format!("llama.cpp could not compute a step: {reason}"));
+                frames.queue(&FromWorker::Failed { id: generation.id, error })?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,115 @@
+//! A request made into tokens and a sampler, by llama.cpp's own templates, grammars and sampling.
+
+use llama_cpp_4::chat::{ChatApplyParams, ChatParams, ChatTemplates, ReasoningFormat};
+use llama_cpp_4::common_sampler::{CommonSampler, CommonSamplerParams, GrammarSource};
+use llama_cpp_4::model::{AddBos, LlamaModel, Special};
+use llama_cpp_4::token::LlamaToken;
+use sarai_core::{Error, Format, GenerateRequest, Message, Prompt, Sampling};
+
+/// The tokens of a prompt, and what the template wants of the sampler.
+pub struct Rendered {
+    /// The prompt, ready for prefill; never empty.
+    pub tokens: Vec<LlamaToken>,
+    chat: Option<ChatParams>,
+}
+
+/// Renders and tokenises the prompt.
+///
+/// # Errors
+/// The template refuses the messages, or the text cannot be tokenised.
+pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateRequest) -> Result<Rendered, Error> {
+    let (tokens, chat) = match &request.prompt {
+        Prompt::Raw(text) => {
+            let tokens = model.str_to_token_with_special(text, AddBos::Always, Special::Tokenize).map_err(internal)?;
+            (tokens, None)
+        }
+        Prompt::Chat(messages) => {
+            let chat = templates.apply(&chat_params(messages, &request.format)).map_err(|error| {
+                Error::invalid("messages", format!("the model's chat template refuses the messages: {error}"))
+            })?;
+            (chat.tokenize_prompt(model, AddBos::Always).map_err(internal)?, Some(chat))
+        }
+    };
+    if tokens.is_empty() {
+        return Err(Error::invalid("prompt", "the prompt is empty: send at least one token of text"));
+    }
+    Ok(Rendered { tokens, chat })
+}
+
+fn chat_params(messages: &[Message], format: &Format) -> ChatApplyParams {
+    let messages: Vec<_> = messages
+        .iter()
+        .map(|message| serde_json::json!({ "role": message.role.as_str(), "content": message.content }))
+        .collect();
+    let params = ChatApplyParams::new(serde_json::Value::from(messages).to_string())
+        .with_reasoning_format(ReasoningFormat::None);
+    match schema_of(format) {
+        Some(schema) => params.with_json_schema(schema),
+        None => params,
+    }
+}
+
+fn schema_of(format: &Format) -> Option<String> {
+    match format {
+        Format::Text => None,
+        Format::Json => Some(r#"{"type":"object"}"#.to_owned()),
+        Format::Schema(schema) => Some(schema.to_string()),
+    }
+}
+
+/// Builds the sampler chain of one generation.
+///
+/// # Errors
+/// The schema is not one that llama.cpp can make a grammar of.
+pub fn sampler(model: &LlamaModel, rendered: &Rendered, request: &GenerateRequest) -> Result<CommonSampler, Error> {
+    let mut params = CommonSamplerParams::new();
+    set_scalars(&mut params, &request.sampling);
+    for &(token, bias) in &request.sampling.logit_bias {
+        if token < 0 || token >= model.n_vocab() {
+            return Err(Error::invalid(
+                "logit_bias",
+                format!("`{token}` is no token of this model: use ids from 0 to {}", model.n_vocab() - 1),
+            ));
+        }
+        params.add_logit_bias(LlamaToken(token), bias).map_err(internal)?;
+    }
+    set_grammar(&mut params, rendered, &request.format)?;
+    CommonSampler::new(model, &mut params)
+        .map_err(|error| Error::invalid("format", format!("llama.cpp cannot make a grammar of the schema: {error}")))
+}
+
+fn set_scalars(params: &mut CommonSamplerParams, sampling: &Sampling) {
+    let mut scalars = params.scalars();
+    let set = |to: &mut f32, from: Option<f32>| *to = from.unwrap_or(*to);
+    set(&mut scalars.temp, sampling.temperature);
+    set(&mut scalars.top_p, sampling.top_p);
+    set(&mut scalars.min_p, sampling.min_p);
+    set(&mut scalars.typ_p, sampling.typical_p);
+    set(&mut scalars.penalty_repeat, sampling.repeat_penalty);
+    set(&mut scalars.penalty_freq, sampling.frequency_penalty);
+    set(&mut scalars.penalty_present, sampling.presence_penalty);
+    scalars.top_k = sampling.top_k.unwrap_or(scalars.top_k);
+    scalars.penalty_last_n = sampling.repeat_last_n.unwrap_or(scalars.penalty_last_n);
+    scalars.seed = sampling.seed.unwrap_or(scalars.seed);
+    scalars.no_perf = true;
+    params.set_scalars(&scalars);
+}
+
+fn set_grammar(params: &mut CommonSamplerParams, rendered: &Rendered, format: &Format) -> Result<(), Error> {
+    let bad = |error| Error::invalid("format", format!("llama.cpp cannot make a grammar of the schema: {error}"));
+    match (&rendered.chat, schema_of(format)) {
+        (_, None) => Ok(()),
+        (Some(chat), Some(_)) => {
+            params.set_generation_prompt(chat.generation_prompt()).map_err(internal)?;
+            params.set_grammar(&chat.grammar, GrammarSource::OutputFormat, chat.grammar_lazy).map_err(bad)
+        }
+        (None, Some(schema)) => {
+            let grammar = llama_cpp_4::chat::json_schema_to_grammar(&schema, false).map_err(bad)?;
+            params.set_grammar(&grammar, GrammarSource::User, false).map_err(bad)
+        }
+    }
+}
+
+fn internal(error: impl std::fmt::Display) -> Error {
+    Error::Internal(error.to_string())
+}
