@@ -53,8 +53,8 @@ pub struct EngineSpec {
 pub enum PoolEvent {
     /// A request wants the engine; `plan` is what a load would take.
     Wanted(EngineId, Ticket, Plan),
-    /// Whoever held the ticket no longer waits.
-    GaveUp(Ticket),
+    /// Somebody asked for it to be unloaded.
+    UnloadAsked(EngineId),
     /// The worker reported its model loaded.
     Loaded(EngineId),
     /// A lease of it was given back.
@@ -201,7 +201,13 @@ impl Ledger {
         let mut effects = Vec::new();
         match event {
             PoolEvent::Wanted(id, ticket, plan) => self.wanted(id, ticket, plan, &mut effects),
-            PoolEvent::GaveUp(ticket) => self.engines.iter_mut().for_each(|engine| engine.waiting.retain(|&t| t != ticket)),
+            PoolEvent::UnloadAsked(id) => {
+                let idle = |engine: &&mut Engine| engine.state == State::Resident && engine.busy == 0;
+                if let Some(engine) = self.engines.get_mut(id.0).filter(idle) {
+                    engine.state = State::Stopping;
+                    effects.push(Effect::Stop(id));
+                }
+            }
             PoolEvent::Loaded(id) => self.loaded(id, &mut effects),
             PoolEvent::Released(id) => {
                 if let Some(engine) = self.engines.get_mut(id.0) {

@@ -1,0 +1,30 @@
+//! Reading a request body, with errors that name the field.
+
+use sarai_core::Error;
+use serde::de::DeserializeOwned;
+
+/// Parses a body.
+///
+/// # Errors
+/// It is not UTF-8 JSON of this shape; the error names the path of the field.
+pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
+    let text = std::str::from_utf8(body).map_err(|error| Error::InvalidRequest {
+        message: format!("the body is not valid UTF-8 at byte {}: send JSON in UTF-8", error.valid_up_to()),
+        param: None,
+    })?;
+    let mut json = serde_json::Deserializer::from_str(text);
+    let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let path = error.path().to_string();
+        let inner = error.into_inner();
+        if inner.is_data() && path != "." {
+            Error::invalid(&path, format!("`{path}`: {inner}"))
+        } else {
+            Error::InvalidRequest { message: format!("the body is not the JSON expected here: {inner}"), param: None }
+        }
+    })?;
+    json.end().map_err(|error| Error::InvalidRequest {
+        message: format!("the body goes on after its JSON value: {error}"),
+        param: None,
+    })?;
+    Ok(value)
+}

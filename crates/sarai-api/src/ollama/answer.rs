@@ -1,0 +1,161 @@
+//! Lines, lists and errors, from the core to Ollama's wire.
+
+use std::time::{Duration, SystemTime};
+
+use sarai_core::{FinishReason, Timings, Usage};
+use serde_json::{Value, json};
+
+use crate::Served;
+use crate::openai::extension;
+
+/// Which of the two endpoints answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `/api/chat`.
+    Chat,
+    /// `/api/generate`.
+    Generate,
+}
+
+/// Writes the lines of one answer.
+#[derive(Clone, Debug)]
+pub struct LineWriter {
+    /// The endpoint.
+    pub kind: Kind,
+    /// The model as the client wrote it.
+    pub model: String,
+}
+
+impl LineWriter {
+    /// A line of text.
+    #[must_use]
+    pub fn text(&self, now: SystemTime, text: &str) -> Value {
+        let mut line = self.line(now, text);
+        line["done"] = false.into();
+        line
+    }
+
+    /// The last line; of an answer that does not stream, the only one, with the whole text.
+    #[must_use]
+    pub fn done(&self, now: SystemTime, text: &str, end: &End<'_>) -> Value {
+        let ns = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+        let timings = end.timings;
+        let total = timings.queue + timings.load + timings.prefill + timings.decode;
+        let mut line = self.line(now, text);
+        line["done"] = true.into();
+        line["done_reason"] = end.finish.as_str().into();
+        line["total_duration"] = ns(total).into();
+        line["load_duration"] = ns(timings.load).into();
+        line["prompt_eval_count"] = end.usage.prompt_tokens.into();
+        line["prompt_eval_duration"] = ns(timings.prefill).into();
+        line["eval_count"] = end.usage.completion_tokens.into();
+        line["eval_duration"] = ns(timings.decode).into();
+        line["sarai"] = extension(end.served, timings);
+        line
+    }
+
+    /// The only line of a request that loads or unloads: `reason` is `load` or `unload`.
+    #[must_use]
+    pub fn without_text(&self, now: SystemTime, reason: &str) -> Value {
+        let mut line = self.line(now, "");
+        line["done"] = true.into();
+        line["done_reason"] = reason.into();
+        line
+    }
+
+    fn line(&self, now: SystemTime, text: &str) -> Value {
+        let created_at = timestamp(now);
+        match self.kind {
+            Kind::Chat => json!({
+                "model": self.model, "created_at": created_at, "message": { "role": "assistant", "content": text },
+            }),
+            Kind::Generate => json!({ "model": self.model, "created_at": created_at, "response": text }),
+        }
+    }
+}
+
+/// How an answer ended.
+#[derive(Clone, Copy, Debug)]
+pub struct End<'a> {
+    /// Why.
+    pub finish: FinishReason,
+    /// Tokens.
+    pub usage: &'a Usage,
+    /// Time.
+    pub timings: &'a Timings,
+    /// By whom.
+    pub served: &'a Served,
+}
+
+/// RFC 3339 in UTC with nanoseconds.
+fn timestamp(time: SystemTime) -> String {
+    humantime::format_rfc3339_nanos(time).to_string()
+}
+
+/// An error in Ollama's shape; details of a refusal stand beside it.
+#[must_use]
+pub fn error_body(message: &str, details: Option<Value>) -> Value {
+    match details {
+        None => json!({ "error": message }),
+        Some(details) => json!({ "error": message, "sarai": details }),
+    }
+}
+
+/// What the lists say of a model.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ModelFacts {
+    /// Public name.
+    pub name: String,
+    /// Size of the file in bytes; 0 if unknown.
+    pub size: u64,
+    /// Identity of the file, hexadecimal.
+    pub digest: String,
+    /// Architecture, such as `llama`.
+    pub family: String,
+    /// Such as `135M`.
+    pub parameter_size: String,
+    /// Such as `Q4_K_M`.
+    pub quantization: String,
+    /// When the file was last changed.
+    pub modified: Option<SystemTime>,
+}
+
+impl ModelFacts {
+    fn details(&self) -> Value {
+        json!({
+            "parent_model": "", "format": "gguf", "family": self.family, "families": [self.family],
+            "parameter_size": self.parameter_size, "quantization_level": self.quantization,
+        })
+    }
+}
+
+/// One entry of `GET /api/tags`.
+#[must_use]
+pub fn list_entry(facts: &ModelFacts) -> Value {
+    json!({
+        "name": facts.name, "model": facts.name, "modified_at": timestamp(facts.modified.unwrap_or(SystemTime::UNIX_EPOCH)),
+        "size": facts.size, "digest": facts.digest, "details": facts.details(),
+    })
+}
+
+/// One entry of `GET /api/ps`: a model that is resident, with what it holds.
+#[must_use]
+pub fn process_entry(facts: &ModelFacts, resident_bytes: u64, context_tokens: u32, sarai: Value) -> Value {
+    // Resident models stay until they are unloaded; Ollama's clients want a time, so it is far away.
+    let never = SystemTime::UNIX_EPOCH + Duration::from_secs(4_102_444_800);
+    json!({
+        "name": facts.name, "model": facts.name, "size": resident_bytes, "digest": facts.digest,
+        "details": facts.details(), "expires_at": timestamp(never), "size_vram": 0,
+        "context_length": context_tokens, "sarai": sarai,
+    })
+}
+
+/// `POST /api/show`.
+#[must_use]
+pub fn show(facts: &ModelFacts, template: &str, model_info: Value) -> Value {
+    json!({
+        "modelfile": format!("# served by sarai\nFROM {}\n", facts.name), "parameters": "", "template": template,
+        "details": facts.details(), "model_info": model_info, "capabilities": ["completion"],
+        "modified_at": timestamp(facts.modified.unwrap_or(SystemTime::UNIX_EPOCH)),
+    })
+}

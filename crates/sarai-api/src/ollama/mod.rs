@@ -1,0 +1,9 @@
+//! Ollama's `/api`: as a server towards clients, and as a client towards Ollama hosts.
+
+mod answer;
+mod remote;
+mod request;
+
+pub use answer::{End, Kind, LineWriter, ModelFacts, error_body, list_entry, process_entry, show};
+pub use remote::{RemoteLine, chat_request, ignored_by_ollama, parse_line};
+pub use request::{OllamaRequest, parse_chat, parse_generate, parse_model_name};

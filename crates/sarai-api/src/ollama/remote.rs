@@ -1,0 +1,133 @@
+//! Towards an Ollama host: a core request as its JSON, and its NDJSON lines as core events.
+
+use std::time::Duration;
+
+use sarai_core::{Event, FinishReason, Format, GenerateRequest, Prompt, RemoteCause, Sampling, Timings, Usage};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+/// The path and the body that ask an Ollama host for this. Options that are not set are left to the host.
+#[must_use]
+pub fn chat_request(model: &str, context_tokens: Option<u32>, request: &GenerateRequest) -> (&'static str, Value) {
+    let mut body = json!({ "model": model, "stream": true, "options": options(request, context_tokens) });
+    match &request.format {
+        Format::Text => {}
+        Format::Json => body["format"] = "json".into(),
+        Format::Schema(schema) => body["format"] = schema.clone(),
+    }
+    match &request.prompt {
+        Prompt::Chat(messages) => {
+            let message = |m: &sarai_core::Message| json!({ "role": m.role.as_str(), "content": m.content });
+            body["messages"] = messages.iter().map(message).collect();
+            ("/api/chat", body)
+        }
+        Prompt::Raw(text) => {
+            body["prompt"] = text.as_str().into();
+            body["raw"] = true.into();
+            ("/api/generate", body)
+        }
+    }
+}
+
+/// Request options that Ollama does not know and would ignore.
+#[must_use]
+pub fn ignored_by_ollama(sampling: &Sampling) -> Vec<String> {
+    if sampling.logit_bias.is_empty() { Vec::new() } else { vec!["logit_bias".to_owned()] }
+}
+
+fn options(request: &GenerateRequest, context_tokens: Option<u32>) -> Value {
+    let sampling = &request.sampling;
+    let mut options = Map::new();
+    let mut set = |key: &str, value: Option<Value>| {
+        if let Some(value) = value {
+            options.insert(key.to_owned(), value);
+        }
+    };
+    set("temperature", sampling.temperature.map(float));
+    set("top_p", sampling.top_p.map(float));
+    set("top_k", sampling.top_k.map(Value::from));
+    set("min_p", sampling.min_p.map(float));
+    set("typical_p", sampling.typical_p.map(float));
+    set("seed", sampling.seed.map(Value::from));
+    set("repeat_penalty", sampling.repeat_penalty.map(float));
+    set("repeat_last_n", sampling.repeat_last_n.map(Value::from));
+    set("presence_penalty", sampling.presence_penalty.map(float));
+    set("frequency_penalty", sampling.frequency_penalty.map(float));
+    set("num_predict", request.max_tokens.map(Value::from));
+    set("num_ctx", context_tokens.map(Value::from));
+    set("stop", (!request.stop.is_empty()).then(|| request.stop.clone().into()));
+    Value::Object(options)
+}
+
+/// A float as the client wrote it: 0.7, not the 0.699999988079071 that widening an f32 gives.
+fn float(value: f32) -> Value {
+    value.to_string().parse::<f64>().map_or(Value::Null, Value::from)
+}
+
+/// What one line of a host's stream says.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RemoteLine {
+    /// Nothing to pass on.
+    Empty,
+    /// A step of the answer.
+    Text(String),
+    /// The last step: text that came with it, and the end.
+    Done(Option<String>, Event),
+}
+
+#[derive(Deserialize)]
+struct Line {
+    error: Option<String>,
+    message: Option<LineMessage>,
+    response: Option<String>,
+    done: Option<bool>,
+    done_reason: Option<String>,
+    load_duration: Option<u64>,
+    prompt_eval_count: Option<u32>,
+    prompt_eval_duration: Option<u64>,
+    eval_count: Option<u32>,
+    eval_duration: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct LineMessage {
+    #[serde(default)]
+    content: String,
+}
+
+/// Reads one line of a host's stream.
+///
+/// # Errors
+/// The line is not Ollama's, or it reports an error.
+pub fn parse_line(line: &[u8]) -> Result<RemoteLine, RemoteCause> {
+    let trimmed = line.trim_ascii();
+    if trimmed.is_empty() {
+        return Ok(RemoteLine::Empty);
+    }
+    let start = || String::from_utf8_lossy(&trimmed[..trimmed.len().min(80)]).into_owned();
+    let line: Line = serde_json::from_slice(trimmed).map_err(|_| RemoteCause::Garbled(start()))?;
+    if let Some(error) = line.error {
+        return Err(RemoteCause::Reported(error));
+    }
+    let done = line.done.ok_or_else(|| RemoteCause::Garbled(start()))?;
+    let text = line.message.map(|message| message.content).or(line.response).filter(|text| !text.is_empty());
+    if !done {
+        return Ok(text.map_or(RemoteLine::Empty, RemoteLine::Text));
+    }
+    let ns = |value: Option<u64>| Duration::from_nanos(value.unwrap_or(0));
+    let end = Event::Done {
+        finish: if line.done_reason.as_deref() == Some("length") { FinishReason::Length } else { FinishReason::Stop },
+        usage: Usage {
+            prompt_tokens: line.prompt_eval_count.unwrap_or(0),
+            cached_tokens: 0,
+            completion_tokens: line.eval_count.unwrap_or(0),
+        },
+        timings: Timings {
+            queue: Duration::ZERO,
+            load: ns(line.load_duration),
+            prefill: ns(line.prompt_eval_duration),
+            decode: ns(line.eval_duration),
+        },
+    };
+    Ok(RemoteLine::Done(text, end))
+}

@@ -1,0 +1,206 @@
+//! `POST /api/chat`, `/api/generate` and `/api/show`, from the wire to the core.
+
+use sarai_core::{Error, Format, GenerateRequest, Message, Prompt, Role, Sampling};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::{Delivery, Parsed, check, json};
+
+/// What a body of `/api/chat` or `/api/generate` asks for.
+#[derive(Clone, Debug, PartialEq)]
+pub enum OllamaRequest {
+    /// An answer.
+    Generate(Box<Parsed>),
+    /// Only to have the model loaded: the prompt or the messages are empty.
+    Load {
+        /// The name as the client wrote it.
+        model: String,
+    },
+    /// To have it unloaded: as `Load`, with `keep_alive: 0`.
+    Unload {
+        /// The name as the client wrote it.
+        model: String,
+    },
+}
+
+#[derive(Deserialize)]
+struct Common {
+    model: String,
+    stream: Option<bool>,
+    format: Option<Value>,
+    #[serde(default)]
+    options: Options,
+    keep_alive: Option<Value>,
+    think: Option<Value>,
+    tools: Option<Value>,
+    images: Option<Value>,
+    suffix: Option<Value>,
+    template: Option<Value>,
+    context: Option<Value>,
+    logprobs: Option<Value>,
+}
+
+#[derive(Default, Deserialize)]
+struct Options {
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<i32>,
+    min_p: Option<f32>,
+    typical_p: Option<f32>,
+    seed: Option<i64>,
+    repeat_penalty: Option<f32>,
+    repeat_last_n: Option<i32>,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    num_predict: Option<i64>,
+    stop: Option<Stop>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a string or an array of strings")]
+enum Stop {
+    One(String),
+    Many(Vec<String>),
+}
+
+#[derive(Deserialize)]
+struct ChatBody {
+    messages: Option<Vec<WireMessage>>,
+    #[serde(flatten)]
+    common: Common,
+}
+
+#[derive(Deserialize)]
+struct WireMessage {
+    role: String,
+    #[serde(default)]
+    content: String,
+    images: Option<Value>,
+    tool_calls: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct GenerateBody {
+    #[serde(default)]
+    prompt: String,
+    system: Option<String>,
+    raw: Option<bool>,
+    #[serde(flatten)]
+    common: Common,
+}
+
+#[derive(Deserialize)]
+struct ShowBody {
+    model: Option<String>,
+    name: Option<String>,
+}
+
+/// Reads the body of `/api/chat`.
+///
+/// # Errors
+/// [`Error::InvalidRequest`] with the field's name.
+pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
+    let body: ChatBody = json::parse(body)?;
+    let messages = body.messages.unwrap_or_default();
+    if messages.is_empty() {
+        return Ok(body.common.load_or_unload());
+    }
+    let messages = messages.into_iter().enumerate().map(|(index, message)| {
+        let at = format!("messages[{index}]");
+        check::unsupported(&format!("{at}.images"), &message.images)?;
+        check::unsupported(&format!("{at}.tool_calls"), &message.tool_calls)?;
+        Ok(Message { role: check::role(&format!("{at}.role"), &message.role)?, content: message.content })
+    });
+    let prompt = Prompt::Chat(messages.collect::<Result<_, Error>>()?);
+    body.common.finish(prompt)
+}
+
+/// Reads the body of `/api/generate`.
+///
+/// # Errors
+/// [`Error::InvalidRequest`] with the field's name.
+pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
+    let body: GenerateBody = json::parse(body)?;
+    if body.prompt.is_empty() {
+        return Ok(body.common.load_or_unload());
+    }
+    let prompt = if body.raw == Some(true) {
+        Prompt::Raw(body.prompt)
+    } else {
+        let system = body.system.filter(|system| !system.is_empty());
+        let system = system.map(|content| Message { role: Role::System, content });
+        let user = Message { role: Role::User, content: body.prompt };
+        Prompt::Chat(system.into_iter().chain([user]).collect())
+    };
+    body.common.finish(prompt)
+}
+
+/// Reads the model's name from a body such as `/api/show`'s.
+///
+/// # Errors
+/// [`Error::InvalidRequest`] if there is none.
+pub fn parse_model_name(body: &[u8]) -> Result<String, Error> {
+    let body: ShowBody = json::parse(body)?;
+    let name = body.model.or(body.name).filter(|name| !name.is_empty());
+    name.ok_or_else(|| Error::invalid("model", "`model` is missing: name the model"))
+}
+
+impl Common {
+    fn load_or_unload(self) -> OllamaRequest {
+        let zero = match &self.keep_alive {
+            Some(Value::Number(number)) => number.as_f64() == Some(0.0),
+            Some(Value::String(text)) => matches!(text.as_str(), "0" | "0s" | "0m" | "0h"),
+            _ => false,
+        };
+        if zero { OllamaRequest::Unload { model: self.model } } else { OllamaRequest::Load { model: self.model } }
+    }
+
+    fn finish(self, prompt: Prompt) -> Result<OllamaRequest, Error> {
+        for (param, value) in [
+            ("tools", &self.tools),
+            ("images", &self.images),
+            ("suffix", &self.suffix),
+            ("template", &self.template),
+            ("context", &self.context),
+            ("logprobs", &self.logprobs),
+            ("think", &self.think),
+        ] {
+            check::unsupported(param, value)?;
+        }
+        let options = self.options;
+        let sampling = Sampling {
+            temperature: options.temperature,
+            top_p: options.top_p,
+            top_k: options.top_k,
+            min_p: options.min_p,
+            typical_p: options.typical_p,
+            seed: check::seed(options.seed),
+            repeat_penalty: options.repeat_penalty,
+            repeat_last_n: options.repeat_last_n,
+            presence_penalty: options.presence_penalty,
+            frequency_penalty: options.frequency_penalty,
+            logit_bias: Vec::new(),
+        };
+        check::sampling(&sampling)?;
+        let stop = match options.stop {
+            None => Vec::new(),
+            Some(Stop::One(stop)) => vec![stop],
+            Some(Stop::Many(stops)) => stops,
+        };
+        // Ollama: -1 is without limit, -2 until the context is full; both end here with the context.
+        let max_tokens = options.num_predict.filter(|&n| n >= 0).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        let request = GenerateRequest { prompt, sampling, stop, max_tokens, format: format_of(self.format)? };
+        let delivery = Delivery { stream: self.stream.unwrap_or(true), include_usage: true };
+        Ok(OllamaRequest::Generate(Box::new(Parsed { model: self.model, request, delivery })))
+    }
+}
+
+fn format_of(format: Option<Value>) -> Result<Format, Error> {
+    match format {
+        None | Some(Value::Null) => Ok(Format::Text),
+        Some(Value::String(text)) if text.is_empty() => Ok(Format::Text),
+        Some(Value::String(text)) if text == "json" => Ok(Format::Json),
+        Some(schema @ Value::Object(_)) => Ok(Format::Schema(schema)),
+        Some(other) => Err(Error::invalid("format", format!("`format` is {other}: use \"json\" or a JSON schema"))),
+    }
+}

@@ -1,0 +1,153 @@
+//! Answers, chunks, model lists and errors, from the core to the wire.
+
+use sarai_core::{FinishReason, Timings, Usage};
+use serde_json::{Value, json};
+
+use crate::Served;
+
+/// Which of the two endpoints answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `chat.completion`.
+    Chat,
+    /// `text_completion`.
+    Completion,
+}
+
+/// Writes the chunks of one streamed answer; all carry the same id, time and model.
+#[derive(Clone, Debug)]
+pub struct ChunkWriter {
+    /// The endpoint.
+    pub kind: Kind,
+    /// `chatcmpl-…` or `cmpl-…`.
+    pub id: String,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// The model as the client wrote it.
+    pub model: String,
+    /// Whether the client asked for usage.
+    pub include_usage: bool,
+}
+
+impl ChunkWriter {
+    /// The first chunk of a chat, which names the role; completions have none.
+    #[must_use]
+    pub fn role(&self) -> Option<Value> {
+        let choice = json!({ "index": 0, "delta": { "role": "assistant", "content": "" }, "finish_reason": null });
+        (self.kind == Kind::Chat).then(|| self.chunk(vec![choice]))
+    }
+
+    /// A chunk of text.
+    #[must_use]
+    pub fn text(&self, text: &str) -> Value {
+        self.chunk(vec![match self.kind {
+            Kind::Chat => json!({ "index": 0, "delta": { "content": text }, "finish_reason": null }),
+            Kind::Completion => json!({ "index": 0, "text": text, "logprobs": null, "finish_reason": null }),
+        }])
+    }
+
+    /// The chunk that ends the text, with the extension field `sarai`.
+    #[must_use]
+    pub fn finish(&self, finish: FinishReason, served: &Served, timings: &Timings) -> Value {
+        let finish = finish.as_str();
+        let mut chunk = self.chunk(vec![match self.kind {
+            Kind::Chat => json!({ "index": 0, "delta": {}, "finish_reason": finish }),
+            Kind::Completion => json!({ "index": 0, "text": "", "logprobs": null, "finish_reason": finish }),
+        }]);
+        chunk["sarai"] = extension(served, timings);
+        chunk
+    }
+
+    /// The chunk that carries the usage, if the client asked for it.
+    #[must_use]
+    pub fn usage(&self, usage: &Usage) -> Option<Value> {
+        self.include_usage.then(|| {
+            let mut chunk = self.chunk(vec![]);
+            chunk["usage"] = usage_of(usage);
+            chunk
+        })
+    }
+
+    fn chunk(&self, choices: Vec<Value>) -> Value {
+        let object = match self.kind {
+            Kind::Chat => "chat.completion.chunk",
+            Kind::Completion => "text_completion",
+        };
+        let mut chunk = json!({
+            "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices,
+        });
+        if self.include_usage {
+            chunk["usage"] = Value::Null;
+        }
+        chunk
+    }
+
+    /// The whole answer of a request that does not stream.
+    #[must_use]
+    pub fn whole(&self, text: &str, finish: FinishReason, usage: &Usage, served: &Served, timings: &Timings) -> Value {
+        let finish = finish.as_str();
+        let (object, choice) = match self.kind {
+            Kind::Chat => (
+                "chat.completion",
+                json!({ "index": 0, "message": { "role": "assistant", "content": text, "refusal": null }, "logprobs": null, "finish_reason": finish }),
+            ),
+            Kind::Completion => {
+                ("text_completion", json!({ "index": 0, "text": text, "logprobs": null, "finish_reason": finish }))
+            }
+        };
+        json!({
+            "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": [choice],
+            "usage": usage_of(usage), "sarai": extension(served, timings),
+        })
+    }
+}
+
+fn usage_of(usage: &Usage) -> Value {
+    json!({
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": { "cached_tokens": usage.cached_tokens },
+    })
+}
+
+/// The field `sarai` of an answer: who served it, and where the time went in milliseconds.
+pub(crate) fn extension(served: &Served, timings: &Timings) -> Value {
+    let ms = |duration: std::time::Duration| (duration.as_secs_f64() * 1e6).round() / 1e3;
+    json!({
+        "served_by": served.by,
+        "fallback_reason": served.fallback_reason,
+        "degraded": served.degraded,
+        "timings_ms": {
+            "queue": ms(timings.queue), "load": ms(timings.load),
+            "prefill": ms(timings.prefill), "decode": ms(timings.decode),
+        },
+    })
+}
+
+/// One entry of `GET /v1/models`.
+#[must_use]
+pub fn model(id: &str, created: u64) -> Value {
+    json!({ "id": id, "object": "model", "created": created, "owned_by": "sarai" })
+}
+
+/// `GET /v1/models`.
+#[must_use]
+pub fn models(models: Vec<Value>) -> Value {
+    json!({ "object": "list", "data": models })
+}
+
+/// An error in OpenAI's shape.
+#[must_use]
+pub fn error_body(message: &str, kind: &str, param: Option<&str>, code: Option<&str>) -> Value {
+    json!({ "error": { "message": message, "type": kind, "param": param, "code": code } })
+}
+
+/// The same, with the itemised reason of a refusal under `sarai`.
+#[must_use]
+pub fn error_with_details(mut body: Value, details: Option<Value>) -> Value {
+    if let Some(details) = details {
+        body["error"]["sarai"] = details;
+    }
+    body
+}

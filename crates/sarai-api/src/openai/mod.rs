@@ -1,0 +1,8 @@
+//! OpenAI's `/v1` API: chat completions, completions, models, errors.
+
+mod answer;
+mod request;
+
+pub(crate) use answer::extension;
+pub use answer::{ChunkWriter, Kind, error_body, error_with_details, model, models};
+pub use request::{parse_chat, parse_completion};

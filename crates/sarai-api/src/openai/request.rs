@@ -1,0 +1,236 @@
+//! `POST /v1/chat/completions` and `POST /v1/completions`, from the wire to the core.
+
+use std::collections::BTreeMap;
+
+use sarai_core::{Error, Format, GenerateRequest, Message, Prompt, Sampling};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::{Delivery, Parsed, check, json};
+
+#[derive(Deserialize)]
+struct Common {
+    model: String,
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<i32>,
+    min_p: Option<f32>,
+    typical_p: Option<f32>,
+    seed: Option<i64>,
+    repeat_penalty: Option<f32>,
+    repeat_last_n: Option<i32>,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    logit_bias: Option<BTreeMap<String, f32>>,
+    stop: Option<Stop>,
+    max_tokens: Option<i64>,
+    max_completion_tokens: Option<i64>,
+    n: Option<u32>,
+    response_format: Option<ResponseFormat>,
+    logprobs: Option<Value>,
+    tools: Option<Value>,
+    functions: Option<Value>,
+    audio: Option<Value>,
+    echo: Option<Value>,
+    suffix: Option<Value>,
+    best_of: Option<u32>,
+}
+
+#[derive(Deserialize)]
+struct StreamOptions {
+    include_usage: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a string or an array of strings")]
+enum Stop {
+    One(String),
+    Many(Vec<String>),
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum ResponseFormat {
+    Text,
+    JsonObject { schema: Option<Value> },
+    JsonSchema { json_schema: JsonSchema },
+}
+
+#[derive(Deserialize)]
+struct JsonSchema {
+    schema: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct ChatBody {
+    messages: Vec<ChatMessage>,
+    #[serde(flatten)]
+    common: Common,
+}
+
+#[derive(Deserialize)]
+struct ChatMessage {
+    role: String,
+    content: Option<Content>,
+    tool_calls: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a string or an array of content parts")]
+enum Content {
+    Text(String),
+    Parts(Vec<ContentPart>),
+}
+
+#[derive(Deserialize)]
+struct ContentPart {
+    #[serde(rename = "type")]
+    kind: String,
+    text: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct CompletionBody {
+    prompt: OneOrMany,
+    #[serde(flatten)]
+    common: Common,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a string or an array of one string")]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+/// Reads the body of a chat completion.
+///
+/// # Errors
+/// [`Error::InvalidRequest`] with the field's name.
+pub fn parse_chat(body: &[u8]) -> Result<Parsed, Error> {
+    let body: ChatBody = json::parse(body)?;
+    if body.messages.is_empty() {
+        return Err(Error::invalid("messages", "`messages` is empty: send at least one message"));
+    }
+    let messages = body.messages.into_iter().enumerate().map(|(index, message)| chat_message(index, message));
+    body.common.finish(Prompt::Chat(messages.collect::<Result<_, _>>()?))
+}
+
+/// Reads the body of a text completion.
+///
+/// # Errors
+/// [`Error::InvalidRequest`] with the field's name.
+pub fn parse_completion(body: &[u8]) -> Result<Parsed, Error> {
+    let body: CompletionBody = json::parse(body)?;
+    let prompt = match body.prompt {
+        OneOrMany::One(prompt) => prompt,
+        OneOrMany::Many(mut prompts) if prompts.len() == 1 => prompts.remove(0),
+        OneOrMany::Many(prompts) => {
+            let message = format!("`prompt` holds {} prompts: send one per request", prompts.len());
+            return Err(Error::invalid("prompt", message));
+        }
+    };
+    // OpenAI's documented default for this endpoint.
+    let mut parsed = body.common.finish(Prompt::Raw(prompt))?;
+    parsed.request.max_tokens.get_or_insert(16);
+    Ok(parsed)
+}
+
+fn chat_message(index: usize, message: ChatMessage) -> Result<Message, Error> {
+    let at = format!("messages[{index}]");
+    check::unsupported(&format!("{at}.tool_calls"), &message.tool_calls)?;
+    let role = check::role(&format!("{at}.role"), &message.role)?;
+    let content = match message.content {
+        None => String::new(),
+        Some(Content::Text(text)) => text,
+        Some(Content::Parts(parts)) => {
+            let texts = parts.into_iter().map(|part| text_of(&at, part));
+            texts.collect::<Result<Vec<_>, _>>()?.join("\n")
+        }
+    };
+    Ok(Message { role, content })
+}
+
+fn text_of(at: &str, part: ContentPart) -> Result<String, Error> {
+    match (part.kind.as_str(), part.text) {
+        ("text" | "input_text", Some(text)) => Ok(text),
+        (kind, _) => {
+            let message = format!("`{at}.content` has a part of type `{kind}`: the models here take parts of type text only");
+            Err(Error::invalid(&format!("{at}.content"), message))
+        }
+    }
+}
+
+impl Common {
+    fn finish(self, prompt: Prompt) -> Result<Parsed, Error> {
+        self.refuse_unsupported()?;
+        let sampling = Sampling {
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            typical_p: self.typical_p,
+            seed: check::seed(self.seed),
+            repeat_penalty: self.repeat_penalty,
+            repeat_last_n: self.repeat_last_n,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: logit_bias(self.logit_bias.unwrap_or_default())?,
+        };
+        check::range("temperature", sampling.temperature, 0.0, 2.0)?;
+        check::sampling(&sampling)?;
+        let max_tokens = match self.max_completion_tokens.or(self.max_tokens) {
+            None => None,
+            // llama.cpp's and Ollama's -1: as far as the context reaches.
+            Some(-1) => None,
+            Some(n) => Some(u32::try_from(n).map_err(|_| {
+                Error::invalid("max_tokens", format!("`max_tokens` is {n}: use a number from 0 to {}", u32::MAX))
+            })?),
+        };
+        let stop = match self.stop {
+            None => Vec::new(),
+            Some(Stop::One(stop)) => vec![stop],
+            Some(Stop::Many(stops)) => stops,
+        };
+        let request = GenerateRequest { prompt, sampling, stop, max_tokens, format: format_of(self.response_format) };
+        let include_usage = self.stream_options.and_then(|options| options.include_usage).unwrap_or(false);
+        let delivery = Delivery { stream: self.stream.unwrap_or(false), include_usage };
+        Ok(Parsed { model: self.model, request, delivery })
+    }
+
+    fn refuse_unsupported(&self) -> Result<(), Error> {
+        check::unsupported("tools", &self.tools)?;
+        check::unsupported("functions", &self.functions)?;
+        check::unsupported("logprobs", &self.logprobs)?;
+        check::unsupported("audio", &self.audio)?;
+        check::unsupported("echo", &self.echo)?;
+        check::unsupported("suffix", &self.suffix)?;
+        for (param, value) in [("n", self.n), ("best_of", self.best_of)] {
+            if let Some(value) = value.filter(|&value| value != 1) {
+                return Err(Error::invalid(param, format!("`{param}` is {value}: only 1 is supported, send several requests")));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn format_of(format: Option<ResponseFormat>) -> Format {
+    match format {
+        None | Some(ResponseFormat::Text) => Format::Text,
+        Some(ResponseFormat::JsonObject { schema: None }) => Format::Json,
+        Some(ResponseFormat::JsonObject { schema: Some(schema) }) => Format::Schema(schema),
+        Some(ResponseFormat::JsonSchema { json_schema }) => json_schema.schema.map_or(Format::Json, Format::Schema),
+    }
+}
+
+fn logit_bias(biases: BTreeMap<String, f32>) -> Result<Vec<(i32, f32)>, Error> {
+    let one = |(token, bias): (String, f32)| {
+        let id = token.parse().map_err(|_| Error::invalid("logit_bias", format!("`logit_bias` has the key `{token}`: use token ids")))?;
+        check::range("logit_bias", Some(bias), -100.0, 100.0)?;
+        // OpenAI's -100 bans; llama.cpp needs minus infinity for that.
+        Ok((id, if bias <= -100.0 { f32::NEG_INFINITY } else { bias }))
+    };
+    biases.into_iter().map(one).collect()
+}

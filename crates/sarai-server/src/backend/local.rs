@@ -1,0 +1,59 @@
+//! A worker of this server.
+
+use futures_util::stream;
+use sarai_core::frame::ToWorker;
+use sarai_core::{Deadlines, Error, Event, GenerateRequest};
+use sarai_plan::{EngineId, Plan};
+
+use super::EventStream;
+use crate::pool::{Lease, Pool};
+use crate::supervise::route::Events;
+
+/// Leases a slot and starts the generation.
+///
+/// # Errors
+/// See [`Pool::lease`].
+pub async fn open(
+    pool: &Pool,
+    engine: EngineId,
+    plan: Plan,
+    model: &str,
+    deadlines: &Deadlines,
+    request: GenerateRequest,
+) -> Result<EventStream, Error> {
+    let lease = pool.lease(engine, plan, model, deadlines).await?;
+    let id = lease.worker.next_id();
+    // No answer has more events than its context has tokens, and an end.
+    let capacity = lease.worker.info.context_tokens as usize + 8;
+    let Some(events) = lease.worker.routes.enter(id, capacity) else {
+        return Err(Error::WorkerDied { model: model.to_owned(), detail: "it ended before the request reached it".into() });
+    };
+    lease.worker.send(ToWorker::Generate { id, request: Box::new(request) });
+    let generation = Generation { id, lease, events };
+    Ok(Box::pin(stream::unfold(Some(generation), |generation| async {
+        let mut generation = generation?;
+        match generation.events.recv().await? {
+            Ok(Event::Done { finish, usage, mut timings }) => {
+                timings.load = generation.lease.load;
+                timings.queue += generation.lease.queue;
+                Some((Ok(Event::Done { finish, usage, timings }), None))
+            }
+            Ok(text) => Some((Ok(text), Some(generation))),
+            Err(error) => Some((Err(error), None)),
+        }
+    })))
+}
+
+/// A running generation; dropping it stops the worker's work on it and frees its slot.
+struct Generation {
+    id: u64,
+    lease: Lease,
+    events: Events,
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        self.lease.worker.routes.leave(self.id);
+        self.lease.worker.send(ToWorker::Cancel { id: self.id });
+    }
+}

@@ -1,0 +1,185 @@
+//! The configuration as written: every key that exists, with its range, and nothing decided yet.
+
+use std::time::Duration;
+
+use saphyr::{LoadableYamlNode, MarkedYamlOwned};
+use sarai_core::Sampling;
+use sarai_plan::Strategy;
+
+use super::resolve::ModelRole;
+use super::tree::Section;
+use super::{Environment, Mistake};
+
+/// The whole file.
+#[derive(Default)]
+pub struct File {
+    pub listen: Option<String>,
+    pub max_in_flight: Option<u32>,
+    pub max_queued: Option<u32>,
+    pub max_body_mb: Option<u32>,
+    pub queue: Option<Duration>,
+    pub drain: Option<Duration>,
+    pub stall: Option<Duration>,
+    pub max_ram_gb: Option<f64>,
+    pub max_concurrent_llms: Option<u32>,
+    pub strategy: Option<Strategy>,
+    pub models: Vec<WrittenModel>,
+}
+
+/// Where a model is served first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    OllamaHttp,
+    GgufNative,
+    Builtin,
+}
+
+/// One entry under `models:`.
+pub struct WrittenModel {
+    pub name: String,
+    pub line: usize,
+    pub backend: Option<Backend>,
+    pub fallback: Option<Backend>,
+    pub urls: Vec<String>,
+    pub model_name: Option<String>,
+    pub gguf_path: Option<String>,
+    pub role: Option<ModelRole>,
+    pub aliases: Vec<String>,
+    pub context_length: Option<u32>,
+    pub parallel: Option<u32>,
+    pub threads: Option<u32>,
+    pub ubatch: Option<u32>,
+    pub pinned: bool,
+    pub resident: bool,
+    pub sampling: Sampling,
+    pub connect: Option<Duration>,
+    pub model_queue: Option<Duration>,
+    pub load: Option<Duration>,
+    pub first_token: Option<Duration>,
+    pub gap: Option<Duration>,
+}
+
+/// Reads the text; `None` only if it is no YAML mapping at all.
+pub fn read(text: &str, environment: &Environment, mistakes: &mut Vec<Mistake>) -> Option<File> {
+    let documents = match MarkedYamlOwned::load_from_str(text) {
+        Ok(documents) => documents,
+        Err(error) => {
+            let message = format!("is not YAML: {}", error.info());
+            mistakes.push(Mistake { line: Some(error.marker().line()), key: "file".into(), message });
+            return None;
+        }
+    };
+    let Some(root) = documents.first() else {
+        mistakes.push(Mistake { line: None, key: "models".into(), message: "the file is empty: name at least one model".into() });
+        return None;
+    };
+    let mut top = Section::of("", root, mistakes);
+    let mut file = File::default();
+    if let Some(server) = top.section("server", mistakes) {
+        read_server(&mut file, server, mistakes);
+    }
+    if let Some(memory) = top.section("memory", mistakes) {
+        read_memory(&mut file, memory, mistakes);
+    }
+    match top.section("models", mistakes) {
+        None => mistakes.push(top.mistake("models", "is missing: name at least one model below `models:`")),
+        Some(models) => {
+            for (name, line, node) in models.entries() {
+                let section = Section::of(&format!("models.{name}"), node, mistakes);
+                file.models.push(read_model(name, line, section, environment, mistakes));
+            }
+        }
+    }
+    top.finish(mistakes);
+    Some(file)
+}
+
+fn read_server(file: &mut File, mut server: Section<'_>, mistakes: &mut Vec<Mistake>) {
+    file.listen = server.text("listen", mistakes);
+    file.max_in_flight = server.count("max_in_flight", 1, 10_000, mistakes);
+    file.max_queued = server.count("max_queued", 0, 100_000, mistakes);
+    file.max_body_mb = server.count("max_body_mb", 1, 1024, mistakes);
+    file.queue = server.seconds("queue_seconds", mistakes);
+    file.drain = server.seconds("drain_seconds", mistakes);
+    file.stall = server.seconds("stall_seconds", mistakes);
+    server.finish(mistakes);
+}
+
+fn read_memory(file: &mut File, mut memory: Section<'_>, mistakes: &mut Vec<Mistake>) {
+    file.max_ram_gb = memory.number("max_ram_gb", 0.05, 100_000.0, mistakes);
+    file.max_concurrent_llms = memory.count("max_concurrent_llms", 1, 1000, mistakes);
+    let strategies = [("hybrid_http_gguf", Strategy::HybridHttpGguf), ("evict_lru", Strategy::EvictLru)];
+    file.strategy = memory.word("strategy", &strategies, mistakes);
+    memory.finish(mistakes);
+}
+
+fn read_model(
+    name: &str,
+    line: usize,
+    mut model: Section<'_>,
+    environment: &Environment,
+    mistakes: &mut Vec<Mistake>,
+) -> WrittenModel {
+    let local = ("gguf_native", Backend::GgufNative);
+    let remote = ("ollama_http", Backend::OllamaHttp);
+    let roles = [("chat", ModelRole::Chat), ("embedding", ModelRole::Embedding), ("router", ModelRole::Router)];
+    let backend = model.word("backend", &[remote, local, ("builtin", Backend::Builtin)], mistakes);
+    if backend.is_none() && model.line_of("backend") == model.line {
+        mistakes.push(model.mistake("backend", "is missing: use `ollama_http` or `gguf_native`"));
+    }
+    let fallback = model.word("fallback", &[local, remote], mistakes);
+    let mut urls = model.texts("url", mistakes);
+    urls.extend(model.texts("urls", mistakes));
+    let mut written = WrittenModel {
+        name: name.to_owned(),
+        line,
+        backend,
+        fallback,
+        urls: urls.iter().map(|url| environment.expand(url)).collect(),
+        model_name: model.text("model_name", mistakes),
+        gguf_path: model.text("gguf_path", mistakes).map(|path| environment.expand(&path)),
+        role: model.word("role", &roles, mistakes),
+        aliases: model.texts("aliases", mistakes),
+        context_length: model.count("context_length", 16, 16_777_216, mistakes),
+        parallel: model.count("parallel", 1, 64, mistakes),
+        threads: model.count("threads", 1, 1024, mistakes),
+        ubatch: model.count("ubatch", 1, 8192, mistakes),
+        pinned: model.flag("pinned", mistakes).unwrap_or(false),
+        resident: model.flag("resident", mistakes).unwrap_or(false),
+        sampling: model.section("sampling", mistakes).map(|section| read_sampling(section, mistakes)).unwrap_or_default(),
+        connect: None,
+        model_queue: None,
+        load: None,
+        first_token: None,
+        gap: None,
+    };
+    if let Some(mut deadlines) = model.section("deadlines", mistakes) {
+        written.connect = deadlines.seconds("connect_seconds", mistakes);
+        written.model_queue = deadlines.seconds("queue_seconds", mistakes);
+        written.load = deadlines.seconds("load_seconds", mistakes);
+        written.first_token = deadlines.seconds("first_token_seconds", mistakes);
+        written.gap = deadlines.seconds("gap_seconds", mistakes);
+        deadlines.finish(mistakes);
+    }
+    model.finish(mistakes);
+    written
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "sampling parameters are f32 in the engine")]
+fn read_sampling(mut section: Section<'_>, mistakes: &mut Vec<Mistake>) -> Sampling {
+    let sampling = Sampling {
+        temperature: section.number("temperature", 0.0, 100.0, mistakes).map(|n| n as f32),
+        top_p: section.number("top_p", 0.0, 1.0, mistakes).map(|n| n as f32),
+        top_k: section.int("top_k", 0, i64::from(i32::MAX), mistakes).and_then(|n| i32::try_from(n).ok()),
+        min_p: section.number("min_p", 0.0, 1.0, mistakes).map(|n| n as f32),
+        typical_p: section.number("typical_p", 0.0, 1.0, mistakes).map(|n| n as f32),
+        seed: section.count("seed", 0, u32::MAX - 1, mistakes),
+        repeat_penalty: section.number("repeat_penalty", 0.01, 100.0, mistakes).map(|n| n as f32),
+        repeat_last_n: section.int("repeat_last_n", -1, i64::from(i32::MAX), mistakes).and_then(|n| i32::try_from(n).ok()),
+        presence_penalty: section.number("presence_penalty", -2.0, 2.0, mistakes).map(|n| n as f32),
+        frequency_penalty: section.number("frequency_penalty", -2.0, 2.0, mistakes).map(|n| n as f32),
+        logit_bias: Vec::new(),
+    };
+    section.finish(mistakes);
+    sampling
+}

@@ -1,0 +1,316 @@
+//! The configuration as meant: every default filled in, the environment applied, engines shared by file.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use sarai_core::{Bytes, Deadlines, Sampling};
+use sarai_plan::ledger::EngineId;
+use sarai_plan::{Settings, Strategy};
+
+use super::env::{Environment, variable_name};
+use super::file::{Backend, File, WrittenModel};
+use super::Mistake;
+
+/// Where Ollama listens unless told otherwise.
+const DEFAULT_OLLAMA_URL: &str = "http://127.0.0.1:11434";
+
+/// The whole configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The server itself.
+    pub server: ServerConfig,
+    /// Memory and models at once.
+    pub memory: MemoryConfig,
+    /// Public models, in the order of the file.
+    pub models: Vec<Model>,
+    /// One per GGUF file, by [`EngineId`].
+    pub engines: Vec<Engine>,
+}
+
+/// Limits of the server.
+#[derive(Clone, Debug)]
+pub struct ServerConfig {
+    /// Address of both APIs.
+    pub listen: SocketAddr,
+    /// Requests that are answered at the same time.
+    pub max_in_flight: usize,
+    /// Requests that wait beyond that; further ones are shed.
+    pub max_queued: usize,
+    /// The largest body in bytes.
+    pub max_body_bytes: usize,
+    /// How long a request waits for a permit.
+    pub queue: Duration,
+    /// How long running answers may go on after SIGTERM.
+    pub drain: Duration,
+    /// How long a client may leave its answer unread.
+    pub stall: Duration,
+}
+
+/// Limits of memory.
+#[derive(Clone, Copy, Debug)]
+pub struct MemoryConfig {
+    /// `max_ram_gb`.
+    pub max_ram: Bytes,
+    /// Local LLMs resident at the same time.
+    pub max_concurrent_llms: usize,
+    /// When idle models are unloaded.
+    pub strategy: Strategy,
+}
+
+/// What a model is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModelRole {
+    /// Answers.
+    Chat,
+    /// Makes vectors.
+    Embedding,
+    /// Chooses the model for `auto`.
+    Router,
+}
+
+/// A public model.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// Public name.
+    pub name: String,
+    /// Other names for it.
+    pub aliases: Vec<String>,
+    /// What it is for.
+    pub role: ModelRole,
+    /// Places that serve it, in the order in which they are tried.
+    pub deployments: Vec<Deployment>,
+    /// What a request leaves open.
+    pub sampling: Sampling,
+    /// Per phase.
+    pub deadlines: Deadlines,
+}
+
+/// One place that serves a model.
+#[derive(Clone, Debug)]
+pub enum Deployment {
+    /// An Ollama host.
+    Ollama {
+        /// Base URL without a trailing slash.
+        url: String,
+        /// The model's name there.
+        model_name: String,
+        /// `num_ctx`, if the configuration sets it.
+        context_tokens: Option<u32>,
+    },
+    /// A worker of this server.
+    Local(EngineId),
+}
+
+/// A GGUF file and how it is loaded; models that name the same file share it.
+#[derive(Clone, Debug)]
+pub struct Engine {
+    /// The models that share it.
+    pub label: String,
+    /// The file.
+    pub path: PathBuf,
+    /// Sizes; sequences of sharing models add up, the longest context counts.
+    pub settings: Settings,
+    /// Threads at most; all cores if not set.
+    pub threads: Option<u32>,
+    /// Whether it counts against `max_concurrent_llms`.
+    pub is_llm: bool,
+    /// Whether it may go to make room.
+    pub evictable: bool,
+    /// Loaded at start.
+    pub resident: bool,
+    /// The longest of the sharing models.
+    pub load_deadline: Duration,
+}
+
+/// Decides everything that the file leaves open.
+pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &mut Vec<Mistake>) -> Config {
+    let listen = file.listen.as_deref().unwrap_or("127.0.0.1:11435");
+    let listen = listen.parse().unwrap_or_else(|_| {
+        let message = format!("`{listen}` is not an address: use one such as 127.0.0.1:11435");
+        mistakes.push(Mistake { line: None, key: "server.listen".into(), message });
+        SocketAddr::from(([127, 0, 0, 1], 11435))
+    });
+    let or = |value: Option<u32>, default: usize| value.map_or(default, |value| value as usize);
+    let server = ServerConfig {
+        listen,
+        max_in_flight: or(file.max_in_flight, 32),
+        max_queued: or(file.max_queued, 256),
+        max_body_bytes: or(file.max_body_mb, 32) << 20,
+        queue: file.queue.unwrap_or(Duration::from_secs(300)),
+        drain: file.drain.unwrap_or(Duration::from_secs(15)),
+        stall: file.stall.unwrap_or(Duration::from_secs(60)),
+    };
+    let max_concurrent_llms = env_number(environment, "MAX_CONCURRENT_LLMS", mistakes);
+    let memory = MemoryConfig {
+        max_ram: Bytes::gib(file.max_ram_gb.unwrap_or(12.0)),
+        max_concurrent_llms: max_concurrent_llms.unwrap_or_else(|| or(file.max_concurrent_llms, 2)),
+        strategy: file.strategy.unwrap_or_default(),
+    };
+    let mut config = Config { server, memory, models: Vec::new(), engines: Vec::new() };
+    check_names(&file.models, mistakes);
+    for written in &file.models {
+        let model = Resolver { written, folder, environment }.model(&mut config.engines, mistakes);
+        config.models.push(model);
+    }
+    config
+}
+
+fn env_number(environment: &Environment, name: &str, mistakes: &mut Vec<Mistake>) -> Option<usize> {
+    let text = environment.get(name)?;
+    let number = text.parse().ok().filter(|&n| n >= 1);
+    if number.is_none() {
+        let message = format!("`{text}` is not a whole number from 1: correct or unset the variable");
+        mistakes.push(Mistake { line: None, key: name.into(), message });
+    }
+    number
+}
+
+fn env_flag(environment: &Environment, name: &str, mistakes: &mut Vec<Mistake>) -> Option<bool> {
+    let text = environment.get(name)?;
+    match text.to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" => Some(true),
+        "0" | "false" | "no" | "off" => Some(false),
+        _ => {
+            let message = format!("`{text}` is not true or false: correct or unset the variable");
+            mistakes.push(Mistake { line: None, key: name.into(), message });
+            None
+        }
+    }
+}
+
+fn check_names(models: &[WrittenModel], mistakes: &mut Vec<Mistake>) {
+    let mut seen: HashMap<&str, &str> = HashMap::new();
+    for model in models {
+        for name in model.aliases.iter().chain([&model.name]) {
+            if let Some(other) = seen.insert(name, &model.name) {
+                let message = format!("the name `{name}` belongs to `{other}` already: choose another");
+                mistakes.push(Mistake { line: Some(model.line), key: format!("models.{}", model.name), message });
+            }
+        }
+    }
+    if models.is_empty() {
+        mistakes.push(Mistake { line: None, key: "models".into(), message: "no model is named: add one below `models:`".into() });
+    }
+}
+
+struct Resolver<'a> {
+    written: &'a WrittenModel,
+    folder: &'a Path,
+    environment: &'a Environment,
+}
+
+impl Resolver<'_> {
+    fn mistake(&self, key: &str, message: impl Into<String>) -> Mistake {
+        Mistake { line: Some(self.written.line), key: format!("models.{}.{key}", self.written.name), message: message.into() }
+    }
+
+    fn model(&self, engines: &mut Vec<Engine>, mistakes: &mut Vec<Mistake>) -> Model {
+        let written = self.written;
+        let defaults = Deadlines::default();
+        let deadlines = Deadlines {
+            connect: written.connect.unwrap_or(defaults.connect),
+            queue: written.model_queue.unwrap_or(defaults.queue),
+            load: written.load.unwrap_or(defaults.load),
+            first_token: written.first_token.unwrap_or(defaults.first_token),
+            gap: written.gap.unwrap_or(defaults.gap),
+        };
+        let mut deployments = Vec::new();
+        for backend in self.order(mistakes) {
+            match backend {
+                Backend::OllamaHttp => deployments.extend(self.remotes(mistakes)),
+                Backend::GgufNative => deployments.extend(self.local(engines, &deadlines, mistakes)),
+                Backend::Builtin => {}
+            }
+        }
+        Model {
+            name: written.name.clone(),
+            aliases: written.aliases.clone(),
+            role: self.role(),
+            deployments,
+            sampling: written.sampling.clone(),
+            deadlines,
+        }
+    }
+
+    fn role(&self) -> ModelRole {
+        self.written.role.unwrap_or(ModelRole::Chat)
+    }
+
+    /// The backends in the order in which they are tried; `<NAME>_PREFER_HTTP` may turn it around.
+    fn order(&self, mistakes: &mut Vec<Mistake>) -> Vec<Backend> {
+        let mut order: Vec<_> = self.written.backend.into_iter().chain(self.written.fallback).collect();
+        order.dedup();
+        let prefer_http = format!("{}_PREFER_HTTP", variable_name(&self.written.name));
+        match env_flag(self.environment, &prefer_http, mistakes) {
+            Some(true) => order.sort_by_key(|&backend| backend != Backend::OllamaHttp),
+            Some(false) => order.sort_by_key(|&backend| backend == Backend::OllamaHttp),
+            None => {}
+        }
+        order
+    }
+
+    fn remotes(&self, mistakes: &mut Vec<Mistake>) -> Vec<Deployment> {
+        let written = self.written;
+        let name = format!("{}_MODEL_NAME", variable_name(&written.name));
+        let model_name = self.environment.get(&name).map(str::to_owned).or_else(|| written.model_name.clone());
+        let model_name = model_name.unwrap_or_else(|| written.name.clone());
+        let urls = match self.environment.get("OLLAMA_BASE_URL") {
+            Some(url) => vec![url.to_owned()],
+            None if written.urls.is_empty() => vec![DEFAULT_OLLAMA_URL.to_owned()],
+            None => written.urls.clone(),
+        };
+        for url in &urls {
+            let http = url.starts_with("http://") || url.starts_with("https://");
+            if !http || reqwest::Url::parse(url).is_err() {
+                mistakes.push(self.mistake("url", format!("`{url}` is not a URL: use one such as {DEFAULT_OLLAMA_URL}")));
+            }
+        }
+        let deployment = |url: String| Deployment::Ollama {
+            url: url.trim_end_matches('/').to_owned(),
+            model_name: model_name.clone(),
+            context_tokens: written.context_length,
+        };
+        urls.into_iter().map(deployment).collect()
+    }
+
+    fn local(&self, engines: &mut Vec<Engine>, deadlines: &Deadlines, mistakes: &mut Vec<Mistake>) -> Option<Deployment> {
+        let written = self.written;
+        let Some(path) = &written.gguf_path else {
+            mistakes.push(self.mistake("gguf_path", "is missing: name the GGUF file that `gguf_native` serves"));
+            return None;
+        };
+        let path = self.folder.join(path);
+        let is_llm = self.role() == ModelRole::Chat;
+        let settings = Settings {
+            context_tokens: written.context_length.unwrap_or(4096),
+            parallel: written.parallel.unwrap_or(1),
+            ubatch_tokens: written.ubatch.unwrap_or(512),
+        };
+        let evictable = !written.pinned && !written.resident;
+        if let Some(index) = engines.iter().position(|engine| engine.path == path && engine.is_llm == is_llm) {
+            let engine = &mut engines[index];
+            engine.label = format!("{}+{}", engine.label, written.name);
+            engine.settings.context_tokens = engine.settings.context_tokens.max(settings.context_tokens);
+            engine.settings.parallel += settings.parallel;
+            engine.settings.ubatch_tokens = engine.settings.ubatch_tokens.max(settings.ubatch_tokens);
+            engine.threads = engine.threads.max(written.threads);
+            engine.evictable &= evictable;
+            engine.resident |= written.resident;
+            engine.load_deadline = engine.load_deadline.max(deadlines.load);
+            return Some(Deployment::Local(EngineId(index)));
+        }
+        engines.push(Engine {
+            label: written.name.clone(),
+            path,
+            settings,
+            threads: written.threads,
+            is_llm,
+            evictable,
+            resident: written.resident,
+            load_deadline: deadlines.load,
+        });
+        Some(Deployment::Local(EngineId(engines.len() - 1)))
+    }
+}

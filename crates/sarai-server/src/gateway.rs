@@ -1,0 +1,86 @@
+//! From a model's name to an answer: find, admit, dispatch.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures_util::StreamExt;
+use sarai_api::Parsed;
+use sarai_core::{Error, Event};
+
+use crate::admission::Admission;
+use crate::catalog::Catalog;
+use crate::config::{Deployment, Model, ModelRole};
+use crate::dispatch::{Answer, Dispatch};
+
+/// The entrance for every request, whatever its API.
+#[derive(Clone, Debug)]
+pub struct Gateway {
+    /// All models.
+    pub catalog: Arc<Catalog>,
+    /// The loop over deployments.
+    pub dispatch: Dispatch,
+    /// Permits.
+    pub admission: Arc<Admission>,
+}
+
+impl Gateway {
+    /// Answers a request; the events own its permit.
+    ///
+    /// # Errors
+    /// Whatever keeps it from beginning.
+    pub async fn answer(&self, parsed: Parsed) -> Result<Answer, Error> {
+        let model = self.chat_model(&parsed.model)?;
+        let arrived = Instant::now();
+        let permit = self.admission.admit().await?;
+        let queued = arrived.elapsed();
+        let mut request = parsed.request;
+        request.sampling = request.sampling.or(&model.sampling);
+        let answer = self.dispatch.answer(model, request).await?;
+        let events = answer.events.map(move |event| {
+            let _held = &permit;
+            event.map(|event| match event {
+                Event::Done { finish, usage, mut timings } => {
+                    timings.queue += queued;
+                    Event::Done { finish, usage, timings }
+                }
+                text => text,
+            })
+        });
+        Ok(Answer { served: answer.served, events: Box::pin(events) })
+    }
+
+    /// Loads the local engine of a model, if it has one and its first choice is local.
+    ///
+    /// # Errors
+    /// The load was refused or failed.
+    pub async fn load(&self, name: &str) -> Result<(), Error> {
+        let model = self.chat_model(name)?;
+        let Some(Deployment::Local(engine)) = model.deployments.first() else { return Ok(()) };
+        let plan = self.catalog.file(*engine)?.plan.clone();
+        self.dispatch.pool.lease(*engine, plan, &model.name, &model.deadlines).await.map(drop)
+    }
+
+    /// Unloads the local engine of a model if it is idle.
+    ///
+    /// # Errors
+    /// No model has this name.
+    pub async fn unload(&self, name: &str) -> Result<(), Error> {
+        let model = self.chat_model(name)?;
+        for deployment in &model.deployments {
+            if let Deployment::Local(engine) = deployment {
+                self.dispatch.pool.unload(*engine).await;
+            }
+        }
+        Ok(())
+    }
+
+    fn chat_model(&self, name: &str) -> Result<&Model, Error> {
+        let model = self.catalog.find(name)?;
+        let purpose = match model.role {
+            ModelRole::Chat => return Ok(model),
+            ModelRole::Embedding => "makes vectors",
+            ModelRole::Router => "chooses models",
+        };
+        Err(Error::invalid("model", format!("`{name}` {purpose} and does not answer: use a model of role chat")))
+    }
+}

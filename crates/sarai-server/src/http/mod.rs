@@ -1,0 +1,81 @@
+//! Both APIs over HTTP: URL to handler, body to core, events to bytes.
+
+mod admin;
+mod body;
+mod error;
+mod ollama;
+mod openai;
+mod stream;
+
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{any, get, post};
+use sarai_api::Served;
+use sarai_core::Error;
+
+use crate::gateway::Gateway;
+use error::Failure;
+
+/// What every handler needs.
+#[derive(Clone, Debug)]
+pub struct App {
+    /// The entrance.
+    pub gateway: Gateway,
+    /// The largest body in bytes.
+    pub max_body_bytes: usize,
+    /// How long a client may leave its answer unread.
+    pub stall: Duration,
+}
+
+/// Every URL.
+pub fn router(app: App) -> Router {
+    let wrong_method = |api: fn(Error) -> Failure| {
+        any(move |request: Request| async move { Failure::wrong_method(api, request.method(), request.uri()) })
+    };
+    let of = |method: axum::routing::MethodRouter<App>, api| method.fallback_service(wrong_method(api).with_state(()));
+    Router::new()
+        .route("/v1/chat/completions", of(post(openai::chat), Failure::OpenAi))
+        .route("/v1/completions", of(post(openai::completion), Failure::OpenAi))
+        .route("/v1/models", of(get(openai::models), Failure::OpenAi))
+        .route("/v1/models/{*id}", of(get(openai::model), Failure::OpenAi))
+        .route("/api/chat", of(post(ollama::chat), Failure::Ollama))
+        .route("/api/generate", of(post(ollama::generate), Failure::Ollama))
+        .route("/api/show", of(post(ollama::show), Failure::Ollama))
+        .route("/api/tags", of(get(ollama::tags), Failure::Ollama))
+        .route("/api/version", of(get(ollama::version), Failure::Ollama))
+        .route("/api/ps", of(get(admin::ps), Failure::Ollama))
+        .route("/health", get(admin::health))
+        .route("/ready", get(admin::ready))
+        .route("/", get(|| async { "sarai is running" }))
+        .fallback(|request: Request| async move { Failure::unknown_path(request.uri()) })
+        .with_state(app)
+}
+
+/// The headers that say who served an answer.
+fn served_headers(served: &Served) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    let mut set = |name: &'static str, value: &str| {
+        // A header holds visible ASCII only; a reason may quote anything.
+        let ascii: String = value.chars().map(|c| if (' '..='~').contains(&c) { c } else { '?' }).take(512).collect();
+        if let Ok(value) = HeaderValue::from_str(&ascii) {
+            headers.insert(HeaderName::from_static(name), value);
+        }
+    };
+    set("x-sarai-served-by", &served.by);
+    if let Some(reason) = &served.fallback_reason {
+        set("x-sarai-fallback-reason", reason);
+    }
+    if !served.degraded.is_empty() {
+        set("x-sarai-degraded", &served.degraded.join(","));
+    }
+    headers
+}
+
+fn json_response(headers: HeaderMap, body: &serde_json::Value) -> Response {
+    let json = [(axum::http::header::CONTENT_TYPE, "application/json")];
+    (headers, json, body.to_string()).into_response()
+}

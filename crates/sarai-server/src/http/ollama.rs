@@ -1,0 +1,116 @@
+//! Ollama's endpoints.
+
+use std::time::SystemTime;
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, header};
+use axum::response::{IntoResponse, Response};
+use sarai_api::ollama::{self, End, Kind, LineWriter, OllamaRequest};
+use sarai_api::{Parsed, Served};
+use sarai_core::{Error, Event};
+use serde_json::{Map, Value, json};
+
+use super::error::{Failure, ollama_body};
+use super::{App, body, json_response, served_headers, stream};
+use crate::config::Deployment;
+
+/// `POST /api/chat`.
+pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, Failure> {
+    answer(app, request, Kind::Chat, ollama::parse_chat).await.map_err(Failure::Ollama)
+}
+
+/// `POST /api/generate`.
+pub async fn generate(State(app): State<App>, request: Request) -> Result<Response, Failure> {
+    answer(app, request, Kind::Generate, ollama::parse_generate).await.map_err(Failure::Ollama)
+}
+
+/// `GET /api/version`.
+pub async fn version() -> Response {
+    json_response(HeaderMap::new(), &json!({ "version": env!("CARGO_PKG_VERSION") }))
+}
+
+/// `GET /api/tags`.
+pub async fn tags(State(app): State<App>) -> Response {
+    let catalog = &app.gateway.catalog;
+    let models: Vec<_> = catalog.models.iter().map(|model| ollama::list_entry(&catalog.facts(model))).collect();
+    json_response(HeaderMap::new(), &json!({ "models": models }))
+}
+
+/// `POST /api/show`.
+pub async fn show(State(app): State<App>, request: Request) -> Result<Response, Failure> {
+    let show = async {
+        let name = ollama::parse_model_name(&body::read(request, app.max_body_bytes).await?)?;
+        let catalog = &app.gateway.catalog;
+        let model = catalog.find(&name)?;
+        let file = model.deployments.iter().find_map(|deployment| match deployment {
+            Deployment::Local(engine) => catalog.file(*engine).ok(),
+            Deployment::Ollama { .. } => None,
+        });
+        let mut info = Map::new();
+        for (key, value) in file.iter().flat_map(|file| &file.header.metadata) {
+            use sarai_plan::gguf::Value as Gguf;
+            let value = match value {
+                Gguf::Int(value) => Value::from(*value),
+                Gguf::Float(value) => Value::from(*value),
+                Gguf::Text(value) => Value::from(value.as_str()),
+                Gguf::Ints(_) | Gguf::Length(_) => continue,
+            };
+            info.insert(key.clone(), value);
+        }
+        let template = info.remove("tokenizer.chat_template");
+        let template = template.as_ref().and_then(Value::as_str).unwrap_or_default();
+        Ok(json_response(HeaderMap::new(), &ollama::show(&catalog.facts(model), template, Value::Object(info))))
+    };
+    show.await.map_err(Failure::Ollama)
+}
+
+async fn answer(
+    app: App,
+    request: Request,
+    kind: Kind,
+    parse: fn(&[u8]) -> Result<OllamaRequest, Error>,
+) -> Result<Response, Error> {
+    let without_text = |model: String, reason| {
+        let line = LineWriter { kind, model }.without_text(SystemTime::now(), reason);
+        Ok(json_response(HeaderMap::new(), &line))
+    };
+    match parse(&body::read(request, app.max_body_bytes).await?)? {
+        OllamaRequest::Generate(parsed) => generated(app, kind, *parsed).await,
+        OllamaRequest::Load { model } => {
+            app.gateway.load(&model).await?;
+            without_text(model, "load")
+        }
+        OllamaRequest::Unload { model } => {
+            app.gateway.unload(&model).await?;
+            without_text(model, "unload")
+        }
+    }
+}
+
+async fn generated(app: App, kind: Kind, parsed: Parsed) -> Result<Response, Error> {
+    let delivery = parsed.delivery;
+    let writer = LineWriter { kind, model: parsed.model.clone() };
+    let answer = app.gateway.answer(parsed).await?;
+    let mut headers = served_headers(&answer.served);
+    if !delivery.stream {
+        let whole = stream::collect(answer.events).await?;
+        let end = End { finish: whole.finish, usage: &whole.usage, timings: &whole.timings, served: &answer.served };
+        return Ok(json_response(headers, &writer.done(SystemTime::now(), &whole.text, &end)));
+    }
+    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/x-ndjson"));
+    let served = answer.served;
+    let body = stream::body(answer.events, app.stall, None, move |event| encode(&writer, &served, event).into());
+    Ok((headers, body).into_response())
+}
+
+fn encode(writer: &LineWriter, served: &Served, event: Result<Event, Error>) -> String {
+    let now = SystemTime::now();
+    let line = match event {
+        Ok(Event::Text(text)) => writer.text(now, &text),
+        Ok(Event::Done { finish, usage, timings }) => {
+            writer.done(now, "", &End { finish, usage: &usage, timings: &timings, served })
+        }
+        Err(error) => ollama_body(&error),
+    };
+    format!("{line}\n")
+}

@@ -1,0 +1,92 @@
+//! OpenAI's endpoints.
+
+use std::fmt::Write;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderMap, header};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use sarai_api::openai::{self, ChunkWriter, Kind};
+use sarai_api::{Parsed, Served};
+use sarai_core::{Error, Event};
+use serde_json::Value;
+
+use super::error::{Failure, openai_body};
+use super::{App, body, json_response, served_headers, stream};
+
+/// `POST /v1/chat/completions`.
+pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, Failure> {
+    answer(app, request, Kind::Chat, openai::parse_chat).await.map_err(Failure::OpenAi)
+}
+
+/// `POST /v1/completions`.
+pub async fn completion(State(app): State<App>, request: Request) -> Result<Response, Failure> {
+    answer(app, request, Kind::Completion, openai::parse_completion).await.map_err(Failure::OpenAi)
+}
+
+/// `GET /v1/models`.
+pub async fn models(State(app): State<App>) -> Response {
+    let models = app.gateway.catalog.models.iter().map(|model| openai::model(&model.name, 0));
+    json_response(HeaderMap::new(), &openai::models(models.collect()))
+}
+
+/// `GET /v1/models/{id}`.
+pub async fn model(State(app): State<App>, Path(id): Path<String>) -> Result<Response, Failure> {
+    let model = app.gateway.catalog.find(&id).map_err(Failure::OpenAi)?;
+    Ok(json_response(HeaderMap::new(), &openai::model(&model.name, 0)))
+}
+
+async fn answer(app: App, request: Request, kind: Kind, parse: fn(&[u8]) -> Result<Parsed, Error>) -> Result<Response, Error> {
+    let parsed = parse(&body::read(request, app.max_body_bytes).await?)?;
+    let delivery = parsed.delivery;
+    let writer = ChunkWriter {
+        kind,
+        id: new_id(kind),
+        created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        model: parsed.model.clone(),
+        include_usage: delivery.include_usage,
+    };
+    let answer = app.gateway.answer(parsed).await?;
+    let mut headers = served_headers(&answer.served);
+    if !delivery.stream {
+        let whole = stream::collect(answer.events).await?;
+        let body = writer.whole(&whole.text, whole.finish, &whole.usage, &answer.served, &whole.timings);
+        return Ok(json_response(headers, &body));
+    }
+    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-cache"));
+    let first = writer.role().map(|chunk| Bytes::from(sse(&chunk)));
+    let served = answer.served;
+    let body = stream::body(answer.events, app.stall, first, move |event| encode(&writer, &served, event).into());
+    Ok((headers, body).into_response())
+}
+
+fn encode(writer: &ChunkWriter, served: &Served, event: Result<Event, Error>) -> String {
+    match event {
+        Ok(Event::Text(text)) => sse(&writer.text(&text)),
+        Ok(Event::Done { finish, usage, timings }) => {
+            let mut end = sse(&writer.finish(finish, served, &timings));
+            if let Some(chunk) = writer.usage(&usage) {
+                end.push_str(&sse(&chunk));
+            }
+            end.push_str("data: [DONE]\n\n");
+            end
+        }
+        Err(error) => sse(&openai_body(&error)),
+    }
+}
+
+fn sse(chunk: &Value) -> String {
+    format!("data: {chunk}\n\n")
+}
+
+fn new_id(kind: Kind) -> String {
+    let prefix = match kind {
+        Kind::Chat => "chatcmpl-",
+        Kind::Completion => "cmpl-",
+    };
+    let mut id = prefix.to_owned();
+    let _ = write!(id, "{:032x}", rand::random::<u128>());
+    id
+}

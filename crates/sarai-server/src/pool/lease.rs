@@ -1,0 +1,59 @@
+//! Guards: an engine that is kept busy, and a slot of its worker.
+
+use std::time::{Duration, Instant};
+
+use sarai_core::{Deadlines, Error, Phase};
+use sarai_plan::{EngineId, Plan};
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::{Message, Pool};
+use crate::supervise::child::Worker;
+
+/// Keeps an engine from being unloaded; given back on drop.
+#[derive(Debug)]
+pub struct Busy {
+    engine: EngineId,
+    pool: Pool,
+}
+
+impl Busy {
+    pub(super) const fn new(engine: EngineId, pool: Pool) -> Self {
+        Self { engine, pool }
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.pool.send(Message::Released(self.engine));
+    }
+}
+
+/// A slot of a loaded worker, for one generation.
+#[derive(Debug)]
+pub struct Lease {
+    /// The worker.
+    pub worker: Worker,
+    /// How long its load was waited for.
+    pub load: Duration,
+    /// How long its slot was waited for.
+    pub queue: Duration,
+    _slot: OwnedSemaphorePermit,
+    _busy: Busy,
+}
+
+impl Pool {
+    /// Takes a slot of an engine, loading it if need be.
+    ///
+    /// # Errors
+    /// The load was refused, failed or took too long, or no slot came free in time.
+    pub async fn lease(&self, engine: EngineId, plan: Plan, model: &str, deadlines: &Deadlines) -> Result<Lease, Error> {
+        let late = |phase, limit: Duration| Error::Deadline { model: model.to_owned(), phase, seconds: limit.as_secs() };
+        let started = Instant::now();
+        let loaded = tokio::time::timeout(deadlines.load, self.acquire(engine, plan)).await;
+        let (worker, busy) = loaded.map_err(|_| late(Phase::Load, deadlines.load))??;
+        let load = started.elapsed();
+        let slot = tokio::time::timeout(deadlines.queue, worker.slots.clone().acquire_owned()).await;
+        let slot = slot.map_err(|_| late(Phase::Queue, deadlines.queue))?.map_err(|_| Error::ShuttingDown)?;
+        Ok(Lease { worker, load, queue: started.elapsed() - load, _slot: slot, _busy: busy })
+    }
+}

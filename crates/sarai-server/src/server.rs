@@ -1,0 +1,133 @@
+//! The whole server: started from a configuration, ended by a signal.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::serve::ListenerExt;
+use futures_util::future::join_all;
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+
+use crate::admission::Admission;
+use crate::backend::ollama::Hosts;
+use crate::catalog::Catalog;
+use crate::config::Config;
+use crate::dispatch::Dispatch;
+use crate::gateway::Gateway;
+use crate::http::{App, router};
+use crate::pool::Pool;
+
+/// Why the server cannot start.
+#[derive(Debug, Error)]
+pub enum ServerError {
+    /// The address is taken or not ours.
+    #[error("cannot listen on {address} ({source}): stop what listens there, or change server.listen")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The HTTP client for remotes cannot be made.
+    #[error("the HTTP client cannot be set up ({0})")]
+    Client(#[from] reqwest::Error),
+    /// Serving ended by itself.
+    #[error("serving failed ({0})")]
+    Serve(std::io::Error),
+}
+
+/// A server that listens.
+#[derive(Debug)]
+pub struct Server {
+    listener: TcpListener,
+    gateway: Gateway,
+    pool: (Pool, JoinHandle<()>),
+    config: Config,
+}
+
+impl Server {
+    /// Listens, and starts the pool. `executable` is the binary that is run as a worker.
+    ///
+    /// # Errors
+    /// The address cannot be listened on. Missing files and hosts are no errors.
+    pub async fn start(config: Config, executable: PathBuf) -> Result<Self, ServerError> {
+        let address = config.server.listen;
+        let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Listen { address, source })?;
+        // An error means that a provider is installed already, which is as well.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let hosts = Hosts::new(config.models.iter().map(|model| model.deadlines.connect))?;
+        let catalog = Arc::new(Catalog::new(&config));
+        let pool = Pool::start(Arc::clone(&catalog.engines), config.memory, executable);
+        let limits = &config.server;
+        let gateway = Gateway {
+            dispatch: Dispatch { catalog: Arc::clone(&catalog), pool: pool.0.clone(), hosts },
+            catalog,
+            admission: Arc::new(Admission::new(limits.max_in_flight, limits.max_queued, limits.queue)),
+        };
+        Ok(Self { listener, gateway, pool, config })
+    }
+
+    /// The address it listens on.
+    ///
+    /// # Errors
+    /// The system does not tell.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Serves until `stop` completes; then drains running answers up to their deadline and ends every worker.
+    ///
+    /// # Errors
+    /// The listener failed.
+    pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), ServerError> {
+        let app = App {
+            gateway: self.gateway.clone(),
+            max_body_bytes: self.config.server.max_body_bytes,
+            stall: self.config.server.stall,
+        };
+        let resident = tokio::spawn(load_residents(self.gateway.clone(), self.config.clone()));
+        let drain = self.config.server.drain;
+        let (stopping, mut stopped) = tokio::sync::watch::channel(false);
+        let signal = async move {
+            stop.await;
+            let _ = stopping.send(true);
+        };
+        // Tokens are small packets: each must leave at once.
+        let listener = self.listener.tap_io(|socket| drop(socket.set_nodelay(true)));
+        let serving = axum::serve(listener, router(app)).with_graceful_shutdown(signal);
+        let outcome = tokio::select! {
+            outcome = serving => outcome.map_err(ServerError::Serve),
+            () = async { let _ = stopped.wait_for(|&stopped| stopped).await; tokio::time::sleep(drain).await } => {
+                tracing::warn!(seconds = drain.as_secs(), "answers that still ran were cut (server.drain_seconds)");
+                Ok(())
+            }
+        };
+        resident.abort();
+        let (pool, owner) = self.pool;
+        pool.stop().await;
+        let _ = tokio::time::timeout(Duration::from_secs(1), owner).await;
+        outcome
+    }
+}
+
+/// Loads what is configured as resident, at the same time; what cannot be loaded is a state, not an end.
+async fn load_residents(gateway: Gateway, config: Config) {
+    let resident = config.engines.iter().enumerate().filter(|(_, engine)| engine.resident);
+    join_all(resident.map(|(index, engine)| {
+        let gateway = &gateway;
+        async move {
+            let id = sarai_plan::EngineId(index);
+            let loaded = match gateway.catalog.file(id) {
+                Ok(file) => gateway.dispatch.pool.acquire(id, file.plan.clone()).await.map(drop),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = loaded {
+                tracing::warn!(model = engine.label, %error, "a resident model is not loaded");
+            }
+        }
+    }))
+    .await;
+}

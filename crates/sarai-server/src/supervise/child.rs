@@ -1,0 +1,246 @@
+//! One worker process, from its start to its end.
+//!
+//! The child is this binary again, with one end of a socket pair as its standard input. It ends when our
+//! end is closed; if it does not, it is killed.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::PathBuf;
+use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use sarai_core::Error;
+use sarai_core::frame::{self, FromWorker, HEADER_BYTES, LoadSpec, LoadedInfo, ToWorker};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::process::{Child, Command};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use super::route::Routes;
+
+/// How long a worker may take to end by itself.
+const END_GRACE: Duration = Duration::from_secs(2);
+/// Lines of a worker's log that are kept for its crash report.
+const LAST_WORDS: usize = 5;
+
+/// A worker whose model is loaded.
+#[derive(Clone, Debug)]
+pub struct Worker {
+    /// Process id.
+    pub pid: u32,
+    /// What it loaded.
+    pub info: LoadedInfo,
+    /// Places for generations.
+    pub slots: Arc<Semaphore>,
+    /// Requests it is answering.
+    pub routes: Routes,
+    commands: mpsc::Sender<ToWorker>,
+    ids: Arc<AtomicU64>,
+}
+
+impl Worker {
+    /// A number for a new generation.
+    pub fn next_id(&self) -> u64 {
+        self.ids.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Sends a command. The queue has room for what all slots together may send, so this does not wait.
+    pub fn send(&self, command: ToWorker) {
+        if self.commands.try_send(command).is_err() {
+            tracing::debug!(pid = self.pid, "the worker takes no commands any more");
+        }
+    }
+}
+
+/// What the supervisor of a worker tells the pool.
+#[derive(Debug)]
+pub enum Report {
+    /// The model is loaded.
+    Loaded(Worker),
+    /// The process has ended; `failure` says why unless it was asked to.
+    Exited {
+        /// For people.
+        failure: Option<String>,
+    },
+}
+
+/// What starts a worker.
+#[derive(Clone, Debug)]
+pub struct Start {
+    /// The binary to run, with `worker llama`.
+    pub executable: PathBuf,
+    /// What to load.
+    pub spec: LoadSpec,
+    /// How long that may take.
+    pub load_deadline: Duration,
+}
+
+/// Runs a worker until it ends, or until `stop` is dropped or sent; reports what happens, `Exited` last.
+pub async fn supervise(start: Start, stop: oneshot::Receiver<()>, report: impl Fn(Report) + Send) {
+    let model = start.spec.model.clone();
+    let failure = match launch(&start) {
+        Ok(launched) => run(launched, &start, stop, &report).await,
+        Err(error) => Some(format!("the worker cannot be started ({error})")),
+    };
+    if let Some(reason) = &failure {
+        tracing::warn!(model, reason, "worker ended");
+    }
+    report(Report::Exited { failure });
+}
+
+struct Launched {
+    child: Child,
+    pid: u32,
+    reader: OwnedReadHalf,
+    writer: OwnedWriteHalf,
+}
+
+fn launch(start: &Start) -> std::io::Result<Launched> {
+    let (ours, theirs) = StdUnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    let child = Command::new(&start.executable)
+        .args(["worker", "llama", &start.spec.model])
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()?;
+    let pid = child.id().unwrap_or_default();
+    let (reader, writer) = UnixStream::from_std(ours)?.into_split();
+    Ok(Launched { child, pid, reader, writer })
+}
+
+/// Returns why the worker ended, or `None` if it was stopped.
+async fn run(
+    mut launched: Launched,
+    start: &Start,
+    mut stop: oneshot::Receiver<()>,
+    report: &(impl Fn(Report) + Send),
+) -> Option<String> {
+    let slots = start.spec.parallel as usize;
+    let (commands, to_write) = mpsc::channel(4 * slots + 16);
+    let (loaded, mut on_loaded) = mpsc::channel(1);
+    let routes = Routes::open();
+    let last_words = tokio::spawn(read_log(launched.child.stderr.take(), start.spec.model.clone()));
+    let writing = tokio::spawn(write_frames(launched.writer, to_write));
+    let reading = tokio::spawn(read_frames(launched.reader, routes.clone(), loaded));
+    let _ = commands.try_send(ToWorker::Load(start.spec.clone()));
+
+    let loading = tokio::time::timeout(start.load_deadline, on_loaded.recv());
+    let outcome = tokio::select! {
+        loaded = loading => match loaded {
+            Ok(Some(Ok(info))) => {
+                report(Report::Loaded(Worker {
+                    pid: launched.pid,
+                    info,
+                    slots: Arc::new(Semaphore::new(slots)),
+                    routes: routes.clone(),
+                    commands: commands.clone(),
+                    ids: Arc::new(AtomicU64::new(1)),
+                }));
+                tokio::select! {
+                    _ = reading => Outcome::Died,
+                    _ = &mut stop => Outcome::Stopped,
+                }
+            }
+            Ok(Some(Err(reason))) => Outcome::Failed(reason),
+            Ok(None) => Outcome::Died,
+            Err(_) => Outcome::Failed(format!("it was not loaded within {} s (deadline `load_seconds`)", start.load_deadline.as_secs())),
+        },
+        _ = &mut stop => Outcome::Stopped,
+    };
+    // Closing our end asks the worker to go.
+    drop(commands);
+    writing.abort();
+    let status = end(&mut launched.child).await;
+    let words = last_words.await.unwrap_or_default();
+    let failure = match outcome {
+        Outcome::Stopped => None,
+        Outcome::Failed(reason) => Some(with_words(reason, &words)),
+        Outcome::Died => Some(with_words(status.map_or("lost".into(), |status| status.to_string()), &words)),
+    };
+    let detail = failure.clone().unwrap_or_else(|| "it was unloaded".into());
+    routes.close(&Error::WorkerDied { model: start.spec.model.clone(), detail });
+    failure
+}
+
+enum Outcome {
+    Stopped,
+    Failed(String),
+    Died,
+}
+
+fn with_words(reason: String, words: &VecDeque<String>) -> String {
+    if words.is_empty() {
+        return reason;
+    }
+    format!("{reason}; its last words: {}", Vec::from(words.clone()).join(" | "))
+}
+
+async fn end(child: &mut Child) -> Option<ExitStatus> {
+    match tokio::time::timeout(END_GRACE, child.wait()).await {
+        Ok(status) => status.ok(),
+        Err(_) => {
+            let _ = child.start_kill();
+            child.wait().await.ok()
+        }
+    }
+}
+
+async fn write_frames(mut socket: OwnedWriteHalf, mut commands: mpsc::Receiver<ToWorker>) {
+    let mut buffer = Vec::new();
+    while let Some(command) = commands.recv().await {
+        buffer.clear();
+        if let Err(error) = frame::encode(&command, &mut buffer) {
+            tracing::error!(%error, "a command could not be sent");
+            continue;
+        }
+        if socket.write_all(&buffer).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Passes frames on until the worker's end of the socket closes.
+async fn read_frames(socket: OwnedReadHalf, routes: Routes, loaded: mpsc::Sender<Result<LoadedInfo, String>>) {
+    let mut socket = BufReader::new(socket);
+    let mut header = [0; HEADER_BYTES];
+    let mut body = Vec::new();
+    while socket.read_exact(&mut header).await.is_ok() {
+        let Ok(length) = frame::body_length(header) else { return };
+        body.resize(length, 0);
+        if socket.read_exact(&mut body).await.is_err() {
+            return;
+        }
+        match frame::decode(&body) {
+            Ok(FromWorker::Event { id, event }) => routes.pass(id, Ok(event)),
+            Ok(FromWorker::Failed { id, error }) => routes.pass(id, Err(error)),
+            Ok(FromWorker::Loaded(info)) => drop(loaded.try_send(Ok(info))),
+            Ok(FromWorker::LoadFailed(reason)) => drop(loaded.try_send(Err(reason))),
+            Err(error) => {
+                tracing::error!(%error, "a worker sent what is no frame");
+                return;
+            }
+        }
+    }
+}
+
+/// Logs what the worker writes, and returns its last lines.
+async fn read_log(stderr: Option<tokio::process::ChildStderr>, model: String) -> VecDeque<String> {
+    let mut words = VecDeque::new();
+    let Some(stderr) = stderr else { return words };
+    let mut lines = BufReader::new(stderr).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        tracing::debug!(model, line, "worker");
+        words.push_back(line);
+        if words.len() > LAST_WORDS {
+            words.pop_front();
+        }
+    }
+    words
+}

@@ -1,0 +1,17 @@
+//! One file per command.
+
+pub mod check;
+mod client;
+pub mod ps;
+pub mod run;
+pub mod serve;
+pub mod worker;
+
+use tokio::runtime::Runtime;
+
+use crate::Failure;
+
+/// A runtime for commands that wait.
+fn runtime() -> Result<Runtime, Failure> {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(Failure::failed)
+}
