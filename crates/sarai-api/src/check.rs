@@ -23,7 +23,10 @@ pub fn sampling(sampling: &Sampling) -> Result<(), Error> {
     range("presence_penalty", sampling.presence_penalty, -2.0, 2.0)?;
     range("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)?;
     if let Some(n) = sampling.repeat_last_n.filter(|&n| n < -1) {
-        return Err(Error::invalid("repeat_last_n", format!("`repeat_last_n` is {n}: use -1 for the whole context, or 0 and more")));
+        return Err(Error::invalid(
+            "repeat_last_n",
+            format!("`repeat_last_n` is {n}: use -1 for the whole context, or 0 and more"),
+        ));
     }
     Ok(())
 }
@@ -50,7 +53,9 @@ pub fn role(param: &str, name: &str) -> Result<Role, Error> {
         "user" => Ok(Role::User),
         "assistant" => Ok(Role::Assistant),
         "tool" => Ok(Role::Tool),
-        _ => Err(Error::invalid(param, format!("`{param}` is `{name}`: use system, developer, user, assistant or tool"))),
+        _ => {
+            Err(Error::invalid(param, format!("`{param}` is `{name}`: use system, developer, user, assistant or tool")))
+        }
     }
 }
 

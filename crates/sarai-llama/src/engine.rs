@@ -158,8 +158,8 @@ impl<'model> Engine<'model> {
 
     fn begin(&mut self, id: u64, request: &GenerateRequest) -> Result<(), Error> {
         let started = Instant::now();
-        let rendered = prompt::render(self.model, self.templates, request)?;
-        let prompt_tokens = rendered.tokens.len();
+        let tokens = prompt::render(self.model, self.templates, request)?;
+        let prompt_tokens = tokens.len();
         if prompt_tokens >= self.context_tokens {
             return Err(Error::ContextOverflow {
                 model: self.name.clone(),
@@ -167,19 +167,19 @@ impl<'model> Engine<'model> {
                 context_tokens: u32::try_from(self.context_tokens).unwrap_or(u32::MAX),
             });
         }
-        let mut sampler = prompt::sampler(self.model, &rendered, request)?;
-        for &token in &rendered.tokens {
+        let mut sampler = prompt::sampler(self.model, request)?;
+        for &token in &tokens {
             sampler.accept(token, false);
         }
-        let index = self.choose_sequence(&rendered.tokens)?;
-        let cached = self.keep_prefix(index, &rendered.tokens)?;
+        let index = self.choose_sequence(&tokens)?;
+        let cached = self.keep_prefix(index, &tokens)?;
         self.uses += 1;
         self.sequences[index].last_used = self.uses;
         self.sequences[index].generation = Some(Generation {
             id,
             sampler,
             answer: AnswerText::new(&request.stop),
-            prompt: rendered.tokens,
+            prompt: tokens,
             cached,
             generated: 0,
             max_tokens: request.max_tokens.unwrap_or(u32::MAX),

@@ -1,52 +1,46 @@
 //! A request made into tokens and a sampler, by llama.cpp's own templates, grammars and sampling.
 
-use llama_cpp_4::chat::{ChatApplyParams, ChatParams, ChatTemplates, ReasoningFormat};
+use llama_cpp_4::chat::{ChatApplyParams, ChatTemplates, ReasoningFormat};
 use llama_cpp_4::common_sampler::{CommonSampler, CommonSamplerParams, GrammarSource};
 use llama_cpp_4::model::{AddBos, LlamaModel, Special};
 use llama_cpp_4::token::LlamaToken;
 use sarai_core::{Error, Format, GenerateRequest, Message, Prompt, Sampling};
 
-/// The tokens of a prompt, and what the template wants of the sampler.
-pub struct Rendered {
-    /// The prompt, ready for prefill; never empty.
-    pub tokens: Vec<LlamaToken>,
-    chat: Option<ChatParams>,
-}
+/// Both APIs' -100 bans a token; for llama.cpp that is minus infinity, which JSON frames cannot carry.
+const BANNED: f32 = -100.0;
 
-/// Renders and tokenises the prompt.
+/// Renders and tokenises the prompt; the result is never empty.
 ///
 /// # Errors
 /// The template refuses the messages, or the text cannot be tokenised.
-pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateRequest) -> Result<Rendered, Error> {
-    let (tokens, chat) = match &request.prompt {
+pub fn render(
+    model: &LlamaModel,
+    templates: &ChatTemplates,
+    request: &GenerateRequest,
+) -> Result<Vec<LlamaToken>, Error> {
+    let tokens = match &request.prompt {
         Prompt::Raw(text) => {
-            let tokens = model.str_to_token_with_special(text, AddBos::Always, Special::Tokenize).map_err(internal)?;
-            (tokens, None)
+            model.str_to_token_with_special(text, AddBos::Always, Special::Tokenize).map_err(internal)?
         }
         Prompt::Chat(messages) => {
-            let chat = templates.apply(&chat_params(messages, &request.format)).map_err(|error| {
+            let chat = templates.apply(&chat_params(messages)).map_err(|error| {
                 Error::invalid("messages", format!("the model's chat template refuses the messages: {error}"))
             })?;
-            (chat.tokenize_prompt(model, AddBos::Always).map_err(internal)?, Some(chat))
+            chat.tokenize_prompt(model, AddBos::Always).map_err(internal)?
         }
     };
     if tokens.is_empty() {
         return Err(Error::invalid("prompt", "the prompt is empty: send at least one token of text"));
     }
-    Ok(Rendered { tokens, chat })
+    Ok(tokens)
 }
 
-fn chat_params(messages: &[Message], format: &Format) -> ChatApplyParams {
+fn chat_params(messages: &[Message]) -> ChatApplyParams {
     let messages: Vec<_> = messages
         .iter()
         .map(|message| serde_json::json!({ "role": message.role.as_str(), "content": message.content }))
         .collect();
-    let params = ChatApplyParams::new(serde_json::Value::from(messages).to_string())
-        .with_reasoning_format(ReasoningFormat::None);
-    match schema_of(format) {
-        Some(schema) => params.with_json_schema(schema),
-        None => params,
-    }
+    ChatApplyParams::new(serde_json::Value::from(messages).to_string()).with_reasoning_format(ReasoningFormat::None)
 }
 
 fn schema_of(format: &Format) -> Option<String> {
@@ -61,7 +55,7 @@ fn schema_of(format: &Format) -> Option<String> {
 ///
 /// # Errors
 /// The schema is not one that llama.cpp can make a grammar of.
-pub fn sampler(model: &LlamaModel, rendered: &Rendered, request: &GenerateRequest) -> Result<CommonSampler, Error> {
+pub fn sampler(model: &LlamaModel, request: &GenerateRequest) -> Result<CommonSampler, Error> {
     let mut params = CommonSamplerParams::new();
     set_scalars(&mut params, &request.sampling);
     for &(token, bias) in &request.sampling.logit_bias {
@@ -71,9 +65,11 @@ pub fn sampler(model: &LlamaModel, rendered: &Rendered, request: &GenerateReques
                 format!("`{token}` is no token of this model: use ids from 0 to {}", model.n_vocab() - 1),
             ));
         }
-        params.add_logit_bias(LlamaToken(token), bias).map_err(internal)?;
+        params
+            .add_logit_bias(LlamaToken(token), if bias <= BANNED { f32::NEG_INFINITY } else { bias })
+            .map_err(internal)?;
     }
-    set_grammar(&mut params, rendered, &request.format)?;
+    set_grammar(&mut params, &request.format)?;
     CommonSampler::new(model, &mut params)
         .map_err(|error| Error::invalid("format", format!("llama.cpp cannot make a grammar of the schema: {error}")))
 }
@@ -95,19 +91,12 @@ fn set_scalars(params: &mut CommonSamplerParams, sampling: &Sampling) {
     params.set_scalars(&scalars);
 }
 
-fn set_grammar(params: &mut CommonSamplerParams, rendered: &Rendered, format: &Format) -> Result<(), Error> {
+/// The grammar is made of the schema alone: the templates' own ones let a fence of backticks through.
+fn set_grammar(params: &mut CommonSamplerParams, format: &Format) -> Result<(), Error> {
+    let Some(schema) = schema_of(format) else { return Ok(()) };
     let bad = |error| Error::invalid("format", format!("llama.cpp cannot make a grammar of the schema: {error}"));
-    match (&rendered.chat, schema_of(format)) {
-        (_, None) => Ok(()),
-        (Some(chat), Some(_)) => {
-            params.set_generation_prompt(chat.generation_prompt()).map_err(internal)?;
-            params.set_grammar(&chat.grammar, GrammarSource::OutputFormat, chat.grammar_lazy).map_err(bad)
-        }
-        (None, Some(schema)) => {
-            let grammar = llama_cpp_4::chat::json_schema_to_grammar(&schema, false).map_err(bad)?;
-            params.set_grammar(&grammar, GrammarSource::User, false).map_err(bad)
-        }
-    }
+    let grammar = llama_cpp_4::chat::json_schema_to_grammar(&schema, false).map_err(bad)?;
+    params.set_grammar(&grammar, GrammarSource::User, false).map_err(bad)
 }
 
 fn internal(error: impl std::fmt::Display) -> Error {

@@ -59,7 +59,8 @@ impl Plan {
 /// the file copy stays mapped. Embeddings are not repacked.
 fn repacked(header: &Header) -> Bytes {
     let eligible = |kind: u32| matches!(kind, 2 | 12 | 20 | 39);
-    let matrices = header.tensors.iter().filter(|tensor| tensor.shape.len() > 1 && !tensor.name.starts_with("token_embd"));
+    let matrices =
+        header.tensors.iter().filter(|tensor| tensor.shape.len() > 1 && !tensor.name.starts_with("token_embd"));
     matrices.filter(|tensor| eligible(tensor.kind)).map(|tensor| tensor.bytes).sum()
 }
 
@@ -98,7 +99,7 @@ fn kv_cache(header: &Header, settings: Settings) -> Bytes {
 /// Whether a layer of a sliding-window model sees only the window: Gemma 3 has one full layer in six; for
 /// other architectures every layer counts as full, which is never too little.
 fn is_windowed(header: &Header, layer: usize) -> bool {
-    header.architecture() == "gemma3" && (layer + 1) % 6 != 0
+    header.architecture() == "gemma3" && !(layer + 1).is_multiple_of(6)
 }
 
 /// State of one recurrent or convolution layer and sequence, in F32.
@@ -136,7 +137,12 @@ mod tests {
     fn llama(layers: i64, kv_heads: Value) -> Header {
         let mut header = Header::default();
         header.metadata.insert("general.architecture".into(), Value::Text("llama".into()));
-        let ints = [("block_count", layers), ("embedding_length", 576), ("attention.head_count", 9), ("feed_forward_length", 1536)];
+        let ints = [
+            ("block_count", layers),
+            ("embedding_length", 576),
+            ("attention.head_count", 9),
+            ("feed_forward_length", 1536),
+        ];
         for (key, value) in ints {
             header.metadata.insert(format!("llama.{key}"), Value::Int(value));
         }

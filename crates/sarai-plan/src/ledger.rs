@@ -306,7 +306,8 @@ impl Ledger {
     fn refusal(&self, id: EngineId) -> Refusal {
         let lack = self.lacks(id, &[]);
         let holders = self.engines.iter().filter(|engine| engine.holds_a_place());
-        let held = holders.map(|engine| Held { model: engine.spec.label.clone(), bytes: engine.claim(), busy: engine.busy });
+        let held =
+            holders.map(|engine| Held { model: engine.spec.label.clone(), bytes: engine.claim(), busy: engine.busy });
         Refusal {
             model: self.engines[id.0].spec.label.clone(),
             needs: self.engines[id.0].planned.clone(),
@@ -423,7 +424,10 @@ mod tests {
         let mut ledger = ledger(100, 2, Strategy::EvictLru, 2);
         ledger.decide(PoolEvent::Wanted(A, Ticket(1), plan(70)));
         ledger.decide(PoolEvent::Loaded(A));
-        assert!(matches!(ledger.decide(PoolEvent::Wanted(B, Ticket(2), plan(70)))[..], [Effect::Refuse(..)]), "A is busy");
+        assert!(
+            matches!(ledger.decide(PoolEvent::Wanted(B, Ticket(2), plan(70)))[..], [Effect::Refuse(..)]),
+            "A is busy"
+        );
         ledger.decide(PoolEvent::Released(A));
         assert_eq!(ledger.decide(PoolEvent::Wanted(B, Ticket(3), plan(70))), [Effect::Stop(A)]);
         assert_eq!(ledger.decide(PoolEvent::Exited(A)), [Effect::Load(B)]);

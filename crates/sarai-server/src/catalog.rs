@@ -20,7 +20,7 @@ pub struct Catalog {
     pub models: Vec<Model>,
     /// By [`EngineId`].
     pub engines: Arc<[Engine]>,
-    files: Mutex<HashMap<EngineId, (SystemTime, u64, Arc<File>)>>,
+    files: Mutex<HashMap<EngineId, Arc<File>>>,
 }
 
 /// What is known of a GGUF file that was read.
@@ -66,11 +66,14 @@ impl Catalog {
         let engine = &self.engines[id.0];
         let unavailable = |reason: String| Error::Unavailable { model: engine.label.clone(), reason };
         let meta = std::fs::metadata(&engine.path).map_err(|error| {
-            unavailable(format!("{} cannot be opened ({error}): put the file there or correct gguf_path", engine.path.display()))
+            unavailable(format!(
+                "{} cannot be opened ({error}): put the file there or correct gguf_path",
+                engine.path.display()
+            ))
         })?;
         let (modified, size) = (meta.modified().unwrap_or(SystemTime::UNIX_EPOCH), meta.len());
         let cached = self.files.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
-        if let Some((_, _, file)) = cached.filter(|(at, bytes, _)| (*at, *bytes) == (modified, size)) {
+        if let Some(file) = cached.filter(|file| (file.modified, file.size) == (modified, size)) {
             return Ok(file);
         }
         let header = read_header(&engine.path, size)
@@ -82,7 +85,7 @@ impl Catalog {
             size,
             modified,
         });
-        self.files.lock().unwrap_or_else(PoisonError::into_inner).insert(id, (modified, size, Arc::clone(&file)));
+        self.files.lock().unwrap_or_else(PoisonError::into_inner).insert(id, Arc::clone(&file));
         Ok(file)
     }
 

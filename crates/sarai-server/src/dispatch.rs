@@ -56,21 +56,34 @@ impl Dispatch {
             }
         }
         match attempts.len() {
-            0 => Err(Error::Unavailable { model: model.name.clone(), reason: "no deployment of it answers requests in this version".into() }),
+            0 => Err(Error::Unavailable {
+                model: model.name.clone(),
+                reason: "no deployment of it answers requests in this version".into(),
+            }),
             1 => Err(*attempts.remove(0).error),
             _ => Err(Error::AllFailed { model: model.name.clone(), attempts }),
         }
     }
 
     /// A worker that dies before the first token has sent nothing: the request may be replayed, once.
-    async fn attempt_twice_if_it_died(&self, model: &Model, deployment: &Deployment, request: &GenerateRequest) -> Result<EventStream, Error> {
+    async fn attempt_twice_if_it_died(
+        &self,
+        model: &Model,
+        deployment: &Deployment,
+        request: &GenerateRequest,
+    ) -> Result<EventStream, Error> {
         match self.attempt(model, deployment, request).await {
             Err(Error::WorkerDied { .. }) => self.attempt(model, deployment, request).await,
             other => other,
         }
     }
 
-    async fn attempt(&self, model: &Model, deployment: &Deployment, request: &GenerateRequest) -> Result<EventStream, Error> {
+    async fn attempt(
+        &self,
+        model: &Model,
+        deployment: &Deployment,
+        request: &GenerateRequest,
+    ) -> Result<EventStream, Error> {
         let deadlines = &model.deadlines;
         let silent = |phase, limit: Duration| match deployment {
             Deployment::Ollama { url, .. } => {
@@ -107,7 +120,13 @@ impl Dispatch {
     }
 }
 
-fn begun(model: &Model, deployment: &Deployment, request: &GenerateRequest, attempts: &[Attempt], events: EventStream) -> Answer {
+fn begun(
+    model: &Model,
+    deployment: &Deployment,
+    request: &GenerateRequest,
+    attempts: &[Attempt],
+    events: EventStream,
+) -> Answer {
     let reasons: Vec<_> = attempts.iter().map(|attempt| format!("{}: {}", attempt.deployment, attempt.error)).collect();
     let degraded = match deployment {
         Deployment::Ollama { .. } => ignored_by_ollama(&request.sampling),

@@ -6,7 +6,10 @@ use clap::{Parser, Subcommand};
 
 /// Several language models at once on one small machine, under a memory budget.
 #[derive(Debug, Parser)]
-#[command(version, about, after_help = "\
+#[command(
+    version,
+    about,
+    after_help = "\
 Start with `sarai check`, then `sarai serve`, then in another terminal `sarai run MODEL 'a question'`.
 
 Environment (over the file; also from a `.env` in the working directory):
@@ -16,7 +19,8 @@ Environment (over the file; also from a `.env` in the working directory):
   MAX_CONCURRENT_LLMS  local LLMs that may be resident at the same time
   SARAI_CONFIG, SARAI_URL, SARAI_LOG   as --config, --url, and a log filter such as `debug`
 
-Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 no server answers")]
+Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 no server answers"
+)]
 pub struct Args {
     /// What to do.
     #[command(subcommand)]

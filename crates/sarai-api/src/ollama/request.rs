@@ -23,6 +23,7 @@ pub enum OllamaRequest {
     },
 }
 
+/// The fields of both endpoints; see OpenAI's for why they are read apart.
 #[derive(Deserialize)]
 struct Common {
     model: String,
@@ -66,8 +67,6 @@ enum Stop {
 #[derive(Deserialize)]
 struct ChatBody {
     messages: Option<Vec<WireMessage>>,
-    #[serde(flatten)]
-    common: Common,
 }
 
 #[derive(Deserialize)]
@@ -85,8 +84,6 @@ struct GenerateBody {
     prompt: String,
     system: Option<String>,
     raw: Option<bool>,
-    #[serde(flatten)]
-    common: Common,
 }
 
 #[derive(Deserialize)]
@@ -100,10 +97,11 @@ struct ShowBody {
 /// # Errors
 /// [`Error::InvalidRequest`] with the field's name.
 pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
+    let common: Common = json::parse(body)?;
     let body: ChatBody = json::parse(body)?;
     let messages = body.messages.unwrap_or_default();
     if messages.is_empty() {
-        return Ok(body.common.load_or_unload());
+        return Ok(common.load_or_unload());
     }
     let messages = messages.into_iter().enumerate().map(|(index, message)| {
         let at = format!("messages[{index}]");
@@ -112,7 +110,7 @@ pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
         Ok(Message { role: check::role(&format!("{at}.role"), &message.role)?, content: message.content })
     });
     let prompt = Prompt::Chat(messages.collect::<Result<_, Error>>()?);
-    body.common.finish(prompt)
+    common.finish(prompt)
 }
 
 /// Reads the body of `/api/generate`.
@@ -120,9 +118,10 @@ pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
 /// # Errors
 /// [`Error::InvalidRequest`] with the field's name.
 pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
+    let common: Common = json::parse(body)?;
     let body: GenerateBody = json::parse(body)?;
     if body.prompt.is_empty() {
-        return Ok(body.common.load_or_unload());
+        return Ok(common.load_or_unload());
     }
     let prompt = if body.raw == Some(true) {
         Prompt::Raw(body.prompt)
@@ -132,7 +131,7 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
         let user = Message { role: Role::User, content: body.prompt };
         Prompt::Chat(system.into_iter().chain([user]).collect())
     };
-    body.common.finish(prompt)
+    common.finish(prompt)
 }
 
 /// Reads the model's name from a body such as `/api/show`'s.

@@ -8,6 +8,8 @@ use serde_json::Value;
 
 use crate::{Delivery, Parsed, check, json};
 
+/// The fields of both endpoints. A body is read once for these and once for its own: flattening one struct into
+/// the other would lose the names of fields in errors.
 #[derive(Deserialize)]
 struct Common {
     model: String,
@@ -66,8 +68,6 @@ struct JsonSchema {
 #[derive(Deserialize)]
 struct ChatBody {
     messages: Vec<ChatMessage>,
-    #[serde(flatten)]
-    common: Common,
 }
 
 #[derive(Deserialize)]
@@ -94,8 +94,6 @@ struct ContentPart {
 #[derive(Deserialize)]
 struct CompletionBody {
     prompt: OneOrMany,
-    #[serde(flatten)]
-    common: Common,
 }
 
 #[derive(Deserialize)]
@@ -110,12 +108,13 @@ enum OneOrMany {
 /// # Errors
 /// [`Error::InvalidRequest`] with the field's name.
 pub fn parse_chat(body: &[u8]) -> Result<Parsed, Error> {
+    let common: Common = json::parse(body)?;
     let body: ChatBody = json::parse(body)?;
     if body.messages.is_empty() {
         return Err(Error::invalid("messages", "`messages` is empty: send at least one message"));
     }
     let messages = body.messages.into_iter().enumerate().map(|(index, message)| chat_message(index, message));
-    body.common.finish(Prompt::Chat(messages.collect::<Result<_, _>>()?))
+    common.finish(Prompt::Chat(messages.collect::<Result<_, _>>()?))
 }
 
 /// Reads the body of a text completion.
@@ -123,6 +122,7 @@ pub fn parse_chat(body: &[u8]) -> Result<Parsed, Error> {
 /// # Errors
 /// [`Error::InvalidRequest`] with the field's name.
 pub fn parse_completion(body: &[u8]) -> Result<Parsed, Error> {
+    let common: Common = json::parse(body)?;
     let body: CompletionBody = json::parse(body)?;
     let prompt = match body.prompt {
         OneOrMany::One(prompt) => prompt,
@@ -133,7 +133,7 @@ pub fn parse_completion(body: &[u8]) -> Result<Parsed, Error> {
         }
     };
     // OpenAI's documented default for this endpoint.
-    let mut parsed = body.common.finish(Prompt::Raw(prompt))?;
+    let mut parsed = common.finish(Prompt::Raw(prompt))?;
     parsed.request.max_tokens.get_or_insert(16);
     Ok(parsed)
 }
@@ -157,7 +157,8 @@ fn text_of(at: &str, part: ContentPart) -> Result<String, Error> {
     match (part.kind.as_str(), part.text) {
         ("text" | "input_text", Some(text)) => Ok(text),
         (kind, _) => {
-            let message = format!("`{at}.content` has a part of type `{kind}`: the models here take parts of type text only");
+            let message =
+                format!("`{at}.content` has a part of type `{kind}`: the models here take parts of type text only");
             Err(Error::invalid(&format!("{at}.content"), message))
         }
     }
@@ -209,7 +210,10 @@ impl Common {
         check::unsupported("suffix", &self.suffix)?;
         for (param, value) in [("n", self.n), ("best_of", self.best_of)] {
             if let Some(value) = value.filter(|&value| value != 1) {
-                return Err(Error::invalid(param, format!("`{param}` is {value}: only 1 is supported, send several requests")));
+                return Err(Error::invalid(
+                    param,
+                    format!("`{param}` is {value}: only 1 is supported, send several requests"),
+                ));
             }
         }
         Ok(())
@@ -227,10 +231,11 @@ fn format_of(format: Option<ResponseFormat>) -> Format {
 
 fn logit_bias(biases: BTreeMap<String, f32>) -> Result<Vec<(i32, f32)>, Error> {
     let one = |(token, bias): (String, f32)| {
-        let id = token.parse().map_err(|_| Error::invalid("logit_bias", format!("`logit_bias` has the key `{token}`: use token ids")))?;
+        let id = token
+            .parse()
+            .map_err(|_| Error::invalid("logit_bias", format!("`logit_bias` has the key `{token}`: use token ids")))?;
         check::range("logit_bias", Some(bias), -100.0, 100.0)?;
-        // OpenAI's -100 bans; llama.cpp needs minus infinity for that.
-        Ok((id, if bias <= -100.0 { f32::NEG_INFINITY } else { bias }))
+        Ok((id, bias))
     };
     biases.into_iter().map(one).collect()
 }

@@ -26,7 +26,10 @@ pub async fn open(
     // No answer has more events than its context has tokens, and an end.
     let capacity = lease.worker.info.context_tokens as usize + 8;
     let Some(events) = lease.worker.routes.enter(id, capacity) else {
-        return Err(Error::WorkerDied { model: model.to_owned(), detail: "it ended before the request reached it".into() });
+        return Err(Error::WorkerDied {
+            model: model.to_owned(),
+            detail: "it ended before the request reached it".into(),
+        });
     };
     lease.worker.send(ToWorker::Generate { id, request: Box::new(request) });
     let generation = Generation { id, lease, events };

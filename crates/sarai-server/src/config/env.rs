@@ -13,7 +13,10 @@ impl Environment {
     /// Reads `.env`, then the process's variables over it. An unreadable `.env` counts as empty.
     #[must_use]
     pub fn of_process() -> Self {
-        Self::read(Path::new(".env"), std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))))
+        Self::read(
+            Path::new(".env"),
+            std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))),
+        )
     }
 
     /// Reads a `.env` file, then `own` over it.

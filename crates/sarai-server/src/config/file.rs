@@ -70,7 +70,11 @@ pub fn read(text: &str, environment: &Environment, mistakes: &mut Vec<Mistake>) 
         }
     };
     let Some(root) = documents.first() else {
-        mistakes.push(Mistake { line: None, key: "models".into(), message: "the file is empty: name at least one model".into() });
+        mistakes.push(Mistake {
+            line: None,
+            key: "models".into(),
+            message: "the file is empty: name at least one model".into(),
+        });
         return None;
     };
     let mut top = Section::of("", root, mistakes);
@@ -146,7 +150,10 @@ fn read_model(
         ubatch: model.count("ubatch", 1, 8192, mistakes),
         pinned: model.flag("pinned", mistakes).unwrap_or(false),
         resident: model.flag("resident", mistakes).unwrap_or(false),
-        sampling: model.section("sampling", mistakes).map(|section| read_sampling(section, mistakes)).unwrap_or_default(),
+        sampling: model
+            .section("sampling", mistakes)
+            .map(|section| read_sampling(section, mistakes))
+            .unwrap_or_default(),
         connect: None,
         model_queue: None,
         load: None,
@@ -175,7 +182,9 @@ fn read_sampling(mut section: Section<'_>, mistakes: &mut Vec<Mistake>) -> Sampl
         typical_p: section.number("typical_p", 0.0, 1.0, mistakes).map(|n| n as f32),
         seed: section.count("seed", 0, u32::MAX - 1, mistakes),
         repeat_penalty: section.number("repeat_penalty", 0.01, 100.0, mistakes).map(|n| n as f32),
-        repeat_last_n: section.int("repeat_last_n", -1, i64::from(i32::MAX), mistakes).and_then(|n| i32::try_from(n).ok()),
+        repeat_last_n: section
+            .int("repeat_last_n", -1, i64::from(i32::MAX), mistakes)
+            .and_then(|n| i32::try_from(n).ok()),
         presence_penalty: section.number("presence_penalty", -2.0, 2.0, mistakes).map(|n| n as f32),
         frequency_penalty: section.number("frequency_penalty", -2.0, 2.0, mistakes).map(|n| n as f32),
         logit_bias: Vec::new(),

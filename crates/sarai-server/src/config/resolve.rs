@@ -9,9 +9,9 @@ use sarai_core::{Bytes, Deadlines, Sampling};
 use sarai_plan::ledger::EngineId;
 use sarai_plan::{Settings, Strategy};
 
+use super::Mistake;
 use super::env::{Environment, variable_name};
 use super::file::{Backend, File, WrittenModel};
-use super::Mistake;
 
 /// Where Ollama listens unless told otherwise.
 const DEFAULT_OLLAMA_URL: &str = "http://127.0.0.1:11434";
@@ -191,7 +191,11 @@ fn check_names(models: &[WrittenModel], mistakes: &mut Vec<Mistake>) {
         }
     }
     if models.is_empty() {
-        mistakes.push(Mistake { line: None, key: "models".into(), message: "no model is named: add one below `models:`".into() });
+        mistakes.push(Mistake {
+            line: None,
+            key: "models".into(),
+            message: "no model is named: add one below `models:`".into(),
+        });
     }
 }
 
@@ -203,7 +207,11 @@ struct Resolver<'a> {
 
 impl Resolver<'_> {
     fn mistake(&self, key: &str, message: impl Into<String>) -> Mistake {
-        Mistake { line: Some(self.written.line), key: format!("models.{}.{key}", self.written.name), message: message.into() }
+        Mistake {
+            line: Some(self.written.line),
+            key: format!("models.{}.{key}", self.written.name),
+            message: message.into(),
+        }
     }
 
     fn model(&self, engines: &mut Vec<Engine>, mistakes: &mut Vec<Mistake>) -> Model {
@@ -264,7 +272,8 @@ impl Resolver<'_> {
         for url in &urls {
             let http = url.starts_with("http://") || url.starts_with("https://");
             if !http || reqwest::Url::parse(url).is_err() {
-                mistakes.push(self.mistake("url", format!("`{url}` is not a URL: use one such as {DEFAULT_OLLAMA_URL}")));
+                mistakes
+                    .push(self.mistake("url", format!("`{url}` is not a URL: use one such as {DEFAULT_OLLAMA_URL}")));
             }
         }
         let deployment = |url: String| Deployment::Ollama {
@@ -275,7 +284,12 @@ impl Resolver<'_> {
         urls.into_iter().map(deployment).collect()
     }
 
-    fn local(&self, engines: &mut Vec<Engine>, deadlines: &Deadlines, mistakes: &mut Vec<Mistake>) -> Option<Deployment> {
+    fn local(
+        &self,
+        engines: &mut Vec<Engine>,
+        deadlines: &Deadlines,
+        mistakes: &mut Vec<Mistake>,
+    ) -> Option<Deployment> {
         let written = self.written;
         let Some(path) = &written.gguf_path else {
             mistakes.push(self.mistake("gguf_path", "is missing: name the GGUF file that `gguf_native` serves"));

@@ -28,12 +28,20 @@ impl<'a> Section<'a> {
                         YamlDataOwned::Value(ScalarOwned::String(name)) => {
                             section.entries.push((name, key.span.start.line(), value));
                         }
-                        _ => mistakes.push(section.mistake_at(key.span.start.line(), "?", "this key is not a text: put it in quotes")),
+                        _ => mistakes.push(section.mistake_at(
+                            key.span.start.line(),
+                            "?",
+                            "this key is not a text: put it in quotes",
+                        )),
                     }
                 }
             }
             YamlDataOwned::Value(ScalarOwned::Null) => {}
-            _ => mistakes.push(Mistake { line: Some(line), key: path.to_owned(), message: "is not a mapping: write `key: value` lines below it".into() }),
+            _ => mistakes.push(Mistake {
+                line: Some(line),
+                key: path.to_owned(),
+                message: "is not a mapping: write `key: value` lines below it".into(),
+            }),
         }
         section
     }

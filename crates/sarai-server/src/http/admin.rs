@@ -30,7 +30,8 @@ pub async fn health() -> Response {
 pub async fn ready(State(app): State<App>) -> Response {
     let hosts = host_states(&app).await;
     let snapshot = app.gateway.dispatch.pool.snapshot().await;
-    let states: Vec<_> = app.gateway.catalog.models.iter().map(|model| model_state(&app, model, snapshot.as_ref(), &hosts)).collect();
+    let states: Vec<_> =
+        app.gateway.catalog.models.iter().map(|model| model_state(&app, model, snapshot.as_ref(), &hosts)).collect();
     let ready = states.iter().any(|state| state["available"] == true);
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, json_response(HeaderMap::new(), &json!({ "ready": ready, "models": states }))).into_response()
@@ -93,7 +94,9 @@ async fn host_states(app: &App) -> HostStates {
     let mut urls: Vec<(&str, Duration)> = Vec::new();
     for model in &app.gateway.catalog.models {
         for deployment in &model.deployments {
-            if let Deployment::Ollama { url, .. } = deployment && !urls.iter().any(|(known, _)| known == url) {
+            if let Deployment::Ollama { url, .. } = deployment
+                && !urls.iter().any(|(known, _)| known == url)
+            {
                 urls.push((url, model.deadlines.connect));
             }
         }
@@ -115,7 +118,9 @@ fn model_state(app: &App, model: &Model, snapshot: Option<&Snapshot>, hosts: &Ho
         };
         deployments.push(json!({ "deployment": label(model, deployment), "state": state, "reason": reason }));
     }
-    let usable = |state: &Value| ["resident", "loading", "absent", "stopping", "waiting", "up"].iter().any(|s| state["state"] == *s);
+    let usable = |state: &Value| {
+        ["resident", "loading", "absent", "stopping", "waiting", "up"].iter().any(|s| state["state"] == *s)
+    };
     json!({ "name": model.name, "available": deployments.iter().any(usable), "deployments": deployments })
 }
 
@@ -132,8 +137,14 @@ fn local_state(app: &App, engine: EngineId, snapshot: Option<&Snapshot>) -> (&'s
 
 fn remote_state(url: &str, model_name: &str, hosts: &HostStates) -> (&'static str, Option<String>) {
     match hosts.get(url) {
-        Some(Ok(models)) if models.iter().any(|name| name == model_name || name.strip_suffix(":latest") == Some(model_name)) => ("up", None),
-        Some(Ok(_)) => ("model missing", Some(format!("host {url} {}", RemoteCause::ModelMissing(model_name.to_owned())))),
+        Some(Ok(models))
+            if models.iter().any(|name| name == model_name || name.strip_suffix(":latest") == Some(model_name)) =>
+        {
+            ("up", None)
+        }
+        Some(Ok(_)) => {
+            ("model missing", Some(format!("host {url} {}", RemoteCause::ModelMissing(model_name.to_owned()))))
+        }
         Some(Err(cause)) => ("down", Some(format!("host {url} {cause}"))),
         None => ("unknown", None),
     }

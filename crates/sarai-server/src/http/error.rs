@@ -27,8 +27,12 @@ struct Row {
 fn row(error: &Error) -> Row {
     let row = |status, kind, code| Row { status, kind, code: Some(code) };
     match error {
-        Error::InvalidRequest { .. } => Row { status: StatusCode::BAD_REQUEST, kind: "invalid_request_error", code: None },
-        Error::ContextOverflow { .. } => row(StatusCode::BAD_REQUEST, "invalid_request_error", "context_length_exceeded"),
+        Error::InvalidRequest { .. } => {
+            Row { status: StatusCode::BAD_REQUEST, kind: "invalid_request_error", code: None }
+        }
+        Error::ContextOverflow { .. } => {
+            row(StatusCode::BAD_REQUEST, "invalid_request_error", "context_length_exceeded")
+        }
         Error::UnknownModel { .. } => row(StatusCode::NOT_FOUND, "invalid_request_error", "model_not_found"),
         Error::BodyTooLarge { .. } => row(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", "body_too_large"),
         Error::Overloaded { .. } => row(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "overloaded"),
@@ -54,9 +58,7 @@ fn details(error: &Error) -> Option<Value> {
             "free_bytes": refusal.free, "held": refusal.held, "max_concurrent_llms": refusal.max_concurrent_llms,
         })),
         Error::AllFailed { attempts, .. } => {
-            let attempt = |a: &sarai_core::Attempt| {
-                json!({ "deployment": a.deployment, "error": a.error.to_string(), "details": details(&a.error) })
-            };
+            let attempt = |a: &sarai_core::Attempt| json!({ "deployment": a.deployment, "error": a.error.to_string(), "details": details(&a.error) });
             Some(json!({ "attempts": attempts.iter().map(attempt).collect::<Vec<_>>() }))
         }
         _ => None,

@@ -37,7 +37,12 @@ pub async fn model(State(app): State<App>, Path(id): Path<String>) -> Result<Res
     Ok(json_response(HeaderMap::new(), &openai::model(&model.name, 0)))
 }
 
-async fn answer(app: App, request: Request, kind: Kind, parse: fn(&[u8]) -> Result<Parsed, Error>) -> Result<Response, Error> {
+async fn answer(
+    app: App,
+    request: Request,
+    kind: Kind,
+    parse: fn(&[u8]) -> Result<Parsed, Error>,
+) -> Result<Response, Error> {
     let parsed = parse(&body::read(request, app.max_body_bytes).await?)?;
     let delivery = parsed.delivery;
     let writer = ChunkWriter {

@@ -46,8 +46,15 @@ impl Pool {
     ///
     /// # Errors
     /// The load was refused, failed or took too long, or no slot came free in time.
-    pub async fn lease(&self, engine: EngineId, plan: Plan, model: &str, deadlines: &Deadlines) -> Result<Lease, Error> {
-        let late = |phase, limit: Duration| Error::Deadline { model: model.to_owned(), phase, seconds: limit.as_secs() };
+    pub async fn lease(
+        &self,
+        engine: EngineId,
+        plan: Plan,
+        model: &str,
+        deadlines: &Deadlines,
+    ) -> Result<Lease, Error> {
+        let late =
+            |phase, limit: Duration| Error::Deadline { model: model.to_owned(), phase, seconds: limit.as_secs() };
         let started = Instant::now();
         let loaded = tokio::time::timeout(deadlines.load, self.acquire(engine, plan)).await;
         let (worker, busy) = loaded.map_err(|_| late(Phase::Load, deadlines.load))??;

@@ -167,10 +167,12 @@ impl Owner {
                 },
                 _ = measure.tick() => {
                     tick += 1;
-                    self.measure(tick % 10 == 0);
+                    self.measure(tick.is_multiple_of(10));
                 }
             }
-            if self.workers.iter().all(|slot| slot.stop.is_none()) && let Some(reply) = self.stopping.take() {
+            if self.workers.iter().all(|slot| slot.stop.is_none())
+                && let Some(reply) = self.stopping.take()
+            {
                 let _ = reply.send(());
                 return;
             }

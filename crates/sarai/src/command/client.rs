@@ -20,7 +20,8 @@ impl Server {
     }
 
     fn absent(&self, error: reqwest::Error) -> Failure {
-        let error = anyhow::Error::from(error).context(format!("no server answers at {}: start one with `sarai serve`, or name it with --url", self.url));
+        let error = anyhow::Error::from(error)
+            .context(format!("no server answers at {}: start one with `sarai serve`, or name it with --url", self.url));
         Failure::no_server(error)
     }
 

@@ -40,7 +40,10 @@ fn table(sarai: &Value) -> String {
     }
     let workers = sarai["workers"].as_array().filter(|workers| !workers.is_empty());
     if let Some(workers) = workers {
-        text.push_str(&format!("\n{:<12} {:>8} {:>5} {:>10} {:>10} {:>10} {:>10}\n", "WORKER", "PID", "BUSY", "PLANNED", "CLAIMED", "ANONYMOUS", "FILE"));
+        text.push_str(&format!(
+            "\n{:<12} {:>8} {:>5} {:>10} {:>10} {:>10} {:>10}\n",
+            "WORKER", "PID", "BUSY", "PLANNED", "CLAIMED", "ANONYMOUS", "FILE"
+        ));
         for worker in workers {
             text.push_str(&format!(
                 "{:<12} {:>8} {:>5} {:>10} {:>10} {:>10} {:>10}\n",

@@ -15,7 +15,8 @@ pub fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     let server = Server::at(&args.server.url)?;
     let runtime = command::runtime()?;
     let mut messages = Vec::new();
-    let ask = |messages: &mut Vec<Value>, prompt: &str| runtime.block_on(answer(&server, &args.model, messages, prompt));
+    let ask =
+        |messages: &mut Vec<Value>, prompt: &str| runtime.block_on(answer(&server, &args.model, messages, prompt));
     if !args.prompt.is_empty() {
         ask(&mut messages, &args.prompt.join(" "))?;
     } else if std::io::stdin().is_terminal() {
@@ -67,7 +68,10 @@ async fn answer(server: &Server, model: &str, messages: &mut Vec<Value>, prompt:
                 log::print("\n");
                 messages.push(json!({ "role": "assistant", "content": answer }));
                 if let Some(reason) = line["sarai"]["fallback_reason"].as_str() {
-                    log::complain(&format!("(served by {}: {reason})", line["sarai"]["served_by"].as_str().unwrap_or_default()));
+                    log::complain(&format!(
+                        "(served by {}: {reason})",
+                        line["sarai"]["served_by"].as_str().unwrap_or_default()
+                    ));
                 }
                 return Ok(());
             }

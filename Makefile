@@ -1,0 +1,44 @@
+# `make run` runs the demo on real small models; `make test` passes everything that must pass.
+# Both install and fetch what is missing. Build outputs, weights and tools stay in $(SARAI_CACHE).
+
+SARAI_CACHE ?= $(HOME)/.cache/sarai
+CARGO_TARGET_DIR ?= $(SARAI_CACHE)/target
+export SARAI_CACHE CARGO_TARGET_DIR
+export SARAI_MODELS = $(SARAI_CACHE)/models
+
+# One profile for all: llama.cpp is built once.
+CARGO_FLAGS = --release --locked
+
+.PHONY: run test lint unit bench deps models ollama clients build
+
+run: build models
+	@exec $(CARGO_TARGET_DIR)/release/sarai serve --config config/demo.yaml
+
+test: lint unit
+
+lint: deps
+	cargo fmt --all --check
+	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc $(CARGO_FLAGS) --workspace --no-deps --document-private-items
+
+unit: deps models ollama clients
+	SARAI_OLLAMA=$$(scripts/build_ollama.sh) SARAI_PYTHON=$$(scripts/python_clients.sh) \
+		cargo test $(CARGO_FLAGS) --workspace
+
+bench: build models ollama
+	SARAI_OLLAMA=$$(scripts/build_ollama.sh) cargo run $(CARGO_FLAGS) -p sarai --example bench
+
+deps:
+	@scripts/install_deps.sh
+
+models:
+	@python3 scripts/fetch_models.py
+
+ollama: deps
+	@scripts/build_ollama.sh >/dev/null
+
+clients:
+	@scripts/python_clients.sh >/dev/null
+
+build: deps
+	cargo build $(CARGO_FLAGS) -p sarai

@@ -1,0 +1,227 @@
+//! What must be survived: killed workers, broken files, bad bodies, slow clients, signals.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use serde_json::json;
+use support::{Sarai, chat, is_alive, smollm2};
+
+fn config() -> String {
+    format!(
+        "models:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 4096, parallel: 2 }}\n",
+        smollm2()
+    )
+}
+
+fn endless(stream: bool) -> String {
+    chat(
+        "lfm2",
+        "Write a very long story.",
+        json!({ "stream": stream, "max_tokens": 4000, "logit_bias": { "2": -100, "0": -100 } }),
+    )
+}
+
+fn kill(pid: u64) {
+    assert!(Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap().success());
+}
+
+#[tokio::test]
+async fn a_worker_killed_in_mid_answer_gives_an_error_event_at_once_and_the_next_request_is_served() {
+    let sarai = Sarai::start(&config());
+    for api in ["/v1/chat/completions", "/api/chat"] {
+        let body = if api == "/api/chat" {
+            json!({ "model": "lfm2", "messages": [{ "role": "user", "content": "Write a long story." }] }).to_string()
+        } else {
+            endless(true)
+        };
+        let response = sarai.client.post(format!("{}{api}", sarai.url)).body(body).send().await.unwrap();
+        let mut chunks = response.bytes_stream();
+        let mut seen = chunks.next().await.unwrap().unwrap().to_vec();
+        kill(sarai.worker_pids().await[0]);
+        let killed = Instant::now();
+        while let Some(chunk) = chunks.next().await {
+            seen.extend_from_slice(&chunk.unwrap());
+        }
+        let seen = String::from_utf8(seen).unwrap();
+        assert!(seen.lines().last().is_some_and(|_| seen.contains("ended unexpectedly")), "{api}: {seen}");
+        assert!(!seen.contains("[DONE]") && !seen.contains("\"done\":true"), "never a clean end: {seen}");
+        assert!(killed.elapsed() < Duration::from_secs(2), "at once, not after {:?}", killed.elapsed());
+        let next = sarai.post("/v1/chat/completions", chat("lfm2", "Hi", json!({}))).await;
+        assert_eq!(next.status, 200, "{}", next.text);
+        assert_eq!(sarai.worker_pids().await.len(), 1, "nothing leaks");
+    }
+}
+
+#[tokio::test]
+async fn sigterm_drains_what_runs_and_ends_every_child() {
+    let mut sarai = Sarai::start(&config());
+    let body = chat("lfm2", "Write a story.", json!({ "stream": true, "max_tokens": 60 }));
+    let response = sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body).send().await.unwrap();
+    let mut chunks = response.bytes_stream();
+    let mut seen = chunks.next().await.unwrap().unwrap().to_vec();
+    let worker = sarai.worker_pids().await[0];
+    Command::new("kill").args(["-TERM", &sarai.pid().to_string()]).status().unwrap();
+    while let Some(chunk) = chunks.next().await {
+        seen.extend_from_slice(&chunk.unwrap());
+    }
+    assert!(String::from_utf8(seen).unwrap().ends_with("data: [DONE]\n\n"), "the answer was drained");
+    assert!(sarai.child.wait().unwrap().success());
+    assert!(!is_alive(worker), "the worker outlived its server");
+}
+
+#[tokio::test]
+async fn a_server_that_is_killed_leaves_no_worker_behind() {
+    let mut sarai = Sarai::start(&config());
+    sarai.post("/api/generate", r#"{"model":"lfm2"}"#).await;
+    let worker = sarai.worker_pids().await[0];
+    sarai.child.kill().unwrap();
+    sarai.child.wait().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while is_alive(worker) {
+        assert!(Instant::now() < deadline, "the worker outlived its server");
+        std::thread::yield_now();
+    }
+}
+
+#[tokio::test]
+async fn a_truncated_or_wrong_file_is_a_state_and_an_error_that_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let (cut, wrong) = (folder.path().join("cut.gguf"), folder.path().join("wrong.gguf"));
+    let mut whole = std::fs::File::open(smollm2()).unwrap().take(30 << 20);
+    std::io::copy(&mut whole, &mut std::fs::File::create(&cut).unwrap()).unwrap();
+    std::fs::write(&wrong, "<html>not a model</html>").unwrap();
+    let entry = |name: &str, path: &std::path::Path| {
+        format!("  {name}: {{ backend: gguf_native, gguf_path: {} }}\n", path.display())
+    };
+    let config = format!(
+        "models:\n{}{}{}",
+        entry("cut", &cut),
+        entry("wrong", &wrong),
+        entry("missing", &folder.path().join("no.gguf"))
+    );
+    let sarai = Sarai::start(&config);
+    for (model, says) in [("cut", "truncated"), ("wrong", "not a GGUF"), ("missing", "cannot be opened")] {
+        let answer = sarai.post("/v1/chat/completions", chat(model, "Hi", json!({}))).await;
+        assert_eq!(answer.status, 503, "{}", answer.text);
+        let message = answer.json()["error"]["message"].as_str().unwrap().to_owned();
+        assert!(message.contains(says), "{message}");
+    }
+    let ps = sarai.ps().await;
+    assert!(
+        ps["models"].as_array().unwrap().iter().all(|model| model["deployments"][0]["state"] == "unavailable"),
+        "{ps}"
+    );
+    assert_eq!((sarai.get("/health").await.status, sarai.get("/ready").await.status), (200, 503));
+}
+
+#[tokio::test]
+async fn a_file_that_llama_cpp_refuses_is_reported_with_its_words() {
+    // A header that is whole, of an architecture that does not exist.
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("odd.gguf");
+    let mut file = b"GGUF".to_vec();
+    file.extend(3_u32.to_le_bytes());
+    file.extend(0_u64.to_le_bytes());
+    file.extend(1_u64.to_le_bytes());
+    for text in ["general.architecture", "nonesuch"] {
+        file.extend((text.len() as u64).to_le_bytes());
+        file.extend(text.as_bytes());
+        if text != "nonesuch" {
+            file.extend(8_u32.to_le_bytes());
+        }
+    }
+    file.resize(4096, 0);
+    std::fs::write(&path, file).unwrap();
+    let sarai = Sarai::start(&format!("models:\n  odd: {{ backend: gguf_native, gguf_path: {} }}\n", path.display()));
+    let answer = sarai.post("/v1/chat/completions", chat("odd", "Hi", json!({}))).await;
+    assert_eq!(answer.status, 503, "{}", answer.text);
+    assert!(answer.text.contains("nonesuch"), "llama.cpp's own reason: {}", answer.text);
+    assert!(sarai.worker_pids().await.is_empty());
+}
+
+#[tokio::test]
+async fn bad_requests_get_their_status_and_a_message_in_the_shape_of_their_api() {
+    let sarai = Sarai::start(&config());
+    let long = chat("lfm2", &"word ".repeat(9000), json!({}));
+    let cases: Vec<(&str, Vec<u8>, u16, &str)> = vec![
+        ("/v1/chat/completions", b"{".to_vec(), 400, "JSON"),
+        ("/v1/chat/completions", b"{\"model\":\"\xff\"}".to_vec(), 400, "UTF-8"),
+        ("/v1/chat/completions", chat("nobody", "Hi", json!({})).into(), 404, "lfm2"),
+        ("/v1/chat/completions", chat("lfm2", "Hi", json!({ "messages": [] })).into(), 400, "at least one message"),
+        ("/v1/chat/completions", chat("lfm2", "Hi", json!({ "temperature": "hot" })).into(), 400, "temperature"),
+        ("/v1/chat/completions", chat("lfm2", "Hi", json!({ "temperature": -3 })).into(), 400, "from 0 to 2"),
+        (
+            "/v1/chat/completions",
+            chat("lfm2", "Hi", json!({ "messages": [{ "role": "wizard", "content": "x" }] })).into(),
+            400,
+            "wizard",
+        ),
+        ("/v1/chat/completions", chat("lfm2", "Hi", json!({ "n": 2 })).into(), 400, "`n` is 2"),
+        ("/v1/chat/completions", long.clone().into(), 400, "4096"),
+        ("/v1/chat/completions", vec![b' '; 50 << 20], 413, "max_body_mb"),
+        ("/v1/nothing", b"{}".to_vec(), 404, "/v1"),
+        ("/api/chat", b"{".to_vec(), 400, "JSON"),
+        ("/api/chat", br#"{"model":"nobody","messages":[{"role":"user","content":"x"}]}"#.to_vec(), 404, "nobody"),
+        (
+            "/api/chat",
+            br#"{"model":"lfm2","messages":[{"role":"user","content":"x"}],"options":{"temperature":-3}}"#.to_vec(),
+            400,
+            "temperature",
+        ),
+        ("/api/generate", br#"{"model":7}"#.to_vec(), 400, "model"),
+        ("/api/show", b"{}".to_vec(), 400, "model"),
+    ];
+    for (path, body, status, says) in cases {
+        let answer = sarai.post(path, body).await;
+        assert_eq!(answer.status, status, "{path} {says}: {}", answer.text);
+        let error = &answer.json()["error"];
+        let message = if path.starts_with("/api") { error.as_str() } else { error["message"].as_str() };
+        assert!(message.unwrap().contains(says), "{path}: {error}");
+    }
+    let overflow = sarai.post("/v1/chat/completions", long).await.json();
+    assert_eq!(overflow["error"]["code"], "context_length_exceeded");
+    assert_eq!(sarai.get("/v1/chat/completions").await.status, 405);
+    assert_eq!(sarai.post("/v1/chat/completions", chat("lfm2", "Hi", json!({}))).await.status, 200, "still serving");
+}
+
+#[tokio::test]
+async fn a_client_that_never_reads_is_dropped_and_frees_its_slot() {
+    let config = format!("server: {{ stall_seconds: 0.5 }}\n{}", config().replace("parallel: 2", "parallel: 1"));
+    let sarai = Sarai::start(&config);
+    let address = sarai.url.trim_start_matches("http://").to_owned();
+    let mut socket = std::net::TcpStream::connect(&address).unwrap();
+    let body = endless(true);
+    write!(socket, "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+        .unwrap();
+    sarai.until("it runs", |ps| ps["workers"][0]["busy"] == 1).await;
+    let quick = sarai.post("/v1/chat/completions", chat("lfm2", "Hi", json!({ "max_tokens": 2 }))).await;
+    assert_eq!(quick.status, 200, "{}", quick.text);
+    drop(socket);
+}
+
+#[tokio::test]
+async fn a_full_disk_for_logs_stops_nothing() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let sarai = Sarai::start_with(&config(), Stdio::from(full));
+    assert_eq!(sarai.post("/v1/chat/completions", chat("lfm2", "Hi", json!({}))).await.status, 200);
+    assert_eq!(sarai.post("/v1/chat/completions", chat("nobody", "Hi", json!({}))).await.status, 404);
+    assert_eq!(sarai.get("/health").await.status, 200);
+}
+
+#[tokio::test]
+async fn requests_beyond_the_queue_are_shed_with_429() {
+    let sarai = Sarai::start(&format!("server: {{ max_in_flight: 1, max_queued: 0 }}\n{}", config()));
+    let running =
+        sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(endless(true)).send().await.unwrap();
+    let shed = sarai.post("/v1/chat/completions", chat("lfm2", "Hi", json!({}))).await;
+    assert_eq!((shed.status, shed.header("retry-after")), (429, Some("1")), "{}", shed.text);
+    drop(running);
+    sarai.until("the permit is back", |ps| ps["workers"][0]["busy"] == 0).await;
+    assert_eq!(sarai.post("/v1/chat/completions", chat("lfm2", "Hi", json!({}))).await.status, 200);
+}

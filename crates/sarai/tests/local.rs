@@ -1,0 +1,193 @@
+//! Local models through the real binary: sampling, streaming, sharing, limits.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod support;
+
+use futures_util::StreamExt;
+use futures_util::future::join_all;
+use serde_json::json;
+use support::{Sarai, chat, qwen, smollm2};
+
+fn config(more: &str) -> String {
+    format!(
+        "memory: {{ max_ram_gb: 4, max_concurrent_llms: 2 }}\nmodels:\n  lfm2:\n    backend: gguf_native\n    gguf_path: {}\n    context_length: 1024\n    parallel: 4\n{more}",
+        smollm2()
+    )
+}
+
+#[tokio::test]
+async fn streamed_and_whole_answers_are_the_same_text_and_count_the_same_tokens() {
+    let sarai = Sarai::start(&config(""));
+    let whole = sarai.post("/v1/chat/completions", chat("lfm2", "Name three colours.", json!({}))).await;
+    assert_eq!(whole.status, 200, "{}", whole.text);
+    assert_eq!(whole.header("x-sarai-served-by"), Some("lfm2@gguf_native"));
+    let whole = whole.json();
+    let options = json!({ "stream": true, "stream_options": { "include_usage": true } });
+    let streamed = sarai.post("/v1/chat/completions", chat("lfm2", "Name three colours.", options)).await;
+    assert!(streamed.text.ends_with("data: [DONE]\n\n"));
+    let chunks = streamed.sse();
+    let text: String = chunks.iter().filter_map(|c| c["choices"][0]["delta"]["content"].as_str()).collect();
+    assert!(chunks.len() > 4, "token by token: {chunks:?}");
+    assert_eq!(whole["choices"][0]["message"]["content"].as_str(), Some(text.as_str()));
+    let usage = &chunks.last().unwrap()["usage"];
+    assert_eq!(usage["completion_tokens"], whole["usage"]["completion_tokens"]);
+    assert_eq!(usage["prompt_tokens"], whole["usage"]["prompt_tokens"]);
+}
+
+#[tokio::test]
+async fn a_seed_repeats_an_answer_and_another_seed_changes_it() {
+    let sarai = Sarai::start(&config(""));
+    let ask = async |seed: u32| {
+        let body = chat("lfm2", "Tell a story.", json!({ "seed": seed, "temperature": 1.5, "max_tokens": 24 }));
+        sarai.post("/v1/chat/completions", body).await.json()["choices"][0]["message"]["content"].to_string()
+    };
+    let (first, again, other) = (ask(1).await, ask(1).await, ask(2).await);
+    assert_eq!(first, again);
+    assert_ne!(first, other);
+}
+
+#[tokio::test]
+async fn max_tokens_stop_and_logit_bias_are_obeyed() {
+    let sarai = Sarai::start(&config(""));
+    let ask = async |more| {
+        sarai.post("/v1/chat/completions", chat("lfm2", "Tell me a long story about a fox.", more)).await.json()
+    };
+    let free = ask(json!({ "max_tokens": 12 })).await;
+    assert_eq!(
+        (&free["choices"][0]["finish_reason"], &free["usage"]["completion_tokens"]),
+        (&json!("length"), &json!(12))
+    );
+    let text = free["choices"][0]["message"]["content"].as_str().unwrap().to_owned();
+    let word = text.split_whitespace().nth(2).unwrap();
+    let stopped = ask(json!({ "max_tokens": 12, "stop": [word] })).await;
+    assert_eq!(stopped["choices"][0]["finish_reason"], "stop");
+    assert_eq!(stopped["choices"][0]["message"]["content"].as_str().unwrap(), &text[..text.find(word).unwrap()]);
+    let forced = ask(json!({ "max_tokens": 4, "logit_bias": { "28": 100 } })).await;
+    let text = forced["choices"][0]["message"]["content"].as_str().unwrap();
+    assert_eq!(text.chars().collect::<std::collections::HashSet<_>>().len(), 1, "one token over and over: {text}");
+}
+
+#[tokio::test]
+async fn ten_requests_for_a_cold_model_load_it_once_and_are_all_answered() {
+    let sarai = Sarai::start(&config(""));
+    let asks = (0..10).map(|n| sarai.post("/v1/chat/completions", chat("lfm2", &format!("Say {n}."), json!({}))));
+    for answer in join_all(asks).await {
+        assert_eq!(answer.status, 200, "{}", answer.text);
+    }
+    assert_eq!(sarai.worker_pids().await.len(), 1);
+}
+
+#[tokio::test]
+async fn models_answer_at_the_same_time_and_two_names_on_one_file_share_its_worker() {
+    let more = format!(
+        "  solar:\n    backend: gguf_native\n    gguf_path: {0}\n  omni:\n    backend: gguf_native\n    gguf_path: {0}\n",
+        qwen()
+    );
+    let sarai = Sarai::start(&config(&more));
+    let asks = ["lfm2", "solar", "omni"]
+        .map(|model| sarai.post("/v1/chat/completions", chat(model, "Say hello.", json!({ "stream": true }))));
+    for answer in join_all(asks).await {
+        assert!(answer.text.ends_with("data: [DONE]\n\n"), "{}", answer.text);
+    }
+    let ps = sarai.ps().await;
+    assert_eq!(ps["workers"].as_array().unwrap().len(), 2, "{ps}");
+    for worker in ps["workers"].as_array().unwrap() {
+        let held = worker["anonymous_bytes"].as_u64().unwrap() + worker["file_bytes"].as_u64().unwrap();
+        assert!(held > 90 << 20, "measured: {worker}");
+        assert!(held <= worker["planned_bytes"].as_u64().unwrap(), "planned high enough: {worker}");
+    }
+}
+
+#[tokio::test]
+async fn a_load_that_does_not_fit_is_refused_with_an_itemised_reason() {
+    let config = format!(
+        "memory: {{ max_ram_gb: 0.3 }}\nmodels:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 512 }}\n  omni: {{ backend: gguf_native, gguf_path: {} }}\n",
+        smollm2(),
+        qwen()
+    );
+    let sarai = Sarai::start(&config);
+    assert_eq!(sarai.post("/v1/chat/completions", chat("lfm2", "Hi", json!({}))).await.status, 200);
+    let refused = sarai.post("/v1/chat/completions", chat("omni", "Hi", json!({}))).await;
+    assert_eq!(refused.status, 503);
+    let error = &refused.json()["error"];
+    assert_eq!(error["code"], "insufficient_memory");
+    assert_eq!(error["sarai"]["held"][0]["model"], "lfm2");
+    assert!(error["sarai"]["needs"].as_array().unwrap().iter().any(|part| part["name"] == "kv"), "{error}");
+    assert_eq!(
+        sarai.post("/v1/chat/completions", chat("lfm2", "Hi", json!({}))).await.status,
+        200,
+        "the resident one still serves"
+    );
+}
+
+#[tokio::test]
+async fn max_concurrent_llms_limits_resident_llms() {
+    let config = format!(
+        "memory: {{ max_ram_gb: 4, max_concurrent_llms: 1 }}\nmodels:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 512 }}\n  omni: {{ backend: gguf_native, gguf_path: {} }}\n",
+        smollm2(),
+        qwen()
+    );
+    let sarai = Sarai::start(&config);
+    assert_eq!(sarai.post("/api/generate", r#"{"model":"lfm2"}"#).await.json()["done_reason"], "load");
+    let refused = sarai.post("/api/chat", r#"{"model":"omni","messages":[{"role":"user","content":"Hi"}]}"#).await;
+    assert_eq!((refused.status, &refused.json()["sarai"]["max_concurrent_llms"]), (503, &json!(1)));
+    assert_eq!(sarai.post("/api/generate", r#"{"model":"lfm2","keep_alive":0}"#).await.json()["done_reason"], "unload");
+    sarai.until("lfm2 is unloaded", |ps| ps["workers"].as_array().unwrap().is_empty()).await;
+    let body =
+        r#"{"model":"omni","stream":false,"options":{"num_predict":4},"messages":[{"role":"user","content":"Hi"}]}"#;
+    assert_eq!(sarai.post("/api/chat", body).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_frees_its_slot_at_once() {
+    let config = format!(
+        "models:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 8192, parallel: 1 }}\n",
+        smollm2()
+    );
+    let sarai = Sarai::start(&config);
+    let endless = chat(
+        "lfm2",
+        "Write a very long story.",
+        json!({ "stream": true, "max_tokens": 8000, "logit_bias": { "2": -100, "0": -100 } }),
+    );
+    let response =
+        sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(endless.clone()).send().await.unwrap();
+    let mut chunks = response.bytes_stream();
+    chunks.next().await.unwrap().unwrap();
+    drop(chunks);
+    // The only slot is free again, or this would wait for eight thousand tokens.
+    let quick = sarai.post("/v1/chat/completions", chat("lfm2", "Hi", json!({ "max_tokens": 2 })));
+    let quick = tokio::time::timeout(std::time::Duration::from_secs(10), quick).await.expect("the slot was not freed");
+    assert_eq!(quick.status, 200);
+    // The same for a client that does not stream and hangs up.
+    let whole = endless.replace("\"stream\":true", "\"stream\":false");
+    let request = sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(whole).send();
+    let asked = tokio::spawn(request);
+    sarai.until("the request runs", |ps| ps["workers"][0]["busy"] == 1).await;
+    asked.abort();
+    sarai.until("the request is gone", |ps| ps["workers"][0]["busy"] == 0).await;
+}
+
+#[tokio::test]
+async fn a_json_schema_shapes_the_answer() {
+    let config = format!("models:\n  omni: {{ backend: gguf_native, gguf_path: {} }}\n", qwen());
+    let sarai = Sarai::start(&config);
+    let schema = json!({ "type": "object", "properties": { "colour": { "enum": ["red", "blue"] } }, "required": ["colour"], "additionalProperties": false });
+    let format = json!({ "max_tokens": 60, "response_format": { "type": "json_schema", "json_schema": { "name": "c", "schema": schema } } });
+    let answer = sarai.post("/v1/chat/completions", chat("omni", "Choose a colour.", format)).await.json();
+    let text = answer["choices"][0]["message"]["content"].as_str().unwrap();
+    let value: serde_json::Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {answer}"));
+    assert!(["red", "blue"].contains(&value["colour"].as_str().unwrap()));
+}
+
+#[tokio::test]
+async fn text_outside_ascii_is_streamed_in_whole_characters() {
+    let config = format!("models:\n  omni: {{ backend: gguf_native, gguf_path: {} }}\n", qwen());
+    let sarai = Sarai::start(&config);
+    let body = chat("omni", "Repeat exactly: 🦙🦙 日本語 ñandú", json!({ "stream": true, "max_tokens": 40 }));
+    let answer = sarai.post("/v1/chat/completions", body).await;
+    let text: String =
+        answer.sse().iter().filter_map(|c| c["choices"][0]["delta"]["content"].as_str().map(str::to_owned)).collect();
+    assert!(text.contains("日本語") && !text.contains('\u{fffd}'), "{text}");
+}

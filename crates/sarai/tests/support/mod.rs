@@ -1,0 +1,248 @@
+//! The real binary, started for one test on a free port, and ended with it.
+
+#![allow(
+    dead_code,
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests fail by panicking, and each uses a part"
+)]
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use serde_json::Value;
+
+pub const BINARY: &str = env!("CARGO_BIN_EXE_sarai");
+
+/// A file of the pinned test weights; missing weights are a failure, never a skip.
+pub fn weights(file: &str) -> PathBuf {
+    let home = std::env::var("HOME").unwrap_or_default();
+    let folder = std::env::var("SARAI_MODELS").unwrap_or(format!("{home}/.cache/sarai/models"));
+    let path = PathBuf::from(folder).join(file);
+    assert!(path.is_file(), "{} is missing: run `make models`, or `make test` which does", path.display());
+    path
+}
+
+pub fn smollm2() -> String {
+    weights("smollm2-135m-instruct-q4_1.gguf").display().to_string()
+}
+
+pub fn qwen() -> String {
+    weights("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf").display().to_string()
+}
+
+/// A running `sarai serve`.
+pub struct Sarai {
+    pub url: String,
+    pub folder: tempfile::TempDir,
+    pub child: Child,
+    pub client: reqwest::Client,
+}
+
+impl Sarai {
+    /// Starts it with this configuration and waits until it says that it is ready.
+    pub fn start(config: &str) -> Self {
+        Self::start_with(config, Stdio::null())
+    }
+
+    pub fn start_with(config: &str, log: Stdio) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("sarai.yaml");
+        std::fs::write(&file, config).unwrap();
+        let mut child = Command::new(BINARY)
+            .args(["serve", "--listen", "127.0.0.1:0", "--config"])
+            .arg(&file)
+            .current_dir(folder.path())
+            .env_remove("OLLAMA_BASE_URL")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        let mut said = String::new();
+        while !said.contains("stop ") {
+            assert!(lines.read_line(&mut said).unwrap() > 0, "sarai ended before it was ready: {said}");
+        }
+        let at = said.find("http://").unwrap();
+        let url = said[at..].split("/v1").next().unwrap().to_owned();
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        Self { url, folder, child, client }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub async fn post(&self, path: &str, body: impl Into<reqwest::Body>) -> Answer {
+        let request = self.client.post(format!("{}{path}", self.url)).body(body);
+        Answer::of(request.send().await.unwrap()).await
+    }
+
+    pub async fn get(&self, path: &str) -> Answer {
+        Answer::of(self.client.get(format!("{}{path}", self.url)).send().await.unwrap()).await
+    }
+
+    /// The `sarai` object of `/api/ps`.
+    pub async fn ps(&self) -> Value {
+        self.get("/api/ps").await.json()["sarai"].clone()
+    }
+
+    pub async fn worker_pids(&self) -> Vec<u64> {
+        self.ps().await["workers"].as_array().unwrap().iter().map(|worker| worker["pid"].as_u64().unwrap()).collect()
+    }
+
+    /// Waits until `ps` shows what is wanted.
+    pub async fn until(&self, what: &str, shows: impl Fn(&Value) -> bool) {
+        let started = Instant::now();
+        loop {
+            let ps = self.ps().await;
+            if shows(&ps) {
+                return;
+            }
+            assert!(started.elapsed() < Duration::from_secs(20), "never came: {what}; {ps}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Drop for Sarai {
+    fn drop(&mut self) {
+        let _ = Command::new("kill").args(["-TERM", &self.pid().to_string()]).status();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.child.try_wait().ok().flatten().is_none() {
+            if Instant::now() > deadline {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+                return;
+            }
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// A response, read to its end.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: reqwest::header::HeaderMap,
+    pub text: String,
+}
+
+impl Answer {
+    pub async fn of(response: reqwest::Response) -> Self {
+        let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        let mut body = Vec::new();
+        let mut chunks = response.bytes_stream();
+        while let Some(Ok(chunk)) = chunks.next().await {
+            body.extend_from_slice(&chunk);
+        }
+        Self { status, headers, text: String::from_utf8(body).unwrap() }
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
+    }
+
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).map(|value| value.to_str().unwrap())
+    }
+
+    /// The JSON of every SSE event, `[DONE]` left out.
+    pub fn sse(&self) -> Vec<Value> {
+        let data = self.text.lines().filter_map(|line| line.strip_prefix("data: "));
+        data.filter(|data| *data != "[DONE]").map(|data| serde_json::from_str(data).unwrap()).collect()
+    }
+
+    pub fn lines(&self) -> Vec<Value> {
+        self.text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+/// A chat body in OpenAI's shape.
+pub fn chat(model: &str, prompt: &str, more: Value) -> String {
+    let mut body = serde_json::json!({
+        "model": model, "messages": [{ "role": "user", "content": prompt }], "temperature": 0, "max_tokens": 16,
+    });
+    for (key, value) in more.as_object().unwrap() {
+        body[key] = value.clone();
+    }
+    body.to_string()
+}
+
+/// A real Ollama on a free port, with the file of `model` created under the name `solar`.
+pub struct Ollama {
+    pub url: String,
+    pub port: u16,
+    folder: tempfile::TempDir,
+    child: Option<Child>,
+}
+
+impl Ollama {
+    pub fn start() -> Self {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let mut ollama =
+            Self { url: format!("http://127.0.0.1:{port}"), port, folder: tempfile::tempdir().unwrap(), child: None };
+        ollama.run();
+        let modelfile = ollama.folder.path().join("Modelfile");
+        std::fs::write(&modelfile, format!("FROM {}\n", smollm2())).unwrap();
+        let created = ollama.command().arg("create").arg("solar").arg("-f").arg(&modelfile).output().unwrap();
+        assert!(created.status.success(), "ollama create: {}", String::from_utf8_lossy(&created.stderr));
+        ollama
+    }
+
+    fn command(&self) -> Command {
+        let binary = std::env::var("SARAI_OLLAMA").expect("SARAI_OLLAMA names no Ollama binary: run `make test`");
+        let mut command = Command::new(binary);
+        command
+            .env("OLLAMA_HOST", format!("127.0.0.1:{}", self.port))
+            .env("OLLAMA_MODELS", self.folder.path().join("models"))
+            .env("HOME", self.folder.path());
+        command
+    }
+
+    /// Starts the server process, in a group of its own, and waits until it answers.
+    pub fn run(&mut self) {
+        use std::os::unix::process::CommandExt;
+        let mut command = self.command();
+        command.arg("serve").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+        self.child = Some(command.spawn().unwrap());
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while std::net::TcpStream::connect(("127.0.0.1", self.port)).is_err() {
+            assert!(Instant::now() < deadline, "ollama does not listen");
+            std::thread::yield_now();
+        }
+    }
+
+    /// Kills it with all its runners.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = Command::new("kill").args(["-KILL", "--", &format!("-{}", child.id())]).status();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Ollama {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Reads a child's whole standard output.
+pub fn output_of(child: &mut Child) -> String {
+    let mut text = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+    text
+}
+
+/// Whether a process still runs (a zombie does not).
+pub fn is_alive(pid: u64) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+}
