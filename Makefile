@@ -21,9 +21,10 @@ lint: deps
 	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc $(CARGO_FLAGS) --workspace --no-deps --document-private-items
 
+# One test at a time: each starts real models, and two that compute on the same cores slow each other down.
 unit: deps models ollama clients
 	SARAI_OLLAMA=$$(scripts/build_ollama.sh) SARAI_PYTHON=$$(scripts/python_clients.sh) \
-		cargo test $(CARGO_FLAGS) --workspace
+		RUST_TEST_THREADS=1 RUST_BACKTRACE=0 cargo test $(CARGO_FLAGS) --workspace
 
 bench: build models ollama
 	SARAI_OLLAMA=$$(scripts/build_ollama.sh) cargo run $(CARGO_FLAGS) -p sarai --example bench

@@ -72,3 +72,41 @@ pub async fn collect(mut events: EventStream) -> Result<Whole, Error> {
     }
     Err(Error::Internal("the answer ended without its end mark".into()))
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+    use futures_util::stream;
+
+    fn endless(held: tokio::sync::oneshot::Sender<()>) -> EventStream {
+        Box::pin(stream::repeat_with(move || {
+            let _held = &held;
+            Ok(Event::Text("word ".into()))
+        }))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_is_left_unread_is_dropped_after_the_stall_deadline() {
+        let (held, freed) = tokio::sync::oneshot::channel();
+        let started = tokio::time::Instant::now();
+        let _unread = body(endless(held), Duration::from_secs(60), None, |_| Bytes::from_static(b"x"));
+        freed.await.unwrap_err();
+        assert_eq!(started.elapsed().as_secs(), 60);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_whose_body_is_dropped_is_dropped_at_once() {
+        let (held, freed) = tokio::sync::oneshot::channel();
+        drop(body(endless(held), Duration::from_secs(60), None, |_| Bytes::from_static(b"x")));
+        let started = tokio::time::Instant::now();
+        freed.await.unwrap_err();
+        assert_eq!(started.elapsed().as_secs(), 0);
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_an_end_mark_is_an_error() {
+        let events: EventStream = Box::pin(stream::iter([Ok(Event::Text("half".into()))]));
+        assert!(matches!(collect(events).await, Err(Error::Internal(_))));
+    }
+}

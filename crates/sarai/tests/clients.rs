@@ -1,0 +1,24 @@
+//! The official, unmodified Python clients `openai` and `ollama`, against the real binary.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod support;
+
+use std::process::Command;
+
+use support::{Sarai, smollm2};
+
+#[test]
+fn the_official_clients_are_served() {
+    let config = format!(
+        "models:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 1024, parallel: 2, aliases: [tiny] }}\n",
+        smollm2()
+    );
+    let sarai = Sarai::start(&config);
+    let python = std::env::var("SARAI_PYTHON").expect("SARAI_PYTHON names no Python with the clients: run `make test`");
+    let tests = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/clients/test_clients.py");
+    let run = Command::new(python).arg(tests).env("SARAI_URL", &sarai.url).output().unwrap();
+    let said = String::from_utf8_lossy(&run.stderr);
+    assert!(run.status.success(), "{said}");
+    assert!(said.contains("Ran ") && !said.contains("Ran 0"), "{said}");
+}

@@ -1,0 +1,196 @@
+//! The remote path on a real Ollama, and its failures.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+use support::{Ollama, Sarai, chat, smollm2};
+
+/// `solar` on these hosts with a local fallback, and a model that only the host could serve.
+fn config(url: &str) -> String {
+    format!(
+        "models:\n  solar:\n    backend: ollama_http\n    fallback: gguf_native\n    url: {url}\n    model_name: solar\n    gguf_path: {}\n    context_length: 2048\n    deadlines: {{ connect_seconds: 1, first_token_seconds: 20 }}\n  other: {{ backend: ollama_http, url: {url}, model_name: nonesuch }}\n",
+        smollm2()
+    )
+}
+
+fn ollama_body(stream: bool, n: u32) -> Value {
+    json!({
+        "model": "solar", "stream": stream, "messages": [{ "role": "user", "content": "Name three colours." }],
+        "options": { "temperature": 0, "seed": 7, "num_predict": n, "num_ctx": 2048 },
+    })
+}
+
+fn served_by(answer: &support::Answer) -> &str {
+    answer.header("x-sarai-served-by").unwrap()
+}
+
+#[tokio::test]
+async fn answers_through_sarai_equal_those_of_ollama_asked_directly() {
+    let ollama = Ollama::start();
+    let sarai = Sarai::start(&config(&ollama.url));
+    let direct =
+        |path: &str, body: &Value| sarai.client.post(format!("{}{path}", ollama.url)).body(body.to_string()).send();
+    let mut body = ollama_body(false, 24);
+    // The model's context is set in the configuration, as num_ctx: the same load on both ways.
+    let whole = support::Answer::of(direct("/api/chat", &body).await.unwrap()).await.json();
+    let ours = sarai.post("/api/chat", body.to_string()).await;
+    assert_eq!(served_by(&ours), format!("solar@ollama_http(127.0.0.1:{})", ollama.port));
+    assert_eq!(ours.header("x-sarai-fallback-reason"), None);
+    let ours = ours.json();
+    for key in ["message", "done_reason", "eval_count", "prompt_eval_count"] {
+        assert_eq!(ours[key], whole[key], "{key}");
+    }
+    body["stream"] = true.into();
+    let lines = sarai.post("/api/chat", body.to_string()).await.lines();
+    let text: String = lines.iter().map(|line| line["message"]["content"].as_str().unwrap()).collect();
+    assert_eq!(Some(text.as_str()), whole["message"]["content"].as_str());
+    assert!(lines.len() > 5, "streamed token by token");
+
+    let generate = json!({ "model": "solar", "stream": false, "raw": true, "prompt": "The sky is", "options": { "temperature": 0, "seed": 7, "num_predict": 12, "num_ctx": 2048 } });
+    let whole = support::Answer::of(direct("/api/generate", &generate).await.unwrap()).await.json();
+    let ours = sarai.post("/api/generate", generate.to_string()).await.json();
+    assert_eq!((&ours["response"], &ours["eval_count"]), (&whole["response"], &whole["eval_count"]));
+
+    let both = tokio::join!(sarai.post("/api/chat", body.to_string()), sarai.post("/api/chat", body.to_string()));
+    assert_eq!((both.0.status, both.1.status), (200, 200));
+    assert!(sarai.worker_pids().await.is_empty(), "nothing was loaded here");
+}
+
+#[tokio::test]
+async fn a_host_that_is_down_at_start_is_used_when_it_is_up_and_the_local_fallback_answers_until_then_and_after_it_is_killed()
+ {
+    let mut ollama = Ollama::start();
+    ollama.kill();
+    let sarai = Sarai::start(&config(&ollama.url));
+    let ask = async |stream: bool| {
+        sarai.post("/v1/chat/completions", chat("solar", "Say hello.", json!({ "stream": stream }))).await
+    };
+    let down = ask(false).await;
+    assert_eq!((down.status, served_by(&down)), (200, "solar@gguf_native"), "{}", down.text);
+    assert!(down.header("x-sarai-fallback-reason").unwrap().contains("cannot be reached"));
+    assert!(down.json()["sarai"]["fallback_reason"].as_str().unwrap().contains("cannot be reached"));
+    assert_eq!(sarai.ps().await["models"][0]["deployments"][0]["state"], "down");
+    ollama.run();
+    let up = ask(true).await;
+    assert!(served_by(&up).starts_with("solar@ollama_http"), "{:?}", up.headers);
+    assert_eq!(sarai.ps().await["models"][0]["deployments"][0]["state"], "up");
+    ollama.kill();
+    let killed = ask(true).await;
+    assert_eq!((killed.status, served_by(&killed)), (200, "solar@gguf_native"));
+    assert!(killed.text.ends_with("data: [DONE]\n\n"));
+    ollama.run();
+    assert!(served_by(&ask(false).await).starts_with("solar@ollama_http"), "used again without a restart");
+}
+
+#[tokio::test]
+async fn a_host_killed_before_its_first_token_hands_over_and_one_killed_after_it_ends_with_an_error() {
+    let mut ollama = Ollama::start();
+    let sarai = Sarai::start(&config(&ollama.url));
+    // A cold host sends nothing while it loads: there is time to kill it before its first token.
+    let body = chat("solar", &"Tell me about colours. ".repeat(60), json!({ "stream": true }));
+    let asked = tokio::spawn(sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body).send());
+    sarai.until("the host is asked", |_| has_connection(ollama.port)).await;
+    ollama.kill();
+    let answer = support::Answer::of(asked.await.unwrap().unwrap()).await;
+    assert_eq!((answer.status, served_by(&answer)), (200, "solar@gguf_native"), "{}", answer.text);
+    ollama.run();
+    let long = chat("solar", "Write a long story.", json!({ "stream": true, "max_tokens": 1500 }));
+    let response = sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(long).send().await.unwrap();
+    let mut chunks = response.bytes_stream();
+    let mut seen = chunks.next().await.unwrap().unwrap().to_vec();
+    ollama.kill();
+    while let Some(Ok(chunk)) = chunks.next().await {
+        seen.extend_from_slice(&chunk);
+    }
+    let seen = String::from_utf8(seen).unwrap();
+    assert!(seen.contains("\"error\"") && !seen.contains("[DONE]"), "never a clean end: {seen}");
+}
+
+/// Whether somebody is connected to this port of the loopback.
+fn has_connection(port: u16) -> bool {
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let remote = format!("0100007F:{port:04X}");
+    table
+        .lines()
+        .any(|line| line.split_whitespace().nth(2) == Some(&remote) && line.split_whitespace().nth(3) == Some("01"))
+}
+
+#[tokio::test]
+async fn a_model_that_the_host_lacks_is_said_so_or_served_by_the_fallback() {
+    let ollama = Ollama::start();
+    let config = config(&ollama.url).replace("model_name: solar\n", "model_name: gone\n");
+    let sarai = Sarai::start(&config);
+    let fallback = sarai.post("/v1/chat/completions", chat("solar", "Hi", json!({}))).await;
+    assert_eq!((fallback.status, served_by(&fallback)), (200, "solar@gguf_native"));
+    assert!(fallback.header("x-sarai-fallback-reason").unwrap().contains("does not have the model `gone`"));
+    let none = sarai.post("/v1/chat/completions", chat("other", "Hi", json!({}))).await;
+    assert_eq!((none.status, &none.json()["error"]["code"]), (502, &json!("model_missing")));
+    assert_eq!(sarai.ps().await["models"][0]["deployments"][0]["state"], "model missing");
+}
+
+/// A host that answers every request with these bytes, then holds the connection if it is told to. It stands
+/// beside the real one: a real Ollama cannot be made to send these on demand.
+fn faulty_host(answer: &'static str, holds: bool) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for mut socket in listener.incoming().map_while(Result::ok) {
+            std::thread::spawn(move || {
+                let mut buffer = [0; 65536];
+                let _ = socket.read(&mut buffer);
+                let _ = socket.write_all(answer.as_bytes());
+                if holds {
+                    // Until the other side gives up.
+                    while socket.read(&mut buffer).is_ok_and(|n| n > 0) {}
+                }
+            });
+        }
+    });
+    url
+}
+
+#[tokio::test]
+async fn every_fault_before_the_first_token_leads_to_the_fallback_with_its_reason() {
+    let ndjson = "HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\nconnection: close\r\n\r\n";
+    let html: &'static str = Box::leak(format!("{ndjson}<html>Gateway</html>").into_boxed_str());
+    let reported: &'static str =
+        Box::leak(format!("{ndjson}{{\"error\":\"llama runner process has terminated\"}}\n").into_boxed_str());
+    let cases = [
+        ("HTTP/1.1 500 Oops\r\ncontent-length: 17\r\n\r\n{\"error\":\"broken\"}", false, "status 500"),
+        ("HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n", false, "status 503"),
+        (html, false, "not an answer"),
+        (reported, false, "terminated"),
+        (ndjson, false, "cut the stream"),
+        (ndjson, true, "sent nothing"),
+        ("", true, "sent nothing"),
+        ("", false, "cannot be reached"),
+    ];
+    for (answer, holds, reason) in cases {
+        let config = config(&faulty_host(answer, holds)).replace("first_token_seconds: 20", "first_token_seconds: 1");
+        let sarai = Sarai::start(&config.replace("first_token_seconds: 1", "first_token_seconds: 3"));
+        let served = sarai.post("/v1/chat/completions", chat("solar", "Hi", json!({ "max_tokens": 2 }))).await;
+        assert_eq!((served.status, served_by(&served)), (200, "solar@gguf_native"), "{reason}: {}", served.text);
+        let said = served.header("x-sarai-fallback-reason").unwrap();
+        assert!(said.contains(reason), "{reason}: {said}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_cut_after_its_first_token_ends_with_an_error_in_both_apis() {
+    let cut = "HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\nconnection: close\r\n\r\n{\"message\":{\"role\":\"assistant\",\"content\":\"half an\"},\"done\":false}\n";
+    let sarai = Sarai::start(&config(&faulty_host(cut, false)));
+    let streamed = sarai.post("/v1/chat/completions", chat("solar", "Hi", json!({ "stream": true }))).await;
+    let events = streamed.sse();
+    assert_eq!(events.last().unwrap()["error"]["code"], "cut", "{}", streamed.text);
+    assert!(!streamed.text.contains("[DONE]") && !streamed.text.contains("\"finish_reason\":\"stop\""));
+    let whole = sarai.post("/v1/chat/completions", chat("solar", "Hi", json!({}))).await;
+    assert_eq!(whole.status, 502, "half an answer is no answer: {}", whole.text);
+    let lines = sarai.post("/api/chat", ollama_body(true, 5).to_string()).await.lines();
+    assert!(lines.last().unwrap()["error"].as_str().unwrap().contains("cut the stream"));
+}

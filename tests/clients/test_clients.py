@@ -1,0 +1,112 @@
+"""What users of the official Python clients do, against the sarai at SARAI_URL with a model `lfm2`."""
+
+import os
+import unittest
+
+import ollama
+import openai
+
+URL = os.environ["SARAI_URL"]
+ASK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name three colours."}]
+
+
+class OpenAI(unittest.TestCase):
+    def setUp(self):
+        self.client = openai.OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0)
+        self.addCleanup(self.client.close)
+
+    def test_chat(self):
+        answer = self.client.chat.completions.create(model="lfm2", messages=ASK, temperature=0, max_tokens=12)
+        self.assertTrue(answer.choices[0].message.content)
+        self.assertIn(answer.choices[0].finish_reason, ("stop", "length"))
+        self.assertEqual(answer.usage.total_tokens, answer.usage.prompt_tokens + answer.usage.completion_tokens)
+
+    def test_stream_is_the_same_answer_and_ends_with_usage(self):
+        asked = {"model": "lfm2", "messages": ASK, "temperature": 0, "max_completion_tokens": 12, "seed": 3}
+        whole = self.client.chat.completions.create(**asked)
+        stream = self.client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        chunks = list(stream)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        self.assertEqual(text, whole.choices[0].message.content)
+        self.assertEqual(chunks[-1].usage.completion_tokens, whole.usage.completion_tokens)
+        self.assertEqual(chunks[0].choices[0].delta.role, "assistant")
+
+    def test_content_parts_and_an_alias(self):
+        parts = [{"type": "text", "text": "Say"}, {"type": "text", "text": "hello."}]
+        answer = self.client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": parts}], max_tokens=4
+        )
+        self.assertTrue(answer.choices[0].message.content)
+
+    def test_completions(self):
+        answer = self.client.completions.create(model="lfm2", prompt="The sky is", max_tokens=6, temperature=0)
+        self.assertEqual(answer.usage.completion_tokens, 6)
+        stream = self.client.completions.create(
+            model="lfm2", prompt="The sky is", max_tokens=6, temperature=0, stream=True
+        )
+        self.assertEqual("".join(chunk.choices[0].text for chunk in stream), answer.choices[0].text)
+
+    def test_models(self):
+        self.assertEqual([model.id for model in self.client.models.list()], ["lfm2"])
+        self.assertEqual(self.client.models.retrieve("lfm2").id, "lfm2")
+        with self.assertRaises(openai.NotFoundError):
+            self.client.models.retrieve("nobody")
+
+    def test_errors_have_their_types(self):
+        with self.assertRaises(openai.NotFoundError) as unknown:
+            self.client.chat.completions.create(model="nobody", messages=ASK)
+        self.assertEqual(unknown.exception.code, "model_not_found")
+        with self.assertRaises(openai.BadRequestError) as overflow:
+            self.client.chat.completions.create(model="lfm2", messages=[{"role": "user", "content": "word " * 3000}])
+        self.assertEqual(overflow.exception.code, "context_length_exceeded")
+        self.assertIn("1024", str(overflow.exception))
+        with self.assertRaises(openai.BadRequestError) as hot:
+            self.client.chat.completions.create(model="lfm2", messages=ASK, temperature=9)
+        self.assertEqual(hot.exception.param, "temperature")
+
+
+class Ollama(unittest.TestCase):
+    def setUp(self):
+        self.client = ollama.Client(host=URL)
+
+    def test_chat(self):
+        answer = self.client.chat("lfm2", messages=ASK, options={"temperature": 0, "num_predict": 12})
+        self.assertTrue(answer.message.content)
+        self.assertTrue(answer.done)
+        self.assertGreater(answer.eval_count, 0)
+        self.assertGreater(answer.eval_duration, 0)
+
+    def test_stream_is_the_same_answer(self):
+        asked = {"messages": ASK, "options": {"temperature": 0, "num_predict": 12}}
+        whole = self.client.chat("lfm2", **asked)
+        parts = list(self.client.chat("lfm2", **asked, stream=True))
+        self.assertEqual("".join(part.message.content for part in parts), whole.message.content)
+        self.assertTrue(parts[-1].done)
+        self.assertIn(parts[-1].done_reason, ("stop", "length"))
+
+    def test_generate(self):
+        answer = self.client.generate("lfm2", prompt="Name a colour.", system="Be brief.", options={"num_predict": 4})
+        self.assertTrue(answer.response)
+        raw = self.client.generate("lfm2", prompt="The sky is", raw=True, options={"num_predict": 4})
+        self.assertLess(raw.prompt_eval_count, answer.prompt_eval_count)
+
+    def test_lists(self):
+        self.assertEqual([model.model for model in self.client.list().models], ["lfm2"])
+        self.client.generate("lfm2")
+        running = self.client.ps().models[0]
+        self.assertEqual(running.model, "lfm2")
+        self.assertGreater(running.size, 90 << 20)
+        shown = self.client.show("lfm2")
+        self.assertEqual(shown.details.quantization_level, "Q4_1")
+        self.assertEqual(shown.modelinfo["general.architecture"], "llama")
+        self.assertIn("im_start", shown.template)
+
+    def test_a_latest_tag_and_errors(self):
+        self.assertTrue(self.client.chat("lfm2:latest", messages=ASK, options={"num_predict": 2}).message.content)
+        with self.assertRaises(ollama.ResponseError) as unknown:
+            self.client.chat("nobody", messages=ASK)
+        self.assertEqual(unknown.exception.status_code, 404)
+
+
+if __name__ == "__main__":
+    unittest.main()
