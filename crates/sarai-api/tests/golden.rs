@@ -1,0 +1,160 @@
+//! Every wire shape, against a golden file. `UPDATE_GOLDEN=1 cargo test -p sarai-api` writes them anew.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
+
+use std::path::Path;
+use std::time::{Duration, UNIX_EPOCH};
+
+use sarai_api::Served;
+use sarai_api::ollama::{self, End, LineWriter, ModelFacts, OllamaRequest};
+use sarai_api::openai::{self, ChunkWriter};
+use sarai_core::{Event, FinishReason, GenerateRequest, Message, Prompt, Role, Sampling, Timings, Usage};
+use serde_json::{Value, json};
+
+fn golden(name: &str, value: &Value) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(format!("{name}.json"));
+    let written = format!("{value:#}\n");
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        std::fs::write(&path, &written).unwrap();
+    }
+    let wanted = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    assert_eq!(written, wanted, "{name}");
+}
+
+fn served() -> Served {
+    Served {
+        by: "solar@gguf_native".into(),
+        fallback_reason: Some("solar@ollama_http(h): host h cannot be reached (refused)".into()),
+        degraded: vec!["logit_bias".into()],
+    }
+}
+
+const USAGE: Usage = Usage { prompt_tokens: 12, cached_tokens: 4, completion_tokens: 3 };
+
+fn timings() -> Timings {
+    let ms = Duration::from_millis;
+    Timings { queue: ms(1), load: ms(20), prefill: ms(300), decode: ms(4000) }
+}
+
+#[test]
+fn openai_answers_and_chunks() {
+    for (name, kind) in [("chat", openai::Kind::Chat), ("completion", openai::Kind::Completion)] {
+        let writer =
+            ChunkWriter { kind, id: "id-1".into(), created: 1_700_000_000, model: "solar".into(), include_usage: true };
+        let whole = writer.whole("Hello", FinishReason::Stop, &USAGE, &served(), &timings());
+        golden(&format!("openai_{name}"), &whole);
+        let chunks = [
+            writer.role(),
+            Some(writer.text("Hel")),
+            Some(writer.finish(FinishReason::Length, &served(), &timings())),
+            writer.usage(&USAGE),
+        ];
+        golden(&format!("openai_{name}_chunks"), &Value::from(chunks.into_iter().flatten().collect::<Vec<_>>()));
+    }
+    golden("openai_models", &openai::models(vec![openai::model("solar", 0)]));
+    golden("openai_error", &openai::error_body("no", "invalid_request_error", Some("n"), None));
+}
+
+#[test]
+fn ollama_lines_and_lists() {
+    let now = UNIX_EPOCH + Duration::from_nanos(1_700_000_000_123_456_789);
+    for (name, kind) in [("chat", ollama::Kind::Chat), ("generate", ollama::Kind::Generate)] {
+        let writer = LineWriter { kind, model: "solar".into() };
+        let end = End { finish: FinishReason::Stop, usage: &USAGE, timings: &timings(), served: &served() };
+        let lines = [writer.text(now, "Hel"), writer.done(now, "", &end), writer.without_text(now, "load")];
+        golden(&format!("ollama_{name}_lines"), &Value::from(lines.to_vec()));
+    }
+    let facts = ModelFacts {
+        name: "lfm2".into(),
+        size: 98,
+        digest: "ab".into(),
+        family: "llama".into(),
+        parameter_size: "135.0M".into(),
+        quantization: "Q4_1".into(),
+        modified: Some(now),
+    };
+    golden(
+        "ollama_lists",
+        &json!([
+            ollama::list_entry(&facts),
+            ollama::process_entry(&facts, 200, 4096, json!({ "pid": 7 })),
+            ollama::show(&facts, "{{ x }}", json!({ "general.architecture": "llama" }))
+        ]),
+    );
+    golden("ollama_error", &ollama::error_body("no", Some(json!({ "free_bytes": 1 }))));
+}
+
+#[test]
+fn requests_of_both_apis_mean_the_same() {
+    let openai = openai::parse_chat(
+        json!({
+            "model": "solar", "stream": true, "stream_options": { "include_usage": true }, "temperature": 0.5, "top_p": 0.9,
+            "seed": 7, "presence_penalty": 1, "frequency_penalty": -1, "stop": "END", "max_completion_tokens": 9,
+            "messages": [{ "role": "developer", "content": "Be brief." }, { "role": "user", "content": [{ "type": "text", "text": "Hi" }] }],
+        })
+        .to_string()
+        .as_bytes(),
+    )
+    .unwrap();
+    let ollama = ollama::parse_chat(
+        json!({
+            "model": "solar",
+            "options": { "temperature": 0.5, "top_p": 0.9, "seed": 7, "presence_penalty": 1, "frequency_penalty": -1, "stop": ["END"], "num_predict": 9 },
+            "messages": [{ "role": "system", "content": "Be brief." }, { "role": "user", "content": "Hi" }],
+        })
+        .to_string()
+        .as_bytes(),
+    )
+    .unwrap();
+    let OllamaRequest::Generate(ollama) = ollama else { panic!("{ollama:?}") };
+    assert_eq!(openai.request, ollama.request);
+    assert!(openai.delivery.stream && ollama.delivery.stream, "Ollama streams unless told not to");
+}
+
+#[test]
+fn errors_name_the_field_and_the_value() {
+    let error = |body: Value| openai::parse_chat(body.to_string().as_bytes()).unwrap_err().to_string();
+    let with = |key: &str, value: Value| {
+        let mut body = json!({ "model": "m", "messages": [{ "role": "user", "content": "x" }] });
+        body[key] = value;
+        error(body)
+    };
+    assert!(with("temperature", json!("hot")).contains("`temperature`: invalid type: string \"hot\""));
+    assert!(with("top_p", json!(2)).contains("`top_p` is 2: use a number from 0 to 1"));
+    assert!(with("tools", json!([{ "type": "function" }])).contains("`tools` is not supported"));
+    assert!(with("logit_bias", json!({ "x": 1 })).contains("key `x`"));
+    assert!(with("messages", json!([{ "role": "user", "content": [{ "type": "image_url" }] }])).contains("image_url"));
+}
+
+#[test]
+fn a_request_to_an_ollama_host_sets_only_what_was_asked_for() {
+    let request = GenerateRequest {
+        prompt: Prompt::Chat(vec![Message { role: Role::User, content: "Hi".into() }]),
+        sampling: Sampling { temperature: Some(0.7), ..Sampling::default() },
+        stop: Vec::new(),
+        max_tokens: None,
+        format: sarai_core::Format::Text,
+    };
+    let (path, body) = ollama::chat_request("solar", None, &request);
+    assert_eq!(path, "/api/chat");
+    golden("ollama_remote_request", &body);
+    let raw = GenerateRequest { prompt: Prompt::Raw("The sky".into()), max_tokens: Some(4), ..request };
+    assert_eq!(ollama::chat_request("solar", Some(2048), &raw).0, "/api/generate");
+}
+
+#[test]
+fn lines_of_an_ollama_host_become_events() {
+    use ollama::{RemoteLine, parse_line};
+    let done = br#"{"message":{"content":"!"},"done":true,"done_reason":"length","eval_count":3,"prompt_eval_count":12,"load_duration":20000000}"#;
+    let Ok(RemoteLine::Done(Some(text), Event::Done { finish, usage, timings })) = parse_line(done) else { panic!() };
+    assert_eq!(
+        (text.as_str(), finish, usage.completion_tokens, timings.load),
+        ("!", FinishReason::Length, 3, Duration::from_millis(20))
+    );
+    assert!(
+        parse_line(b"<html>").is_err()
+            && parse_line(br#"{"error":"x"}"#).is_err()
+            && parse_line(br#"{"ok":1}"#).is_err()
+    );
+    assert_eq!(parse_line(b"  \n"), Ok(RemoteLine::Empty));
+}
