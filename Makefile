@@ -26,8 +26,10 @@ unit: deps models ollama clients
 	SARAI_OLLAMA=$$(scripts/build_ollama.sh) SARAI_PYTHON=$$(scripts/python_clients.sh) \
 		RUST_TEST_THREADS=1 RUST_BACKTRACE=0 cargo test $(CARGO_FLAGS) --workspace
 
+# Tokens/s and latency as ratios: the bare engine and Ollama asked directly, in the same run.
 bench: build models ollama
-	SARAI_OLLAMA=$$(scripts/build_ollama.sh) cargo run $(CARGO_FLAGS) -p sarai --example bench
+	cargo build $(CARGO_FLAGS) -p sarai-llama --example bare_engine
+	SARAI_OLLAMA=$$(scripts/build_ollama.sh) cargo bench --profile release --locked -p sarai --bench http
 
 deps:
 	@scripts/install_deps.sh

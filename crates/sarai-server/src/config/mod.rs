@@ -1,4 +1,4 @@
-//! The configuration: as written ([`file`]), the environment over it ([`env`]), and as meant ([`resolve`]).
+//! The configuration: as written (`file`), the environment over it (`env`), and as meant (`resolve`).
 //!
 //! All mistakes are reported at once, each with its line, its key and what would fix it. A file that does
 //! not exist or a host that does not answer is no mistake: that is a state of the running server.
