@@ -330,8 +330,8 @@ impl Ledger {
     fn exited(&mut self, id: EngineId, effects: &mut Vec<Effect>) {
         let Some(engine) = self.engines.get_mut(id.0) else { return };
         let was = std::mem::replace(&mut engine.state, State::Absent);
+        // Leases on the dead worker are still out; each is given back once, by its guard.
         engine.measured = Bytes::ZERO;
-        engine.busy = 0;
         if was == State::Loading {
             for ticket in std::mem::take(&mut engine.waiting) {
                 effects.push(Effect::Fail(id, ticket));
@@ -442,6 +442,19 @@ mod tests {
         assert_eq!(ledger.claimed(), Bytes::ZERO);
     }
 
+    #[test]
+    fn a_lease_on_a_dead_worker_does_not_free_the_engine_under_its_next_lease() {
+        let mut ledger = ledger(100, 2, Strategy::EvictLru, 2);
+        ledger.decide(PoolEvent::Wanted(A, Ticket(1), plan(70)));
+        ledger.decide(PoolEvent::Loaded(A));
+        ledger.decide(PoolEvent::Exited(A));
+        ledger.decide(PoolEvent::Wanted(A, Ticket(2), plan(70)));
+        ledger.decide(PoolEvent::Loaded(A));
+        ledger.decide(PoolEvent::Released(A));
+        let effects = ledger.decide(PoolEvent::Wanted(B, Ticket(3), plan(70)));
+        assert!(matches!(effects[..], [Effect::Refuse(..)]), "the second lease is still out: {effects:?}");
+    }
+
     #[derive(Clone, Debug)]
     enum Step {
         Want(usize, u64),
@@ -474,7 +487,7 @@ mod tests {
                     Step::Progress(i) if state(i, &ledger) == "loading" => PoolEvent::Loaded(EngineId(i)),
                     Step::Progress(i) if state(i, &ledger) == "stopping" => PoolEvent::Exited(EngineId(i)),
                     Step::Release(i) if leases[i] > 0 => { leases[i] -= 1; PoolEvent::Released(EngineId(i)) }
-                    Step::Die(i) if ["loading", "resident"].contains(&state(i, &ledger)) => { leases[i] = 0; PoolEvent::Exited(EngineId(i)) }
+                    Step::Die(i) if ["loading", "resident"].contains(&state(i, &ledger)) => {  PoolEvent::Exited(EngineId(i)) }
                     _ => continue,
                 };
                 for effect in ledger.decide(event) {

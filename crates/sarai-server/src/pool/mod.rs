@@ -73,7 +73,7 @@ impl Pool {
             evictable: engine.evictable,
         };
         let limits = Limits {
-            budget: memory.max_ram,
+            budget: measure::machine_limit().map_or(memory.max_ram, |most| memory.max_ram.min(most)),
             max_concurrent_llms: memory.max_concurrent_llms,
             strategy: memory.strategy,
         };
