@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use bytes::Bytes;
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use sarai_core::{Error, Event, FinishReason, Timings, Usage};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -22,11 +22,13 @@ pub fn body(
     mut encode: impl FnMut(Result<Event, Error>) -> Bytes + Send + 'static,
 ) -> Body {
     let (sender, receiver) = mpsc::channel(WAITING_PIECES);
+    // What is there already goes out with the headers, in one write.
+    let ready = events.next().now_or_never().flatten().map(&mut encode);
+    for piece in first.into_iter().chain(ready) {
+        let _ = sender.try_send(Ok::<_, std::convert::Infallible>(piece));
+    }
     // Owned by the response: it ends when the body is dropped, since the channel is then closed.
     tokio::spawn(async move {
-        if let Some(first) = first {
-            let _ = sender.try_send(Ok::<_, std::convert::Infallible>(first));
-        }
         loop {
             let event = tokio::select! {
                 event = events.next() => event,
