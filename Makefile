@@ -40,7 +40,7 @@ models:
 ollama: deps
 	@scripts/build_ollama.sh >/dev/null
 
-clients:
+clients: deps
 	@scripts/python_clients.sh >/dev/null
 
 build: deps

@@ -11,6 +11,7 @@ need make make
 need clang clang
 need git git
 need curl curl
+if ! python3 -c 'import ensurepip' 2>/dev/null; then missing+=(python3-venv); fi
 if ! ls /usr/lib/llvm-*/lib/libclang*.so* >/dev/null 2>&1; then missing+=(libclang-dev); fi
 if [ "${#missing[@]}" -gt 0 ]; then
     echo "installing ${missing[*]}" >&2

@@ -37,13 +37,20 @@ pub fn unsupported(param: &str, value: &Option<Value>) -> Result<(), Error> {
         None | Some(Value::Null | Value::Bool(false)) => true,
         Some(Value::Array(items)) => items.is_empty(),
         Some(Value::String(text)) => text.is_empty(),
-        Some(Value::Number(number)) => number.as_f64() == Some(0.0),
         Some(_) => false,
     };
     if is_default {
         return Ok(());
     }
     Err(Error::invalid(param, format!("`{param}` is not supported by this server yet: leave it out")))
+}
+
+/// Refuses text that the engine cannot take: it ends at a NUL.
+pub fn text(param: &str, text: String) -> Result<String, Error> {
+    match text.find('\0') {
+        None => Ok(text),
+        Some(at) => Err(Error::invalid(param, format!("`{param}` holds a NUL character at byte {at}: leave it out"))),
+    }
 }
 
 /// Reads a role.

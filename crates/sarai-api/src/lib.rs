@@ -28,6 +28,8 @@ pub struct Parsed {
     pub request: GenerateRequest,
     /// How to deliver it.
     pub delivery: Delivery,
+    /// Options that are not followed; the answer says so.
+    pub ignored: Vec<String>,
 }
 
 /// Who answered, and what was lost on the way; part of every answer.

@@ -203,18 +203,33 @@ impl Error {
         Self::InvalidRequest { message: message.into(), param: Some(param.to_owned()) }
     }
 
+    /// The same error, under the name that the client knows the model by.
+    #[must_use]
+    pub fn of_model(mut self, name: &str) -> Self {
+        match &mut self {
+            Self::ContextOverflow { model, .. }
+            | Self::Deadline { model, .. }
+            | Self::Unavailable { model, .. }
+            | Self::WorkerDied { model, .. } => name.clone_into(model),
+            Self::DoesNotFit(refusal) => name.clone_into(&mut refusal.model),
+            _ => {}
+        }
+        self
+    }
+
     /// Whether another deployment may succeed where this one failed.
     #[must_use]
     pub const fn may_succeed_elsewhere(&self) -> bool {
         match self {
             Self::InvalidRequest { .. }
-            | Self::ContextOverflow { .. }
             | Self::UnknownModel { .. }
             | Self::BodyTooLarge { .. }
             | Self::Overloaded { .. }
             | Self::AllFailed { .. }
             | Self::ShuttingDown => false,
-            Self::Deadline { .. }
+            // The next deployment may have a longer context.
+            Self::ContextOverflow { .. }
+            | Self::Deadline { .. }
             | Self::DoesNotFit(_)
             | Self::Unavailable { .. }
             | Self::WorkerDied { .. }

@@ -49,7 +49,7 @@ pub enum Prompt {
 }
 
 /// The form that the answer must have.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
     /// Any text.
@@ -57,8 +57,8 @@ pub enum Format {
     Text,
     /// Any JSON object.
     Json,
-    /// JSON that this JSON schema accepts.
-    Schema(serde_json::Value),
+    /// JSON that this JSON schema accepts; as text, so that its nesting adds nothing to a frame's.
+    Schema(String),
 }
 
 impl Format {

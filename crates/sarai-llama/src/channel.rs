@@ -18,8 +18,9 @@ pub fn open(socket: OwnedFd) -> anyhow::Result<(Receiver<ToWorker>, FrameWriter)
     let (sender, receiver) = sync_channel(WAITING_COMMANDS);
     std::thread::Builder::new().name("frames".into()).spawn(move || {
         let _ = read_all(reader, &sender);
-        // The server is gone or sends nonsense: there is nobody to compute for, not even for this step.
-        std::process::exit(0);
+        // The server is gone or sends nonsense: there is nobody to compute for, not even for this step. An exit
+        // would run C++ destructors beside the threads that compute.
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     })?;
     Ok((receiver, FrameWriter { socket, buffer: Vec::new() }))
 }

@@ -49,13 +49,18 @@ pub fn run(spec: &LoadSpec, commands: &Receiver<ToWorker>, frames: &mut FrameWri
     Ok(())
 }
 
+/// Tokens that one step can hold: one of every sequence at least.
+fn step_tokens(spec: &LoadSpec) -> u32 {
+    spec.ubatch_tokens.max(spec.parallel)
+}
+
 fn context_params(spec: &LoadSpec) -> LlamaContextParams {
     let threads = i32::try_from(spec.threads).unwrap_or(1);
     LlamaContextParams::default()
         .with_n_ctx(NonZeroU32::new(spec.context_tokens.saturating_mul(spec.parallel)))
         .with_n_seq_max(spec.parallel)
-        .with_n_batch(spec.ubatch_tokens)
-        .with_n_ubatch(spec.ubatch_tokens)
+        .with_n_batch(step_tokens(spec))
+        .with_n_ubatch(step_tokens(spec))
         .with_n_outputs_max(spec.parallel)
         .with_swa_full(false)
         .with_kv_unified(false)
@@ -84,7 +89,7 @@ impl<'model> Engine<'model> {
         templates: &'model ChatTemplates,
         context: LlamaContext<'model>,
     ) -> Self {
-        let ubatch_tokens = spec.ubatch_tokens.max(spec.parallel) as usize;
+        let ubatch_tokens = step_tokens(spec) as usize;
         Self {
             name: spec.model.clone(),
             model,
@@ -167,7 +172,7 @@ impl<'model> Engine<'model> {
                 context_tokens: u32::try_from(self.context_tokens).unwrap_or(u32::MAX),
             });
         }
-        let mut sampler = prompt::sampler(self.model, request)?;
+        let mut sampler = prompt::sampler(self.model, self.context_tokens, request)?;
         for &token in &tokens {
             sampler.accept(token, false);
         }
@@ -206,14 +211,22 @@ impl<'model> Engine<'model> {
         let mut keep = self.sequences[index].shared_prefix(prompt).min(prompt.len() - 1);
         let sequence = u32::try_from(index).map_err(|error| internal(&error))?;
         let from = u32::try_from(keep).map_err(|error| internal(&error))?;
+        let lost = self.window_has_moved_beyond(index, keep);
         let cut = self.context.clear_kv_cache_seq(Some(sequence), Some(from), None).map_err(|e| internal(&e))?;
-        if !cut {
+        if lost || !cut {
             // A recurrent state, or a window that has moved on, cannot be cut: compute it all again.
             self.context.clear_kv_cache_seq(Some(sequence), None, None).map_err(|e| internal(&e))?;
             keep = 0;
         }
         self.sequences[index].cached.truncate(keep);
         Ok(keep)
+    }
+
+    /// Whether a sliding window needs cells before position `keep` that are not in the cache any more.
+    fn window_has_moved_beyond(&self, index: usize, keep: usize) -> bool {
+        let window = usize::try_from(self.model.n_swa()).unwrap_or(0);
+        let first = i32::try_from(index).map_or(-1, |sequence| self.context.memory_seq_pos_min(sequence));
+        window > 0 && keep > 0 && usize::try_from(first).is_ok_and(|first| first > keep.saturating_sub(window))
     }
 
     fn step(&mut self, frames: &mut FrameWriter) -> anyhow::Result<()> {

@@ -47,7 +47,7 @@ fn schema_of(format: &Format) -> Option<String> {
     match format {
         Format::Text => None,
         Format::Json => Some(r#"{"type":"object"}"#.to_owned()),
-        Format::Schema(schema) => Some(schema.to_string()),
+        Format::Schema(schema) => Some(schema.clone()),
     }
 }
 
@@ -55,9 +55,9 @@ fn schema_of(format: &Format) -> Option<String> {
 ///
 /// # Errors
 /// The schema is not one that llama.cpp can make a grammar of.
-pub fn sampler(model: &LlamaModel, request: &GenerateRequest) -> Result<CommonSampler, Error> {
+pub fn sampler(model: &LlamaModel, context_tokens: usize, request: &GenerateRequest) -> Result<CommonSampler, Error> {
     let mut params = CommonSamplerParams::new();
-    set_scalars(&mut params, &request.sampling);
+    set_scalars(&mut params, context_tokens, &request.sampling);
     for &(token, bias) in &request.sampling.logit_bias {
         if token < 0 || token >= model.n_vocab() {
             return Err(Error::invalid(
@@ -74,7 +74,7 @@ pub fn sampler(model: &LlamaModel, request: &GenerateRequest) -> Result<CommonSa
         .map_err(|error| Error::invalid("format", format!("llama.cpp cannot make a grammar of the schema: {error}")))
 }
 
-fn set_scalars(params: &mut CommonSamplerParams, sampling: &Sampling) {
+fn set_scalars(params: &mut CommonSamplerParams, context_tokens: usize, sampling: &Sampling) {
     let mut scalars = params.scalars();
     let set = |to: &mut f32, from: Option<f32>| *to = from.unwrap_or(*to);
     set(&mut scalars.temp, sampling.temperature);
@@ -85,7 +85,9 @@ fn set_scalars(params: &mut CommonSamplerParams, sampling: &Sampling) {
     set(&mut scalars.penalty_freq, sampling.frequency_penalty);
     set(&mut scalars.penalty_present, sampling.presence_penalty);
     scalars.top_k = sampling.top_k.unwrap_or(scalars.top_k);
-    scalars.penalty_last_n = sampling.repeat_last_n.unwrap_or(scalars.penalty_last_n);
+    // The samplers take -1 for nothing; both APIs mean the whole context by it.
+    let last_n = sampling.repeat_last_n.unwrap_or(scalars.penalty_last_n);
+    scalars.penalty_last_n = if last_n < 0 { i32::try_from(context_tokens).unwrap_or(i32::MAX) } else { last_n };
     scalars.seed = sampling.seed.unwrap_or(scalars.seed);
     scalars.no_perf = true;
     params.set_scalars(&scalars);

@@ -41,8 +41,8 @@ impl Plan {
             part("repacked", repacked(header)),
             part("kv", kv_cache(header, settings)),
             part("compute", compute(header, settings)),
-            part("output", Bytes(vocabulary * 4) * u64::from(settings.parallel)),
-            part("vocabulary", Bytes(vocabulary * VOCABULARY_BYTES_PER_TOKEN)),
+            part("output", Bytes(4) * vocabulary * u64::from(settings.parallel)),
+            part("vocabulary", Bytes(VOCABULARY_BYTES_PER_TOKEN) * vocabulary),
             part("process", PROCESS),
         ];
         Self { parts: parts.into_iter().filter(|part| part.bytes > Bytes::ZERO).collect() }
@@ -67,33 +67,29 @@ fn repacked(header: &Header) -> Bytes {
 /// K and V in f16 for every layer: cells x heads x (key length + value length) x 2 bytes, and for hybrid and
 /// recurrent layers their F32 state.
 fn kv_cache(header: &Header, settings: Settings) -> Bytes {
-    let layers = unsigned(header.arch_int("block_count")).unwrap_or(0);
-    let embedding = unsigned(header.arch_int("embedding_length")).unwrap_or(0);
-    let context = u64::from(settings.context_tokens).next_multiple_of(256);
-    let window = unsigned(header.arch_int("attention.sliding_window")).filter(|&window| window > 0);
-    let mut total = Bytes::ZERO;
-    for layer in 0..layers {
-        let layer = usize::try_from(layer).unwrap_or(usize::MAX);
-        let heads = unsigned(header.arch_int_of_layer("attention.head_count", layer)).unwrap_or(1).max(1);
-        let kv_heads = unsigned(header.arch_int_of_layer("attention.head_count_kv", layer)).unwrap_or(heads);
+    let layers = size(header.arch_int("block_count")).unwrap_or(0);
+    let embedding = size(header.arch_int("embedding_length")).unwrap_or(0);
+    let context = u128::from(settings.context_tokens).next_multiple_of(256);
+    let window = size(header.arch_int("attention.sliding_window")).filter(|&window| window > 0);
+    let mut total = 0;
+    for layer in 0..usize::try_from(layers).unwrap_or(0) {
+        let heads = size(header.arch_int_of_layer("attention.head_count", layer)).unwrap_or(1).max(1);
+        let kv_heads = size(header.arch_int_of_layer("attention.head_count_kv", layer)).unwrap_or(heads);
         let head = embedding / heads;
-        let key = unsigned(header.arch_int("attention.key_length")).unwrap_or(head);
-        let value = unsigned(header.arch_int("attention.value_length")).unwrap_or(head);
+        let key = size(header.arch_int("attention.key_length")).unwrap_or(head);
+        let value = size(header.arch_int("attention.value_length")).unwrap_or(head);
         let cells = match window {
             Some(window) if is_windowed(header, layer) => {
-                context.min((window + u64::from(settings.ubatch_tokens)).next_multiple_of(256))
+                context.min((window + u128::from(settings.ubatch_tokens)).next_multiple_of(256))
             }
             _ => context,
         };
-        total += Bytes(kv_heads * (key + value) * 2) * cells;
-        if kv_heads == 0 {
+        total += kv_heads * (key + value) * 2 * cells;
+        if kv_heads == 0 || header.arch_int("ssm.state_size").is_some() {
             total += recurrent_state(header, embedding);
         }
     }
-    if header.arch_int("ssm.state_size").is_some() {
-        total += recurrent_state(header, embedding) * layers;
-    }
-    total * u64::from(settings.parallel)
+    bytes(total * u128::from(settings.parallel))
 }
 
 /// Whether a layer of a sliding-window model sees only the window: Gemma 3 has one full layer in six; for
@@ -103,30 +99,36 @@ fn is_windowed(header: &Header, layer: usize) -> bool {
 }
 
 /// State of one recurrent or convolution layer and sequence, in F32.
-fn recurrent_state(header: &Header, embedding: u64) -> Bytes {
-    let get = |key| unsigned(header.arch_int(key));
+fn recurrent_state(header: &Header, embedding: u128) -> u128 {
+    let get = |key| size(header.arch_int(key));
     if let Some(cache) = get("shortconv.l_cache") {
-        return Bytes(embedding * cache.saturating_sub(1) * 4);
+        return embedding * cache.saturating_sub(1) * 4;
     }
     let inner = get("ssm.inner_size").unwrap_or(2 * embedding);
     let state = get("ssm.state_size").unwrap_or(128);
     let conv = get("ssm.conv_kernel").unwrap_or(4);
-    Bytes(inner * (state + conv) * 4)
+    inner * (state + conv) * 4
 }
 
 /// Scratch of one step with flash attention: linear in the step's tokens, in the widest activation and in
 /// the mask over the context.
 fn compute(header: &Header, settings: Settings) -> Bytes {
-    let embedding = unsigned(header.arch_int("embedding_length")).unwrap_or(0);
-    let feed_forward = unsigned(header.arch_int_of_layer("feed_forward_length", 0)).unwrap_or(4 * embedding);
-    let experts = unsigned(header.arch_int("expert_used_count")).unwrap_or(1).max(1);
-    let cells = u64::from(settings.context_tokens) * u64::from(settings.parallel);
+    let embedding = size(header.arch_int("embedding_length")).unwrap_or(0);
+    let feed_forward = size(header.arch_int_of_layer("feed_forward_length", 0)).unwrap_or(4 * embedding);
+    let experts = size(header.arch_int("expert_used_count")).unwrap_or(1).max(1);
+    let cells = u128::from(settings.context_tokens) * u128::from(settings.parallel);
     let per_token = 4 * (4 * embedding + 2 * feed_forward * experts) + 2 * cells;
-    Bytes(per_token * u64::from(settings.ubatch_tokens)) + Bytes(header.vocabulary() * 4) * u64::from(settings.parallel)
+    let logits = u128::from(header.vocabulary()) * 4 * u128::from(settings.parallel);
+    bytes(per_token * u128::from(settings.ubatch_tokens) + logits)
 }
 
-fn unsigned(value: Option<i64>) -> Option<u64> {
-    value.and_then(|value| u64::try_from(value).ok())
+/// A dimension from the header, limited to 2^24: real ones are smaller, and products of five stay exact.
+fn size(value: Option<i64>) -> Option<u128> {
+    value.and_then(|value| u128::try_from(value).ok()).map(|value| value.min(1 << 24))
+}
+
+fn bytes(count: u128) -> Bytes {
+    Bytes(u64::try_from(count).unwrap_or(u64::MAX))
 }
 
 #[cfg(test)]

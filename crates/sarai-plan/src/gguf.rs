@@ -10,6 +10,8 @@ use thiserror::Error;
 
 /// No string, array or tensor list of a real file is longer; a longer one is a broken header.
 const MAX_COUNT: u64 = 1 << 28;
+/// No real model has more layers.
+const MAX_LAYERS: i64 = 4096;
 /// The longest string that is kept; a chat template is a few kilobytes.
 const MAX_STRING_BYTES: u64 = 16 << 20;
 
@@ -106,6 +108,9 @@ impl Header {
             let (tensor, offset) = from.tensor()?;
             end = end.max(offset.saturating_add(tensor.bytes.0));
             header.tensors.push(tensor);
+        }
+        if let Some(layers) = header.arch_int("block_count").filter(|layers| !(0..=MAX_LAYERS).contains(layers)) {
+            return Err(GgufError::Malformed(format!("it has {layers} layers")));
         }
         let alignment = header.int("general.alignment").and_then(|n| u64::try_from(n).ok()).unwrap_or(32).max(1);
         header.end_of_data = from.at.div_ceil(alignment).saturating_mul(alignment).saturating_add(end);

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::BufReader;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
@@ -96,7 +96,9 @@ impl Catalog {
             Deployment::Ollama { .. } => None,
         });
         let Some(file) = local else {
-            return ModelFacts { name: model.name.clone(), ..ModelFacts::default() };
+            // Clients show the first digits of a digest, so there must be some.
+            let digest = hex(&Sha256::digest(&model.name));
+            return ModelFacts { name: model.name.clone(), digest, ..ModelFacts::default() };
         };
         ModelFacts {
             name: model.name.clone(),
@@ -111,19 +113,50 @@ impl Catalog {
 }
 
 fn read_header(path: &Path, size: u64) -> Result<Header, GgufError> {
-    let header = Header::read(BufReader::with_capacity(1 << 16, std::fs::File::open(path)?))?;
+    let mut header = Header::read(BufReader::with_capacity(1 << 16, std::fs::File::open(path)?))?;
     header.check_length(size)?;
+    // llama.cpp loads all parts of a split model when it is given the first.
+    for part in split_parts(path, header.int("split.count").unwrap_or(1)) {
+        let file = std::fs::File::open(&part)?;
+        let length = file.metadata()?.len();
+        let next = Header::read(BufReader::with_capacity(1 << 16, file))?;
+        next.check_length(length)?;
+        header.tensors.extend(next.tensors);
+    }
     Ok(header)
+}
+
+/// The paths of the parts after the first: `…-00001-of-00003.gguf` has two more.
+fn split_parts(path: &Path, count: i64) -> Vec<PathBuf> {
+    let text = path.to_string_lossy();
+    let part = |n: i64| text.replace(&format!("-00001-of-{count:05}.gguf"), &format!("-{n:05}-of-{count:05}.gguf"));
+    (2..=count.min(1000)).map(|n| PathBuf::from(part(n))).collect()
 }
 
 fn digest(path: &Path, size: u64, modified: SystemTime, header: &Header) -> String {
     let since = modified.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let identity = format!("{} {size} {} {}", path.display(), since.as_nanos(), header.tensors.len());
-    Sha256::digest(identity).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(identity))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
 fn parameter_size(parameters: u64) -> String {
     let n = parameters as f64;
     if n >= 1e9 { format!("{:.1}B", n / 1e9) } else { format!("{:.1}M", n / 1e6) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parts_of_a_split_model_are_found_by_their_numbers() {
+        let parts = split_parts(Path::new("/m/big-00001-of-00003.gguf"), 3);
+        assert_eq!(parts, ["/m/big-00002-of-00003.gguf", "/m/big-00003-of-00003.gguf"].map(PathBuf::from));
+        assert!(split_parts(Path::new("/m/one.gguf"), 1).is_empty());
+    }
 }

@@ -27,6 +27,35 @@ pub struct Answer {
     pub events: EventStream,
 }
 
+/// Whether the client wants its answer whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whole {
+    /// Not before its end.
+    Yes,
+    /// As it comes.
+    No,
+}
+
+/// One attempt: what is asked of whom.
+struct Ask<'a> {
+    model: &'a Model,
+    deployment: &'a Deployment,
+    request: &'a GenerateRequest,
+    whole: Whole,
+}
+
+impl Ask<'_> {
+    fn silent(&self, phase: Phase, limit: Duration) -> Error {
+        let seconds = limit.as_secs();
+        match self.deployment {
+            Deployment::Ollama { url, .. } => {
+                Error::Remote { host: url.clone(), cause: RemoteCause::Silent { phase, seconds } }
+            }
+            Deployment::Local(_) => Error::Deadline { model: self.model.name.clone(), phase, seconds },
+        }
+    }
+}
+
 /// What the loop works with.
 #[derive(Clone, Debug)]
 pub struct Dispatch {
@@ -43,11 +72,12 @@ impl Dispatch {
     ///
     /// # Errors
     /// The request is wrong, or no deployment answered: the only one's error, or all of them.
-    pub async fn answer(&self, model: &Model, request: GenerateRequest) -> Result<Answer, Error> {
+    pub async fn answer(&self, model: &Model, request: &GenerateRequest, whole: Whole) -> Result<Answer, Error> {
         let mut attempts: Vec<Attempt> = Vec::new();
         for deployment in &model.deployments {
-            match self.attempt_twice_if_it_died(model, deployment, &request).await {
-                Ok(events) => return Ok(begun(model, deployment, &request, &attempts, events)),
+            let ask = Ask { model, deployment, request, whole };
+            match self.attempt_twice_if_it_died(&ask).await.map_err(|error| error.of_model(&model.name)) {
+                Ok(events) => return Ok(begun(&ask, &attempts, events)),
                 Err(error) if error.may_succeed_elsewhere() => {
                     tracing::warn!(deployment = label(model, deployment), %error, "attempt failed");
                     attempts.push(Attempt { deployment: label(model, deployment), error: Box::new(error) });
@@ -55,62 +85,77 @@ impl Dispatch {
                 Err(error) => return Err(error),
             }
         }
-        match attempts.len() {
-            0 => Err(Error::Unavailable {
-                model: model.name.clone(),
-                reason: "no deployment of it answers requests in this version".into(),
-            }),
-            1 => Err(*attempts.remove(0).error),
-            _ => Err(Error::AllFailed { model: model.name.clone(), attempts }),
-        }
+        Err(failed(model, attempts))
     }
 
-    /// A worker that dies before the first token has sent nothing: the request may be replayed, once.
-    async fn attempt_twice_if_it_died(
-        &self,
-        model: &Model,
-        deployment: &Deployment,
-        request: &GenerateRequest,
-    ) -> Result<EventStream, Error> {
-        match self.attempt(model, deployment, request).await {
-            Err(Error::WorkerDied { .. }) => self.attempt(model, deployment, request).await,
+    /// A worker that died under a request that nothing was sent of: it may be replayed, once.
+    async fn attempt_twice_if_it_died(&self, ask: &Ask<'_>) -> Result<EventStream, Error> {
+        match self.attempt(ask).await {
+            Err(Error::WorkerDied { .. }) => self.attempt(ask).await,
             other => other,
         }
     }
 
-    async fn attempt(
-        &self,
-        model: &Model,
-        deployment: &Deployment,
-        request: &GenerateRequest,
-    ) -> Result<EventStream, Error> {
-        let deadlines = &model.deadlines;
-        let silent = |phase, limit: Duration| match deployment {
-            Deployment::Ollama { url, .. } => {
-                Error::Remote { host: url.clone(), cause: RemoteCause::Silent { phase, seconds: limit.as_secs() } }
-            }
-            Deployment::Local(_) => Error::Deadline { model: model.name.clone(), phase, seconds: limit.as_secs() },
-        };
-        let late = || silent(Phase::FirstToken, deadlines.first_token);
+    async fn attempt(&self, ask: &Ask<'_>) -> Result<EventStream, Error> {
+        let deadlines = &ask.model.deadlines;
+        let late = || ask.silent(Phase::FirstToken, deadlines.first_token);
         let started = tokio::time::Instant::now();
-        let mut events = match deployment {
+        let (mut events, left) = match ask.deployment {
             Deployment::Local(engine) => {
                 let plan = self.file(*engine).await?.plan.clone();
-                local::open(&self.pool, *engine, plan, &model.name, deadlines, request.clone()).await?
+                let request = ask.request.clone();
+                let events = local::open(&self.pool, *engine, plan, &ask.model.name, deadlines, request).await?;
+                // The load and the queue of a worker have deadlines of their own.
+                (events, deadlines.first_token)
             }
             Deployment::Ollama { url, model_name, context_tokens } => {
                 let place = Place { url, model_name, context_tokens: *context_tokens, connect: deadlines.connect };
-                timeout(deadlines.first_token, self.hosts.open(&place, request)).await.map_err(|_| late())??
+                let opened = timeout(deadlines.first_token, self.hosts.open(&place, ask.request)).await;
+                (opened.map_err(|_| late())??, deadlines.first_token.saturating_sub(started.elapsed()))
             }
-        };
-        let left = match deployment {
-            // The load and the queue of a worker have deadlines of their own.
-            Deployment::Local(_) => deadlines.first_token,
-            Deployment::Ollama { .. } => deadlines.first_token.saturating_sub(started.elapsed()),
         };
         let first = timeout(left, events.next()).await.map_err(|_| late())?;
         let first = first.unwrap_or_else(|| Err(Error::Internal("a stream without an end".into())))?;
-        Ok(with_gaps_limited(first, events, deadlines.gap, silent(Phase::Gap, deadlines.gap)))
+        let events = with_gaps_limited(first, events, deadlines.gap, ask.silent(Phase::Gap, deadlines.gap));
+        match ask.whole {
+            Whole::No => Ok(events),
+            Whole::Yes => gathered(events).await,
+        }
+    }
+
+    /// Has the model loaded by the first deployment that can.
+    ///
+    /// # Errors
+    /// None could.
+    pub async fn load(&self, model: &Model) -> Result<(), Error> {
+        let mut attempts = Vec::new();
+        for deployment in &model.deployments {
+            match self.load_at(model, deployment).await {
+                Ok(()) => return Ok(()),
+                Err(error) => attempts.push(Attempt { deployment: label(model, deployment), error: Box::new(error) }),
+            }
+        }
+        Err(failed(model, attempts))
+    }
+
+    async fn load_at(&self, model: &Model, deployment: &Deployment) -> Result<(), Error> {
+        let deadlines = &model.deadlines;
+        let late =
+            || Error::Deadline { model: model.name.clone(), phase: Phase::Load, seconds: deadlines.load.as_secs() };
+        let loaded = async {
+            match deployment {
+                Deployment::Local(engine) => {
+                    let plan = self.file(*engine).await?.plan.clone();
+                    self.pool.acquire(*engine, plan).await.map(drop)
+                }
+                Deployment::Ollama { url, model_name, context_tokens } => {
+                    let connect = deadlines.connect;
+                    self.hosts.load(&Place { url, model_name, context_tokens: *context_tokens, connect }).await
+                }
+            }
+        };
+        let loaded = timeout(deadlines.load, loaded).await.unwrap_or_else(|_| Err(late()));
+        loaded.map_err(|error| error.of_model(&model.name))
     }
 
     async fn file(&self, engine: EngineId) -> Result<Arc<crate::catalog::File>, Error> {
@@ -120,20 +165,37 @@ impl Dispatch {
     }
 }
 
-fn begun(
-    model: &Model,
-    deployment: &Deployment,
-    request: &GenerateRequest,
-    attempts: &[Attempt],
-    events: EventStream,
-) -> Answer {
+fn begun(ask: &Ask<'_>, attempts: &[Attempt], events: EventStream) -> Answer {
     let reasons: Vec<_> = attempts.iter().map(|attempt| format!("{}: {}", attempt.deployment, attempt.error)).collect();
-    let degraded = match deployment {
-        Deployment::Ollama { .. } => ignored_by_ollama(&request.sampling),
+    let degraded = match ask.deployment {
+        Deployment::Ollama { .. } => ignored_by_ollama(&ask.request.sampling),
         Deployment::Local(_) => Vec::new(),
     };
     let fallback_reason = (!reasons.is_empty()).then(|| reasons.join("; "));
-    Answer { served: Served { by: label(model, deployment), fallback_reason, degraded }, events }
+    Answer { served: Served { by: label(ask.model, ask.deployment), fallback_reason, degraded }, events }
+}
+
+/// What is said when no deployment answered. A prompt that is too long for all of them is the client's matter.
+fn failed(model: &Model, mut attempts: Vec<Attempt>) -> Error {
+    let too_long = attempts.iter().position(|attempt| matches!(*attempt.error, Error::ContextOverflow { .. }));
+    match (attempts.len(), too_long) {
+        (0, _) => Error::Unavailable {
+            model: model.name.clone(),
+            reason: "no deployment of it answers requests in this version".into(),
+        },
+        (_, Some(index)) => *attempts.swap_remove(index).error,
+        (1, None) => *attempts.swap_remove(0).error,
+        _ => Error::AllFailed { model: model.name.clone(), attempts },
+    }
+}
+
+/// An answer that nothing is sent of before it is whole: if it is cut, the next deployment may still give it.
+async fn gathered(mut events: EventStream) -> Result<EventStream, Error> {
+    let mut whole = Vec::new();
+    while let Some(event) = events.next().await {
+        whole.push(Ok(event?));
+    }
+    Ok(Box::pin(stream::iter(whole)))
 }
 
 /// `model@place`, as it stands in headers and errors.

@@ -10,7 +10,7 @@ use sarai_core::{Error, Event};
 use crate::admission::Admission;
 use crate::catalog::Catalog;
 use crate::config::{Deployment, Model, ModelRole};
-use crate::dispatch::{Answer, Dispatch};
+use crate::dispatch::{Answer, Dispatch, Whole};
 
 /// The entrance for every request, whatever its API.
 #[derive(Clone, Debug)]
@@ -35,7 +35,9 @@ impl Gateway {
         let queued = arrived.elapsed();
         let mut request = parsed.request;
         request.sampling = request.sampling.or(&model.sampling);
-        let answer = self.dispatch.answer(model, request).await?;
+        let whole = if parsed.delivery.stream { Whole::No } else { Whole::Yes };
+        let mut answer = self.dispatch.answer(model, &request, whole).await?;
+        answer.served.degraded.extend(parsed.ignored);
         let events = answer.events.map(move |event| {
             let _held = &permit;
             event.map(|event| match event {
@@ -49,15 +51,14 @@ impl Gateway {
         Ok(Answer { served: answer.served, events: Box::pin(events) })
     }
 
-    /// Loads the local engine of a model, if it has one and its first choice is local.
+    /// Has a model loaded, where its first deployment that can is.
     ///
     /// # Errors
     /// The load was refused or failed.
     pub async fn load(&self, name: &str) -> Result<(), Error> {
         let model = self.chat_model(name)?;
-        let Some(Deployment::Local(engine)) = model.deployments.first() else { return Ok(()) };
-        let plan = self.catalog.file(*engine)?.plan.clone();
-        self.dispatch.pool.lease(*engine, plan, &model.name, &model.deadlines).await.map(drop)
+        let _permit = self.admission.admit().await?;
+        self.dispatch.load(model).await
     }
 
     /// Unloads the local engine of a model if it is idle.

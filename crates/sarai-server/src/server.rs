@@ -20,6 +20,9 @@ use crate::gateway::Gateway;
 use crate::http::{App, router};
 use crate::pool::Pool;
 
+/// How long the workers together may take to end; those that still live are killed with their handles.
+const END_WORKERS: Duration = Duration::from_secs(5);
+
 /// Why the server cannot start.
 #[derive(Debug, Error)]
 pub enum ServerError {
@@ -107,7 +110,7 @@ impl Server {
         };
         resident.abort();
         let (pool, owner) = self.pool;
-        pool.stop().await;
+        let _ = tokio::time::timeout(END_WORKERS, pool.stop()).await;
         let _ = tokio::time::timeout(Duration::from_secs(1), owner).await;
         outcome
     }

@@ -45,12 +45,13 @@ fn check_reports_every_mistake_at_once_with_line_key_and_fix() {
         "bad.yaml:6: models.a.backend: `gguf_nativ` is unknown: use `gguf_native`",
         "bad.yaml:7: models.a.contxt_length: is no key here: use `context_length`",
         "bad.yaml:8: models.b.gguf_path: is missing",
-        "bad.yaml:10: models.c.url: `ftp://x` is not a URL",
-        "bad.yaml:10: models.c: the name `a` belongs to `a` already",
+        "bad.yaml:12: models.c.url: `ftp://x` is not a URL",
+        "bad.yaml:13: models.c.aliases: the name `a` belongs to `a` already",
         "MAX_CONCURRENT_LLMS: `many` is not a whole number",
     ] {
         assert!(said.contains(line), "{line}\nis not in\n{said}");
     }
+    assert!(said.contains("\n8 mistakes in the configuration"), "and nothing twice: {said}");
 }
 
 #[test]
@@ -118,4 +119,47 @@ fn the_idle_server_holds_at_most_20_megabytes() {
     let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
     let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
     assert!(kib * 1024 <= 20_000_000, "{line}");
+}
+
+#[test]
+fn sigint_ends_the_server_as_sigterm_does() {
+    let mut server = Sarai::start("models:\n  lfm2: { backend: gguf_native, gguf_path: /no/such.gguf }\n");
+    Command::new("kill").args(["-INT", &server.pid().to_string()]).status().unwrap();
+    assert!(server.child.wait().unwrap().success());
+}
+
+#[test]
+fn the_log_is_json_when_it_is_not_a_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("log");
+    let file = std::fs::File::create(&path).unwrap();
+    drop(Sarai::start_with("models:\n  m: { backend: gguf_native, gguf_path: /no/such.gguf }\n", file.into()));
+    let log = std::fs::read_to_string(&path).unwrap();
+    let lines: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(lines.iter().any(|line| line["message"] == "listening" && line["level"] == "INFO"), "{log}");
+}
+
+/// Starts a program on a pseudo terminal, as a person would.
+fn on_a_terminal(command: &str, typed: &str) -> String {
+    use std::io::Write;
+    let mut script = Command::new("script")
+        .args(["--quiet", "--return", "--command", command, "/dev/null"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    script.stdin.take().unwrap().write_all(typed.as_bytes()).unwrap();
+    String::from_utf8_lossy(&script.wait_with_output().unwrap().stdout).into_owned()
+}
+
+#[test]
+fn run_converses_on_a_terminal_and_remembers_what_was_said() {
+    let config =
+        format!("models:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 1024 }}\n", smollm2());
+    let server = Sarai::start(&config);
+    let said = on_a_terminal(
+        &format!("{BINARY} run lfm2 --url {}", server.url),
+        "My name is Ada. Say only hello.\nSay one word.\n\u{4}",
+    );
+    assert_eq!(said.matches(">>> ").count(), 3, "two questions and the end: {said}");
 }

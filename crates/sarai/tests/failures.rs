@@ -76,10 +76,41 @@ async fn sigterm_drains_what_runs_and_ends_every_child() {
 }
 
 #[tokio::test]
-async fn a_server_that_is_killed_leaves_no_worker_behind() {
-    let mut sarai = Sarai::start(&config());
+async fn a_worker_killed_before_the_first_token_costs_its_request_nothing() {
+    let sarai = Sarai::start(&config());
     sarai.post("/api/generate", r#"{"model":"lfm2"}"#).await;
     let worker = sarai.worker_pids().await[0];
+    // A long prompt: there is time to kill the worker while it computes it.
+    let body = chat("lfm2", &"word ".repeat(3000), json!({ "stream": true, "max_tokens": 4 }));
+    let asked = tokio::spawn(sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body).send());
+    sarai.until("it computes", |ps| ps["workers"][0]["busy"] == 1).await;
+    kill(worker);
+    let answer = support::Answer::of(asked.await.unwrap().unwrap()).await;
+    assert!(answer.status == 200 && answer.text.ends_with("data: [DONE]\n\n"), "{}", answer.text);
+    assert_ne!(sarai.worker_pids().await, [worker]);
+}
+
+#[tokio::test]
+async fn a_deeply_nested_schema_is_an_error_of_its_request_alone() {
+    let sarai = Sarai::start(&config());
+    let nested = format!("{}true{}", "{\"not\":".repeat(120), "}".repeat(120));
+    let body = format!(
+        r#"{{"model":"lfm2","stream":false,"options":{{"num_predict":2}},"format":{nested},"messages":[{{"role":"user","content":"Hi"}}]}}"#
+    );
+    sarai.post("/api/generate", r#"{"model":"lfm2"}"#).await;
+    let worker = sarai.worker_pids().await;
+    let answer = sarai.post("/api/chat", body).await;
+    assert!([200, 400].contains(&answer.status), "{}", answer.text);
+    assert_eq!(sarai.worker_pids().await, worker, "the worker lives");
+}
+
+#[tokio::test]
+async fn a_server_that_is_killed_leaves_no_worker_behind_even_one_that_computes() {
+    let mut sarai = Sarai::start(&config());
+    let running =
+        sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(endless(true)).send().await.unwrap();
+    let worker = sarai.worker_pids().await[0];
+    let _running = running;
     sarai.child.kill().unwrap();
     sarai.child.wait().unwrap();
     let deadline = Instant::now() + Duration::from_secs(5);
@@ -175,6 +206,23 @@ async fn bad_requests_get_their_status_and_a_message_in_the_shape_of_their_api()
             "temperature",
         ),
         ("/api/generate", br#"{"model":7}"#.to_vec(), 400, "model"),
+        ("/api/chat", vec![b' '; 50 << 20], 413, "max_body_mb"),
+        ("/api/chat", b"{\"model\":\"\xff\"}".to_vec(), 400, "UTF-8"),
+        (
+            "/api/chat",
+            json!({ "model": "lfm2", "messages": [{ "role": "user", "content": "word ".repeat(9000) }] })
+                .to_string()
+                .into(),
+            400,
+            "4096",
+        ),
+        (
+            "/api/chat",
+            json!({ "model": "lfm2", "messages": [{ "role": "user", "content": "a\u{0}b" }] }).to_string().into(),
+            400,
+            "NUL",
+        ),
+        ("/v1/chat/completions", chat("lfm2", "Hi", json!({ "max_tokens": 0 })).into(), 400, "from 1"),
         ("/api/show", b"{}".to_vec(), 400, "model"),
     ];
     for (path, body, status, says) in cases {

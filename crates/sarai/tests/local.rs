@@ -191,3 +191,78 @@ async fn text_outside_ascii_is_streamed_in_whole_characters() {
         answer.sse().iter().filter_map(|c| c["choices"][0]["delta"]["content"].as_str().map(str::to_owned)).collect();
     assert!(text.contains("日本語") && !text.contains('\u{fffd}'), "{text}");
 }
+
+#[tokio::test]
+async fn top_k_top_p_min_p_and_penalties_shape_the_choice() {
+    let sarai = Sarai::start(&config(""));
+    let ask = async |more| {
+        let body = chat("lfm2", "Tell me about the sea.", more);
+        sarai.post("/v1/chat/completions", body).await.json()["choices"][0]["message"]["content"].to_string()
+    };
+    let greedy = ask(json!({})).await;
+    for only_the_likeliest in [json!({ "top_k": 1 }), json!({ "top_p": 0.0 }), json!({ "min_p": 1.0 })] {
+        let mut hot = json!({ "temperature": 2, "seed": 5 });
+        hot.as_object_mut().unwrap().extend(only_the_likeliest.as_object().unwrap().clone());
+        assert_eq!(ask(hot).await, greedy, "{only_the_likeliest}");
+    }
+    assert_ne!(ask(json!({ "temperature": 2, "seed": 5, "top_k": 0, "top_p": 1.0, "min_p": 0.0 })).await, greedy);
+    assert_ne!(ask(json!({ "repeat_penalty": 3.0, "repeat_last_n": -1 })).await, greedy);
+    assert_ne!(
+        ask(json!({ "presence_penalty": 2, "frequency_penalty": 2, "max_tokens": 40 })).await,
+        ask(json!({ "max_tokens": 40 })).await
+    );
+}
+
+#[tokio::test]
+async fn timings_tell_load_queue_prefill_and_decode_apart() {
+    let sarai = Sarai::start(&config("").replace("parallel: 4", "parallel: 1"));
+    let ask = async |prompt: &str| {
+        let answer = sarai.post("/v1/chat/completions", chat("lfm2", prompt, json!({}))).await.json();
+        answer["sarai"]["timings_ms"].clone()
+    };
+    let ms = |timings: &serde_json::Value, key: &str| timings[key].as_f64().unwrap();
+    let cold = ask("First.").await;
+    assert!(ms(&cold, "load") > 10.0 && ms(&cold, "prefill") > 0.1 && ms(&cold, "decode") > 0.1, "{cold}");
+    let (a, b) = tokio::join!(ask("Second of two."), ask("Third of two."));
+    assert!(ms(&a, "load") < 5.0 && ms(&b, "load") < 5.0, "{a} {b}");
+    assert!(ms(&a, "queue").max(ms(&b, "queue")) > 5.0, "one of them waited for the only slot: {a} {b}");
+}
+
+#[tokio::test]
+async fn a_returning_prefix_is_not_computed_again_and_changes_no_answer() {
+    let sarai = Sarai::start(&config("").replace("parallel: 4", "parallel: 1"));
+    let story = "Once upon a time there was a fox who lived by the river. ".repeat(8);
+    let ask = async |prompt: String| sarai.post("/v1/chat/completions", chat("lfm2", &prompt, json!({}))).await.json();
+    let fresh = ask(format!("{story} What did it eat?")).await;
+    ask(format!("{story} Where did it sleep?")).await;
+    let again = ask(format!("{story} What did it eat?")).await;
+    assert!(again["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() > 80, "{again}");
+    assert_eq!(again["choices"], fresh["choices"]);
+}
+
+#[tokio::test]
+async fn the_environment_limits_resident_llms_too() {
+    let config = format!(
+        "models:\n  a: {{ backend: gguf_native, gguf_path: {}, context_length: 512 }}\n  b: {{ backend: gguf_native, gguf_path: {} }}\n",
+        smollm2(),
+        qwen()
+    );
+    let sarai = Sarai::start_with_env(&config, &[("MAX_CONCURRENT_LLMS", "1")]);
+    assert_eq!(sarai.post("/api/generate", r#"{"model":"a"}"#).await.status, 200);
+    assert_eq!(sarai.post("/api/generate", r#"{"model":"b"}"#).await.status, 503);
+}
+
+#[tokio::test]
+async fn evict_lru_makes_room_by_unloading_what_is_idle() {
+    let config = format!(
+        "memory: {{ max_concurrent_llms: 1, strategy: evict_lru }}\nmodels:\n  a: {{ backend: gguf_native, gguf_path: {}, context_length: 512 }}\n  b: {{ backend: gguf_native, gguf_path: {} }}\n",
+        smollm2(),
+        qwen()
+    );
+    let sarai = Sarai::start(&config);
+    for model in ["a", "b", "a"] {
+        let answer = sarai.post("/v1/chat/completions", chat(model, "Hi", json!({ "max_tokens": 2 }))).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        assert_eq!(sarai.worker_pids().await.len(), 1);
+    }
+}

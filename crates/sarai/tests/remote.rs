@@ -57,8 +57,18 @@ async fn answers_through_sarai_equal_those_of_ollama_asked_directly() {
     let ours = sarai.post("/api/generate", generate.to_string()).await.json();
     assert_eq!((&ours["response"], &ours["eval_count"]), (&whole["response"], &whole["eval_count"]));
 
+    let mut generate = json!({ "model": "solar", "stream": false, "system": "Be brief.", "prompt": "Name a colour.", "options": { "temperature": 0, "seed": 7, "num_predict": 12, "num_ctx": 2048 } });
+    let whole = support::Answer::of(direct("/api/generate", &generate).await.unwrap()).await.json();
+    generate["stream"] = true.into();
+    let ours = sarai.post("/api/generate", generate.to_string()).await.lines();
+    let text: String = ours.iter().map(|line| line["response"].as_str().unwrap()).collect();
+    assert_eq!(Some(text.as_str()), whole["response"].as_str(), "with the template, streamed");
+
     let both = tokio::join!(sarai.post("/api/chat", body.to_string()), sarai.post("/api/chat", body.to_string()));
-    assert_eq!((both.0.status, both.1.status), (200, 200));
+    let content = |answer: &support::Answer| -> String {
+        answer.lines().iter().map(|line| line["message"]["content"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!((both.0.status, content(&both.0)), (both.1.status, content(&both.1)), "two clients at once");
     assert!(sarai.worker_pids().await.is_empty(), "nothing was loaded here");
 }
 
@@ -95,10 +105,12 @@ async fn a_host_killed_before_its_first_token_hands_over_and_one_killed_after_it
     // A cold host sends nothing while it loads: there is time to kill it before its first token.
     let body = chat("solar", &"Tell me about colours. ".repeat(60), json!({ "stream": true }));
     let asked = tokio::spawn(sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body).send());
-    sarai.until("the host is asked", |_| has_connection(ollama.port)).await;
+    ollama.until_it_loads().await;
     ollama.kill();
     let answer = support::Answer::of(asked.await.unwrap().unwrap()).await;
     assert_eq!((answer.status, served_by(&answer)), (200, "solar@gguf_native"), "{}", answer.text);
+    let reason = answer.header("x-sarai-fallback-reason").unwrap();
+    assert!(!reason.contains("refused"), "it was killed while it worked: {reason}");
     ollama.run();
     let long = chat("solar", "Write a long story.", json!({ "stream": true, "max_tokens": 1500 }));
     let response = sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(long).send().await.unwrap();
@@ -110,15 +122,6 @@ async fn a_host_killed_before_its_first_token_hands_over_and_one_killed_after_it
     }
     let seen = String::from_utf8(seen).unwrap();
     assert!(seen.contains("\"error\"") && !seen.contains("[DONE]"), "never a clean end: {seen}");
-}
-
-/// Whether somebody is connected to this port of the loopback.
-fn has_connection(port: u16) -> bool {
-    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
-    let remote = format!("0100007F:{port:04X}");
-    table
-        .lines()
-        .any(|line| line.split_whitespace().nth(2) == Some(&remote) && line.split_whitespace().nth(3) == Some("01"))
 }
 
 #[tokio::test]
@@ -190,7 +193,66 @@ async fn an_answer_cut_after_its_first_token_ends_with_an_error_in_both_apis() {
     assert_eq!(events.last().unwrap()["error"]["code"], "cut", "{}", streamed.text);
     assert!(!streamed.text.contains("[DONE]") && !streamed.text.contains("\"finish_reason\":\"stop\""));
     let whole = sarai.post("/v1/chat/completions", chat("solar", "Hi", json!({}))).await;
-    assert_eq!(whole.status, 502, "half an answer is no answer: {}", whole.text);
+    assert_eq!((whole.status, served_by(&whole)), (200, "solar@gguf_native"), "nothing was sent yet: {}", whole.text);
+    assert!(whole.header("x-sarai-fallback-reason").unwrap().contains("cut the stream"));
     let lines = sarai.post("/api/chat", ollama_body(true, 5).to_string()).await.lines();
     assert!(lines.last().unwrap()["error"].as_str().unwrap().contains("cut the stream"));
+}
+
+#[tokio::test]
+async fn connections_to_a_host_are_kept_and_used_again() {
+    let ollama = Ollama::start();
+    let sarai = Sarai::start(&config(&ollama.url));
+    for stream in [true, false, true, false, true] {
+        assert_eq!(sarai.post("/api/chat", ollama_body(stream, 3).to_string()).await.status, 200);
+    }
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let to_host = format!("0100007F:{:04X}", ollama.port);
+    // Those that were closed are in TIME_WAIT; with reuse there is one connection in all.
+    let ours = table.lines().filter(|line| line.split_whitespace().nth(2) == Some(&to_host)).count();
+    let accepted = table.lines().filter(|line| line.split_whitespace().nth(1) == Some(&to_host)).count();
+    assert!(ours <= 3 && accepted <= 4, "{ours} connections, {accepted} accepted:\n{table}");
+}
+
+#[tokio::test]
+async fn a_prompt_too_long_for_every_deployment_is_the_clients_matter() {
+    let host = faulty_host("HTTP/1.1 500 Oops\r\ncontent-length: 0\r\n\r\n", false);
+    let config = format!(
+        "models:\n  small: {{ backend: gguf_native, fallback: ollama_http, url: \"{host}\", gguf_path: {}, context_length: 256 }}\n",
+        smollm2()
+    );
+    let sarai = Sarai::start(&config);
+    let answer = sarai.post("/v1/chat/completions", chat("small", &"word ".repeat(400), json!({}))).await;
+    assert_eq!(
+        (answer.status, &answer.json()["error"]["code"]),
+        (400, &json!("context_length_exceeded")),
+        "{}",
+        answer.text
+    );
+}
+
+/// Ollama's own command line as a client of sarai.
+#[tokio::test]
+async fn ollamas_command_line_works_against_sarai() {
+    let sarai = Sarai::start(&config(&Ollama::unreachable()).replace("model_name: solar\n", "model_name: gone\n"));
+    let folder = tempfile::tempdir().unwrap();
+    for (args, says) in [
+        (vec!["list"], "solar"),
+        (vec!["run", "solar", "Say hello."], ""),
+        (vec!["ps"], "solar"),
+        (vec!["show", "solar"], "llama"),
+        (vec!["stop", "solar"], ""),
+        (vec!["list"], "other"),
+    ] {
+        let mut command = std::process::Command::new(std::env::var("SARAI_OLLAMA").unwrap());
+        command
+            .args(&args)
+            .env("OLLAMA_HOST", &sarai.url)
+            .env("HOME", folder.path())
+            .stdin(std::process::Stdio::null());
+        let output = command.output().unwrap();
+        let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success() && said.contains(says), "ollama {args:?}: {said}");
+    }
+    sarai.until("it is unloaded", |ps| ps["workers"].as_array().unwrap().is_empty()).await;
 }

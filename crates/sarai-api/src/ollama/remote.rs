@@ -6,14 +6,16 @@ use sarai_core::{Event, FinishReason, Format, GenerateRequest, Prompt, RemoteCau
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-/// The path and the body that ask an Ollama host for this. Options that are not set are left to the host.
+/// The path and the body that ask an Ollama host for this. Options that are not set are left to the host; a prompt
+/// that does not fit its context is to be refused, not cut.
 #[must_use]
 pub fn chat_request(model: &str, context_tokens: Option<u32>, request: &GenerateRequest) -> (&'static str, Value) {
-    let mut body = json!({ "model": model, "stream": true, "options": options(request, context_tokens) });
+    let mut body =
+        json!({ "model": model, "stream": true, "truncate": false, "options": options(request, context_tokens) });
     match &request.format {
         Format::Text => {}
         Format::Json => body["format"] = "json".into(),
-        Format::Schema(schema) => body["format"] = schema.clone(),
+        Format::Schema(schema) => body["format"] = serde_json::from_str(schema).unwrap_or_default(),
     }
     match &request.prompt {
         Prompt::Chat(messages) => {

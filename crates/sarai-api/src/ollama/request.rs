@@ -29,8 +29,7 @@ struct Common {
     model: String,
     stream: Option<bool>,
     format: Option<Value>,
-    #[serde(default)]
-    options: Options,
+    options: Option<Options>,
     keep_alive: Option<Value>,
     think: Option<Value>,
     tools: Option<Value>,
@@ -54,7 +53,24 @@ struct Options {
     presence_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
     num_predict: Option<i64>,
+    num_ctx: Option<Value>,
+    num_keep: Option<Value>,
+    mirostat: Option<Value>,
+    tfs_z: Option<Value>,
     stop: Option<Stop>,
+}
+
+impl Options {
+    /// Options that would change the answer and are not followed: the context is the configuration's.
+    fn ignored(&self) -> Vec<String> {
+        let given = [
+            ("num_ctx", &self.num_ctx),
+            ("num_keep", &self.num_keep),
+            ("mirostat", &self.mirostat),
+            ("tfs_z", &self.tfs_z),
+        ];
+        given.into_iter().filter(|(_, value)| value.is_some()).map(|(name, _)| name.to_owned()).collect()
+    }
 }
 
 #[derive(Deserialize)]
@@ -72,16 +88,14 @@ struct ChatBody {
 #[derive(Deserialize)]
 struct WireMessage {
     role: String,
-    #[serde(default)]
-    content: String,
+    content: Option<String>,
     images: Option<Value>,
     tool_calls: Option<Value>,
 }
 
 #[derive(Deserialize)]
 struct GenerateBody {
-    #[serde(default)]
-    prompt: String,
+    prompt: Option<String>,
     system: Option<String>,
     raw: Option<bool>,
 }
@@ -107,7 +121,10 @@ pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
         let at = format!("messages[{index}]");
         check::unsupported(&format!("{at}.images"), &message.images)?;
         check::unsupported(&format!("{at}.tool_calls"), &message.tool_calls)?;
-        Ok(Message { role: check::role(&format!("{at}.role"), &message.role)?, content: message.content })
+        Ok(Message {
+            role: check::role(&format!("{at}.role"), &message.role)?,
+            content: check::text(&at, message.content.unwrap_or_default())?,
+        })
     });
     let prompt = Prompt::Chat(messages.collect::<Result<_, Error>>()?);
     common.finish(prompt)
@@ -120,15 +137,16 @@ pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
 pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
     let common: Common = json::parse(body)?;
     let body: GenerateBody = json::parse(body)?;
-    if body.prompt.is_empty() {
+    let prompt = check::text("prompt", body.prompt.unwrap_or_default())?;
+    if prompt.is_empty() {
         return Ok(common.load_or_unload());
     }
     let prompt = if body.raw == Some(true) {
-        Prompt::Raw(body.prompt)
+        Prompt::Raw(prompt)
     } else {
         let system = body.system.filter(|system| !system.is_empty());
         let system = system.map(|content| Message { role: Role::System, content });
-        let user = Message { role: Role::User, content: body.prompt };
+        let user = Message { role: Role::User, content: prompt };
         Prompt::Chat(system.into_iter().chain([user]).collect())
     };
     common.finish(prompt)
@@ -140,7 +158,8 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
 /// [`Error::InvalidRequest`] if there is none.
 pub fn parse_model_name(body: &[u8]) -> Result<String, Error> {
     let body: ShowBody = json::parse(body)?;
-    let name = body.model.or(body.name).filter(|name| !name.is_empty());
+    // Ollama's own client sends both, one of them empty.
+    let name = [body.model, body.name].into_iter().flatten().find(|name| !name.is_empty());
     name.ok_or_else(|| Error::invalid("model", "`model` is missing: name the model"))
 }
 
@@ -166,7 +185,8 @@ impl Common {
         ] {
             check::unsupported(param, value)?;
         }
-        let options = self.options;
+        let options = self.options.unwrap_or_default();
+        let ignored = options.ignored();
         let sampling = Sampling {
             temperature: options.temperature,
             top_p: options.top_p,
@@ -186,11 +206,11 @@ impl Common {
             Some(Stop::One(stop)) => vec![stop],
             Some(Stop::Many(stops)) => stops,
         };
-        // Ollama: -1 is without limit, -2 until the context is full; both end here with the context.
-        let max_tokens = options.num_predict.filter(|&n| n >= 0).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        // Ollama: 0 and -1 are without limit, -2 until the context is full; all end here with the context.
+        let max_tokens = options.num_predict.filter(|&n| n > 0).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         let request = GenerateRequest { prompt, sampling, stop, max_tokens, format: format_of(self.format)? };
         let delivery = Delivery { stream: self.stream.unwrap_or(true), include_usage: true };
-        Ok(OllamaRequest::Generate(Box::new(Parsed { model: self.model, request, delivery })))
+        Ok(OllamaRequest::Generate(Box::new(Parsed { model: self.model, request, delivery, ignored })))
     }
 }
 
@@ -199,7 +219,7 @@ fn format_of(format: Option<Value>) -> Result<Format, Error> {
         None | Some(Value::Null) => Ok(Format::Text),
         Some(Value::String(text)) if text.is_empty() => Ok(Format::Text),
         Some(Value::String(text)) if text == "json" => Ok(Format::Json),
-        Some(schema @ Value::Object(_)) => Ok(Format::Schema(schema)),
+        Some(schema @ Value::Object(_)) => Ok(Format::Schema(schema.to_string())),
         Some(other) => Err(Error::invalid("format", format!("`format` is {other}: use \"json\" or a JSON schema"))),
     }
 }

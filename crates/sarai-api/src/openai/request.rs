@@ -32,6 +32,9 @@ struct Common {
     n: Option<u32>,
     response_format: Option<ResponseFormat>,
     logprobs: Option<Value>,
+    top_logprobs: Option<Value>,
+    grammar: Option<Value>,
+    json_schema: Option<Value>,
     tools: Option<Value>,
     functions: Option<Value>,
     audio: Option<Value>,
@@ -133,7 +136,7 @@ pub fn parse_completion(body: &[u8]) -> Result<Parsed, Error> {
         }
     };
     // OpenAI's documented default for this endpoint.
-    let mut parsed = common.finish(Prompt::Raw(prompt))?;
+    let mut parsed = common.finish(Prompt::Raw(check::text("prompt", prompt)?))?;
     parsed.request.max_tokens.get_or_insert(16);
     Ok(parsed)
 }
@@ -150,7 +153,7 @@ fn chat_message(index: usize, message: ChatMessage) -> Result<Message, Error> {
             texts.collect::<Result<Vec<_>, _>>()?.join("\n")
         }
     };
-    Ok(Message { role, content })
+    Ok(Message { role, content: check::text(&format!("{at}.content"), content)? })
 }
 
 fn text_of(at: &str, part: ContentPart) -> Result<String, Error> {
@@ -186,8 +189,8 @@ impl Common {
             None => None,
             // llama.cpp's and Ollama's -1: as far as the context reaches.
             Some(-1) => None,
-            Some(n) => Some(u32::try_from(n).map_err(|_| {
-                Error::invalid("max_tokens", format!("`max_tokens` is {n}: use a number from 0 to {}", u32::MAX))
+            Some(n) => Some(u32::try_from(n).ok().filter(|&n| n > 0).ok_or_else(|| {
+                Error::invalid("max_tokens", format!("`max_tokens` is {n}: use a number from 1 to {}", u32::MAX))
             })?),
         };
         let stop = match self.stop {
@@ -198,13 +201,16 @@ impl Common {
         let request = GenerateRequest { prompt, sampling, stop, max_tokens, format: format_of(self.response_format) };
         let include_usage = self.stream_options.and_then(|options| options.include_usage).unwrap_or(false);
         let delivery = Delivery { stream: self.stream.unwrap_or(false), include_usage };
-        Ok(Parsed { model: self.model, request, delivery })
+        Ok(Parsed { model: self.model, request, delivery, ignored: Vec::new() })
     }
 
     fn refuse_unsupported(&self) -> Result<(), Error> {
         check::unsupported("tools", &self.tools)?;
         check::unsupported("functions", &self.functions)?;
         check::unsupported("logprobs", &self.logprobs)?;
+        check::unsupported("top_logprobs", &self.top_logprobs)?;
+        check::unsupported("grammar", &self.grammar)?;
+        check::unsupported("json_schema", &self.json_schema)?;
         check::unsupported("audio", &self.audio)?;
         check::unsupported("echo", &self.echo)?;
         check::unsupported("suffix", &self.suffix)?;
@@ -224,8 +230,10 @@ fn format_of(format: Option<ResponseFormat>) -> Format {
     match format {
         None | Some(ResponseFormat::Text) => Format::Text,
         Some(ResponseFormat::JsonObject { schema: None }) => Format::Json,
-        Some(ResponseFormat::JsonObject { schema: Some(schema) }) => Format::Schema(schema),
-        Some(ResponseFormat::JsonSchema { json_schema }) => json_schema.schema.map_or(Format::Json, Format::Schema),
+        Some(ResponseFormat::JsonObject { schema: Some(schema) }) => Format::Schema(schema.to_string()),
+        Some(ResponseFormat::JsonSchema { json_schema }) => {
+            json_schema.schema.map_or(Format::Json, |schema| Format::Schema(schema.to_string()))
+        }
     }
 }
 

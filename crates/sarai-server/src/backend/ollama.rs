@@ -15,6 +15,8 @@ use super::EventStream;
 
 /// The longest line that a host may send, in bytes.
 const MAX_LINE_BYTES: usize = 1 << 20;
+/// How long the end of a body may follow its end mark.
+const END_OF_BODY: Duration = Duration::from_secs(1);
 /// How much of an error body is read, in bytes.
 const MAX_ERROR_BYTES: usize = 4 << 10;
 
@@ -57,6 +59,20 @@ impl Hosts {
             serde_json::from_slice(&body).map_err(|_| RemoteCause::Garbled("/api/tags is not JSON".into()))?;
         let models = tags["models"].as_array().into_iter().flatten();
         Ok(models.filter_map(|model| model["name"].as_str()).map(str::to_owned).collect())
+    }
+
+    /// Has a host load a model.
+    ///
+    /// # Errors
+    /// [`Error::Remote`].
+    pub async fn load(&self, place: &Place<'_>) -> Result<(), Error> {
+        let remote = |cause| Error::Remote { host: place.url.to_owned(), cause };
+        let body = serde_json::json!({
+            "model": place.model_name, "stream": false, "options": { "num_ctx": place.context_tokens },
+        });
+        let post = self.client(place.connect).post(format!("{}/api/generate", place.url)).body(body.to_string());
+        let response = post.send().await.map_err(|error| remote(unreachable(&error)))?;
+        if response.status().is_success() { Ok(()) } else { Err(remote(refused(response, place.model_name).await)) }
     }
 
     /// Starts a generation on a host.
@@ -139,11 +155,20 @@ fn events(host: String, chunks: impl Stream<Item = Result<Bytes, reqwest::Error>
     Box::pin(stream::unfold(lines, |mut lines| async move {
         let event = lines.next().await?;
         lines.finished |= event.is_err() || matches!(event, Ok(Event::Done { .. }));
+        if matches!(event, Ok(Event::Done { .. })) {
+            lines.read_to_the_end();
+        }
         Some((event, lines))
     }))
 }
 
 impl Lines {
+    /// Reads what follows the end mark, which is nothing: only then can the connection serve the next request.
+    fn read_to_the_end(&mut self) {
+        let mut chunks = std::mem::replace(&mut self.chunks, Box::pin(stream::empty()));
+        tokio::spawn(tokio::time::timeout(END_OF_BODY, async move { while chunks.next().await.is_some() {} }));
+    }
+
     async fn next(&mut self) -> Option<Result<Event, Error>> {
         if self.finished {
             return None;

@@ -7,10 +7,11 @@ use std::path::Path;
 #[derive(Clone, Debug, Default)]
 pub struct Environment {
     variables: HashMap<String, String>,
+    broken: Option<String>,
 }
 
 impl Environment {
-    /// Reads `.env`, then the process's variables over it. An unreadable `.env` counts as empty.
+    /// Reads `.env`, then the process's variables over it. What cannot be read of it is kept for [`Self::broken`].
     #[must_use]
     pub fn of_process() -> Self {
         Self::read(
@@ -21,10 +22,21 @@ impl Environment {
 
     /// Reads a `.env` file, then `own` over it.
     pub fn read(dotenv: &Path, own: impl IntoIterator<Item = (String, String)>) -> Self {
-        let mut variables: HashMap<_, _> =
-            dotenvy::from_path_iter(dotenv).into_iter().flatten().filter_map(Result::ok).collect();
-        variables.extend(own);
-        Self { variables }
+        let mut environment = Self::default();
+        for line in dotenvy::from_path_iter(dotenv).into_iter().flatten() {
+            match line {
+                Ok((name, value)) => drop(environment.variables.insert(name, value)),
+                Err(error) => drop(environment.broken.get_or_insert(error.to_string())),
+            }
+        }
+        environment.variables.extend(own);
+        environment
+    }
+
+    /// Why the `.env` file could not be read to its end, if so.
+    #[must_use]
+    pub fn broken(&self) -> Option<&str> {
+        self.broken.as_deref()
     }
 
     /// A variable; an empty one counts as not set.

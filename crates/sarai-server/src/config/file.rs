@@ -1,5 +1,6 @@
 //! The configuration as written: every key that exists, with its range, and nothing decided yet.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use saphyr::{LoadableYamlNode, MarkedYamlOwned};
@@ -13,7 +14,7 @@ use super::{Environment, Mistake};
 /// The whole file.
 #[derive(Default)]
 pub struct File {
-    pub listen: Option<String>,
+    pub listen: Option<(String, usize)>,
     pub max_in_flight: Option<u32>,
     pub max_queued: Option<u32>,
     pub max_body_mb: Option<u32>,
@@ -37,6 +38,7 @@ pub enum Backend {
 /// One entry under `models:`.
 pub struct WrittenModel {
     pub name: String,
+    pub lines: BTreeMap<&'static str, usize>,
     pub line: usize,
     pub backend: Option<Backend>,
     pub fallback: Option<Backend>,
@@ -57,6 +59,13 @@ pub struct WrittenModel {
     pub load: Option<Duration>,
     pub first_token: Option<Duration>,
     pub gap: Option<Duration>,
+}
+
+impl WrittenModel {
+    /// The line of a key, or of the model where the key is not written.
+    pub fn line_of(&self, key: &str) -> usize {
+        self.lines.get(key).copied().unwrap_or(self.line)
+    }
 }
 
 /// Reads the text; `None` only if it is no YAML mapping at all.
@@ -99,7 +108,7 @@ pub fn read(text: &str, environment: &Environment, mistakes: &mut Vec<Mistake>) 
 }
 
 fn read_server(file: &mut File, mut server: Section<'_>, mistakes: &mut Vec<Mistake>) {
-    file.listen = server.text("listen", mistakes);
+    file.listen = server.text("listen", mistakes).map(|listen| (listen, server.line_of("listen")));
     file.max_in_flight = server.count("max_in_flight", 1, 10_000, mistakes);
     file.max_queued = server.count("max_queued", 0, 100_000, mistakes);
     file.max_body_mb = server.count("max_body_mb", 1, 1024, mistakes);
@@ -128,14 +137,17 @@ fn read_model(
     let remote = ("ollama_http", Backend::OllamaHttp);
     let roles = [("chat", ModelRole::Chat), ("embedding", ModelRole::Embedding), ("router", ModelRole::Router)];
     let backend = model.word("backend", &[remote, local, ("builtin", Backend::Builtin)], mistakes);
-    if backend.is_none() && model.line_of("backend") == model.line {
+    if model.written_at("backend").is_none() {
         mistakes.push(model.mistake("backend", "is missing: use `ollama_http` or `gguf_native`"));
     }
+    let keys = ["url", "urls", "aliases", "gguf_path"].into_iter();
+    let lines = keys.filter_map(|key| Some((key, model.written_at(key)?))).collect();
     let fallback = model.word("fallback", &[local, remote], mistakes);
     let mut urls = model.texts("url", mistakes);
     urls.extend(model.texts("urls", mistakes));
     let mut written = WrittenModel {
         name: name.to_owned(),
+        lines,
         line,
         backend,
         fallback,

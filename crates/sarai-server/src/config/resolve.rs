@@ -126,12 +126,20 @@ pub struct Engine {
 
 /// Decides everything that the file leaves open.
 pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &mut Vec<Mistake>) -> Config {
-    let listen = file.listen.as_deref().unwrap_or("127.0.0.1:11435");
+    let (listen, line) = file.listen.unwrap_or(("127.0.0.1:11435".into(), 0));
     let listen = listen.parse().unwrap_or_else(|_| {
         let message = format!("`{listen}` is not an address: use one such as 127.0.0.1:11435");
-        mistakes.push(Mistake { line: None, key: "server.listen".into(), message });
+        mistakes.push(Mistake { line: Some(line), key: "server.listen".into(), message });
         SocketAddr::from(([127, 0, 0, 1], 11435))
     });
+    if let Some(url) = environment.get("OLLAMA_BASE_URL").filter(|url| !is_url(url)) {
+        let message = format!("`{url}` is not a URL: use one such as {DEFAULT_OLLAMA_URL}, or unset the variable");
+        mistakes.push(Mistake { line: None, key: "OLLAMA_BASE_URL".into(), message });
+    }
+    if let Some(error) = environment.broken() {
+        let message = format!("cannot be read ({error}): write NAME=value lines");
+        mistakes.push(Mistake { line: None, key: ".env".into(), message });
+    }
     let or = |value: Option<u32>, default: usize| value.map_or(default, |value| value as usize);
     let server = ServerConfig {
         listen,
@@ -155,6 +163,11 @@ pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &
         config.models.push(model);
     }
     config
+}
+
+fn is_url(text: &str) -> bool {
+    let http = text.starts_with("http://") || text.starts_with("https://");
+    http && reqwest::Url::parse(text).is_ok()
 }
 
 fn env_number(environment: &Environment, name: &str, mistakes: &mut Vec<Mistake>) -> Option<usize> {
@@ -183,10 +196,11 @@ fn env_flag(environment: &Environment, name: &str, mistakes: &mut Vec<Mistake>) 
 fn check_names(models: &[WrittenModel], mistakes: &mut Vec<Mistake>) {
     let mut seen: HashMap<&str, &str> = HashMap::new();
     for model in models {
-        for name in model.aliases.iter().chain([&model.name]) {
+        let aliases = model.aliases.iter().map(|alias| (alias, ".aliases", model.line_of("aliases")));
+        for (name, key, line) in [(&model.name, "", model.line)].into_iter().chain(aliases) {
             if let Some(other) = seen.insert(name, &model.name) {
                 let message = format!("the name `{name}` belongs to `{other}` already: choose another");
-                mistakes.push(Mistake { line: Some(model.line), key: format!("models.{}", model.name), message });
+                mistakes.push(Mistake { line: Some(line), key: format!("models.{}{key}", model.name), message });
             }
         }
     }
@@ -208,7 +222,7 @@ struct Resolver<'a> {
 impl Resolver<'_> {
     fn mistake(&self, key: &str, message: impl Into<String>) -> Mistake {
         Mistake {
-            line: Some(self.written.line),
+            line: Some(self.written.line_of(key)),
             key: format!("models.{}.{key}", self.written.name),
             message: message.into(),
         }
@@ -269,12 +283,9 @@ impl Resolver<'_> {
             None if written.urls.is_empty() => vec![DEFAULT_OLLAMA_URL.to_owned()],
             None => written.urls.clone(),
         };
-        for url in &urls {
-            let http = url.starts_with("http://") || url.starts_with("https://");
-            if !http || reqwest::Url::parse(url).is_err() {
-                mistakes
-                    .push(self.mistake("url", format!("`{url}` is not a URL: use one such as {DEFAULT_OLLAMA_URL}")));
-            }
+        for url in written.urls.iter().filter(|url| !is_url(url)) {
+            let key = if written.lines.contains_key("url") { "url" } else { "urls" };
+            mistakes.push(self.mistake(key, format!("`{url}` is not a URL: use one such as {DEFAULT_OLLAMA_URL}")));
         }
         let deployment = |url: String| Deployment::Ollama {
             url: url.trim_end_matches('/').to_owned(),

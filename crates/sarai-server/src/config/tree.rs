@@ -57,9 +57,14 @@ impl<'a> Section<'a> {
         if matches!(node.data, YamlDataOwned::Value(ScalarOwned::Null)) { None } else { Some((*line, node)) }
     }
 
+    /// The line of a key, if it is written.
+    pub fn written_at(&self, key: &str) -> Option<usize> {
+        self.entries.iter().find(|(name, ..)| *name == key).map(|(_, line, _)| *line)
+    }
+
     /// The line of a key, or of the section.
     pub fn line_of(&self, key: &str) -> usize {
-        self.entries.iter().find(|(name, ..)| *name == key).map_or(self.line, |(_, line, _)| *line)
+        self.written_at(key).unwrap_or(self.line)
     }
 
     /// A mistake about a key of this section.

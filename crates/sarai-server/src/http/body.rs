@@ -1,23 +1,28 @@
 //! Reading a request body, bounded.
 
-use axum::body::Body;
+use std::time::Duration;
+
+use axum::body::{Body, BodyDataStream};
 use axum::extract::Request;
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use sarai_core::Error;
 
+use super::App;
+
 /// What a too large body is read on for, so that its client gets to read the answer.
 const DRAINED_BYTES: usize = 256 << 20;
 
-/// Reads the body up to a limit.
+/// Reads the body up to the limit; each piece must come within the stall deadline.
 ///
 /// # Errors
 /// It is larger, or the client stopped sending.
-pub async fn read(request: Request<Body>, limit_bytes: usize) -> Result<Bytes, Error> {
+pub async fn read(request: Request<Body>, app: &App) -> Result<Bytes, Error> {
+    let limit_bytes = app.max_body_bytes;
     let mut chunks = request.into_body().into_data_stream();
     let mut body = BytesMut::new();
     let mut total = 0;
-    while let Some(chunk) = chunks.next().await {
+    while let Some(chunk) = next_in_time(&mut chunks, app.stall).await? {
         let chunk = chunk.map_err(|error| Error::InvalidRequest {
             message: format!("the body could not be read to its end ({error}): send all of it"),
             param: None,
@@ -33,4 +38,16 @@ pub async fn read(request: Request<Body>, limit_bytes: usize) -> Result<Bytes, E
         }
     }
     if total > limit_bytes { Err(Error::BodyTooLarge { limit_bytes }) } else { Ok(body.freeze()) }
+}
+
+type Piece = Option<Result<Bytes, axum::Error>>;
+
+async fn next_in_time(chunks: &mut BodyDataStream, limit: Duration) -> Result<Piece, Error> {
+    tokio::time::timeout(limit, chunks.next()).await.map_err(|_| Error::InvalidRequest {
+        message: format!(
+            "no more of the body came within {} s (server.stall_seconds): send all of it",
+            limit.as_secs()
+        ),
+        param: None,
+    })
 }

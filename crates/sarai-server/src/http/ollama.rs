@@ -39,7 +39,7 @@ pub async fn tags(State(app): State<App>) -> Response {
 /// `POST /api/show`.
 pub async fn show(State(app): State<App>, request: Request) -> Result<Response, Failure> {
     let show = async {
-        let name = ollama::parse_model_name(&body::read(request, app.max_body_bytes).await?)?;
+        let name = ollama::parse_model_name(&body::read(request, &app).await?)?;
         let catalog = &app.gateway.catalog;
         let model = catalog.find(&name)?;
         let file = model.deployments.iter().find_map(|deployment| match deployment {
@@ -74,7 +74,7 @@ async fn answer(
         let line = LineWriter { kind, model }.without_text(SystemTime::now(), reason);
         Ok(json_response(HeaderMap::new(), &line))
     };
-    match parse(&body::read(request, app.max_body_bytes).await?)? {
+    match parse(&body::read(request, &app).await?)? {
         OllamaRequest::Generate(parsed) => generated(app, kind, *parsed).await,
         OllamaRequest::Load { model } => {
             app.gateway.load(&model).await?;

@@ -43,7 +43,7 @@ async fn answer(
     kind: Kind,
     parse: fn(&[u8]) -> Result<Parsed, Error>,
 ) -> Result<Response, Error> {
-    let parsed = parse(&body::read(request, app.max_body_bytes).await?)?;
+    let parsed = parse(&body::read(request, &app).await?)?;
     let delivery = parsed.delivery;
     let writer = ChunkWriter {
         kind,

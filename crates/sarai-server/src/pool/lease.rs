@@ -60,7 +60,9 @@ impl Pool {
         let (worker, busy) = loaded.map_err(|_| late(Phase::Load, deadlines.load))??;
         let load = started.elapsed();
         let slot = tokio::time::timeout(deadlines.queue, worker.slots.clone().acquire_owned()).await;
-        let slot = slot.map_err(|_| late(Phase::Queue, deadlines.queue))?.map_err(|_| Error::ShuttingDown)?;
+        let died =
+            || Error::WorkerDied { model: model.to_owned(), detail: "it ended while its slot was waited for".into() };
+        let slot = slot.map_err(|_| late(Phase::Queue, deadlines.queue))?.map_err(|_| died())?;
         Ok(Lease { worker, load, queue: started.elapsed() - load, _slot: slot, _busy: busy })
     }
 }

@@ -295,6 +295,11 @@ impl Owner {
     }
 
     fn load(&mut self, engine: EngineId) {
+        if self.stopping.is_some() {
+            // Nothing is started any more: those who wait for it are told so.
+            self.apply(PoolEvent::Exited(engine));
+            return;
+        }
         let config = &self.engines[engine.0];
         let start = Start {
             executable: self.executable.clone(),

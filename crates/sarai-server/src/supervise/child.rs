@@ -38,7 +38,8 @@ pub struct Worker {
     pub slots: Arc<Semaphore>,
     /// Requests it is answering.
     pub routes: Routes,
-    commands: mpsc::Sender<ToWorker>,
+    // Unbounded in type: a guard that is dropped must be able to send. In fact a request sends two commands.
+    commands: mpsc::UnboundedSender<ToWorker>,
     ids: Arc<AtomicU64>,
 }
 
@@ -48,9 +49,9 @@ impl Worker {
         self.ids.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Sends a command. The queue has room for what all slots together may send, so this does not wait.
+    /// Sends a command; a worker that has ended does not get it, and its requests are told by [`Routes::close`].
     pub fn send(&self, command: ToWorker) {
-        if self.commands.try_send(command).is_err() {
+        if self.commands.send(command).is_err() {
             tracing::debug!(pid = self.pid, "the worker takes no commands any more");
         }
     }
@@ -82,14 +83,22 @@ pub struct Start {
 /// Runs a worker until it ends, or until `stop` is dropped or sent; reports what happens, `Exited` last.
 pub async fn supervise(start: Start, stop: oneshot::Receiver<()>, report: impl Fn(Report) + Send) {
     let model = start.spec.model.clone();
-    let failure = match launch(&start) {
+    let (failure, places) = match launch(&start) {
         Ok(launched) => run(launched, &start, stop, &report).await,
-        Err(error) => Some(format!("the worker cannot be started ({error})")),
+        Err(error) => (Some(format!("the worker cannot be started ({error})")), None),
     };
-    if let Some(reason) = &failure {
+    // First the pool: whoever is woken by its request's end and asks again must get a new worker.
+    report(Report::Exited { failure: failure.clone() });
+    if let Some((routes, slots)) = places {
+        slots.close();
+        routes.close(&match &failure {
+            None => Error::ShuttingDown,
+            Some(detail) => Error::WorkerDied { model: model.clone(), detail: detail.clone() },
+        });
+    }
+    if let Some(reason) = failure {
         tracing::warn!(model, reason, "worker ended");
     }
-    report(Report::Exited { failure });
 }
 
 struct Launched {
@@ -115,21 +124,24 @@ fn launch(start: &Start) -> std::io::Result<Launched> {
     Ok(Launched { child, pid, reader, writer })
 }
 
-/// Returns why the worker ended, or `None` if it was stopped.
+/// Requests of a worker, and the places for them.
+type Places = (Routes, Arc<Semaphore>);
+
+/// Returns why the worker ended, or `None` if it was stopped, and whoever must be told.
 async fn run(
     mut launched: Launched,
     start: &Start,
     mut stop: oneshot::Receiver<()>,
     report: &(impl Fn(Report) + Send),
-) -> Option<String> {
-    let slots = start.spec.parallel as usize;
-    let (commands, to_write) = mpsc::channel(4 * slots + 16);
+) -> (Option<String>, Option<Places>) {
+    let slots = Arc::new(Semaphore::new(start.spec.parallel as usize));
+    let (commands, to_write) = mpsc::unbounded_channel();
     let (loaded, mut on_loaded) = mpsc::channel(1);
     let routes = Routes::open();
     let last_words = tokio::spawn(read_log(launched.child.stderr.take(), start.spec.model.clone()));
     let writing = tokio::spawn(write_frames(launched.writer, to_write));
     let reading = tokio::spawn(read_frames(launched.reader, routes.clone(), loaded));
-    let _ = commands.try_send(ToWorker::Load(start.spec.clone()));
+    let _ = commands.send(ToWorker::Load(start.spec.clone()));
 
     let loading = tokio::time::timeout(start.load_deadline, on_loaded.recv());
     let outcome = tokio::select! {
@@ -138,7 +150,7 @@ async fn run(
                 report(Report::Loaded(Worker {
                     pid: launched.pid,
                     info,
-                    slots: Arc::new(Semaphore::new(slots)),
+                    slots: Arc::clone(&slots),
                     routes: routes.clone(),
                     commands: commands.clone(),
                     ids: Arc::new(AtomicU64::new(1)),
@@ -164,9 +176,7 @@ async fn run(
         Outcome::Failed(reason) => Some(with_words(reason, &words)),
         Outcome::Died => Some(with_words(status.map_or("lost".into(), |status| status.to_string()), &words)),
     };
-    let detail = failure.clone().unwrap_or_else(|| "it was unloaded".into());
-    routes.close(&Error::WorkerDied { model: start.spec.model.clone(), detail });
-    failure
+    (failure, Some((routes, slots)))
 }
 
 enum Outcome {
@@ -192,7 +202,7 @@ async fn end(child: &mut Child) -> Option<ExitStatus> {
     }
 }
 
-async fn write_frames(mut socket: OwnedWriteHalf, mut commands: mpsc::Receiver<ToWorker>) {
+async fn write_frames(mut socket: OwnedWriteHalf, mut commands: mpsc::UnboundedReceiver<ToWorker>) {
     let mut buffer = Vec::new();
     while let Some(command) = commands.recv().await {
         buffer.clear();

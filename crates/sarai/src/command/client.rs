@@ -29,7 +29,9 @@ impl Server {
     pub async fn get(&self, path: &str) -> Result<Value, Failure> {
         let response = self.client.get(format!("{}{path}", self.url)).send().await.map_err(|e| self.absent(e))?;
         let body = response.bytes().await.map_err(Failure::failed)?;
-        serde_json::from_slice(&body).map_err(Failure::failed)
+        serde_json::from_slice(&body).map_err(|_| {
+            Failure::no_server(anyhow::anyhow!("what answers at {} is not sarai: name it with --url", self.url))
+        })
     }
 
     /// `POST` of JSON; an error status becomes the server's message.

@@ -12,6 +12,10 @@ use crate::{Failure, command, log};
 /// Prints the table.
 pub fn run(args: &PsArgs) -> Result<ExitCode, Failure> {
     let state = command::runtime()?.block_on(async { Server::at(&args.server.url)?.get("/api/ps").await })?;
+    if state["sarai"].is_null() {
+        let url = &args.server.url;
+        return Err(Failure::no_server(anyhow::anyhow!("what answers at {url} is not sarai: name it with --url")));
+    }
     let text = if args.json { format!("{state}\n") } else { table(&state["sarai"]) };
     log::print(&text);
     Ok(ExitCode::SUCCESS)

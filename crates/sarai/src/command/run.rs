@@ -30,8 +30,10 @@ pub fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
             if line.trim().is_empty() {
                 continue;
             }
-            // The conversation goes on after an answer that failed.
+            // The conversation goes on after an answer that failed, as if it had not been asked.
+            let turns = messages.len();
             if let Err(failure) = ask(&mut messages, line.trim()) {
+                messages.truncate(turns);
                 log::complain(&format!("sarai: {:#}", failure.error));
             }
         }
@@ -47,7 +49,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
 async fn answer(server: &Server, model: &str, messages: &mut Vec<Value>, prompt: &str) -> Result<(), Failure> {
     messages.push(json!({ "role": "user", "content": prompt }));
     let body = json!({ "model": model, "messages": messages });
-    let response = server.post("/api/chat", &body).await.inspect_err(|_| drop(messages.pop()))?;
+    let response = server.post("/api/chat", &body).await?;
     let mut chunks = response.bytes_stream();
     let (mut buffer, mut answer) = (Vec::new(), String::new());
     while let Some(chunk) = chunks.next().await {

@@ -1,6 +1,7 @@
 //! `sarai serve`: both APIs until a signal.
 
 use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use sarai_server::Server;
@@ -10,6 +11,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::args::ServeArgs;
 use crate::{Failure, command, log};
 
+/// This very binary, even when the file at its path has been replaced since.
+const THIS_BINARY: &str = "/proc/self/exe";
+
 /// Serves until Ctrl-C or SIGTERM; a second signal ends it at once.
 pub fn run(args: &ServeArgs) -> Result<ExitCode, Failure> {
     log::start();
@@ -18,9 +22,8 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, Failure> {
         config.server.listen = listen;
     }
     let first_model = config.models.first().map(|model| model.name.clone()).unwrap_or_default();
-    let executable = std::env::current_exe().map_err(Failure::failed)?;
     command::runtime()?.block_on(async {
-        let server = Server::start(config, executable).await.map_err(Failure::failed)?;
+        let server = Server::start(config, PathBuf::from(THIS_BINARY)).await.map_err(Failure::failed)?;
         let address = server.address().map_err(Failure::failed)?;
         tracing::info!(%address, "listening");
         greet(&address.to_string(), &first_model);

@@ -51,6 +51,14 @@ impl Sarai {
     }
 
     pub fn start_with(config: &str, log: Stdio) -> Self {
+        Self::launch(config, log, &[])
+    }
+
+    pub fn start_with_env(config: &str, variables: &[(&str, &str)]) -> Self {
+        Self::launch(config, Stdio::null(), variables)
+    }
+
+    fn launch(config: &str, log: Stdio, variables: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("sarai.yaml");
         std::fs::write(&file, config).unwrap();
@@ -59,6 +67,7 @@ impl Sarai {
             .arg(&file)
             .current_dir(folder.path())
             .env_remove("OLLAMA_BASE_URL")
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
@@ -217,6 +226,27 @@ impl Ollama {
         while std::net::TcpStream::connect(("127.0.0.1", self.port)).is_err() {
             assert!(Instant::now() < deadline, "ollama does not listen");
             std::thread::yield_now();
+        }
+    }
+
+    /// A URL where nothing listens.
+    pub fn unreachable() -> String {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        format!("http://127.0.0.1:{port}")
+    }
+
+    /// Waits until it has started a runner: a request has reached it, and it loads.
+    pub async fn until_it_loads(&self) {
+        let parent = self.child.as_ref().unwrap().id().to_string();
+        let is_runner = |pid: &std::ffi::OsStr| {
+            let stat =
+                std::fs::read_to_string(std::path::Path::new("/proc").join(pid).join("stat")).unwrap_or_default();
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.split_whitespace().nth(1) == Some(&parent))
+        };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !std::fs::read_dir("/proc").unwrap().flatten().any(|entry| is_runner(&entry.file_name())) {
+            assert!(Instant::now() < deadline, "ollama never started a runner");
+            tokio::task::yield_now().await;
         }
     }
 
