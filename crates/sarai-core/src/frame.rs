@@ -55,6 +55,8 @@ pub enum ToWorker {
     Generate {
         /// Names it in the frames that follow.
         id: u64,
+        /// Tokens that prompt and answer may have together, if the sequence can hold as many.
+        context_tokens: u32,
         /// What to generate.
         request: Box<GenerateRequest>,
     },

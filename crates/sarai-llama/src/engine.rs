@@ -142,7 +142,7 @@ impl<'model> Engine<'model> {
 
     fn obey(&mut self, command: ToWorker, frames: &mut FrameWriter) -> anyhow::Result<()> {
         match command {
-            ToWorker::Generate { id, request } => match self.begin(id, &request) {
+            ToWorker::Generate { id, context_tokens, request } => match self.begin(id, context_tokens, &request) {
                 Ok(()) => Ok(()),
                 Err(error) => frames.send(&FromWorker::Failed { id, error }),
             },
@@ -161,18 +161,19 @@ impl<'model> Engine<'model> {
         }
     }
 
-    fn begin(&mut self, id: u64, request: &GenerateRequest) -> Result<(), Error> {
+    fn begin(&mut self, id: u64, context_tokens: u32, request: &GenerateRequest) -> Result<(), Error> {
         let started = Instant::now();
+        let context_tokens = self.context_tokens.min(context_tokens as usize);
         let tokens = prompt::render(self.model, self.templates, request)?;
         let prompt_tokens = tokens.len();
-        if prompt_tokens >= self.context_tokens {
+        if prompt_tokens >= context_tokens {
             return Err(Error::ContextOverflow {
                 model: self.name.clone(),
                 prompt_tokens: u32::try_from(prompt_tokens).unwrap_or(u32::MAX),
-                context_tokens: u32::try_from(self.context_tokens).unwrap_or(u32::MAX),
+                context_tokens: u32::try_from(context_tokens).unwrap_or(u32::MAX),
             });
         }
-        let mut sampler = prompt::sampler(self.model, self.context_tokens, request)?;
+        let mut sampler = prompt::sampler(self.model, context_tokens, request)?;
         for &token in &tokens {
             sampler.accept(token, false);
         }
@@ -186,6 +187,7 @@ impl<'model> Engine<'model> {
             answer: AnswerText::new(&request.stop),
             prompt: tokens,
             cached,
+            context_tokens,
             generated: 0,
             max_tokens: request.max_tokens.unwrap_or(u32::MAX),
             next: None,
@@ -313,7 +315,7 @@ impl<'model> Engine<'model> {
             Pushed::Text(_) => {}
         }
         generation.next = Some(token);
-        match generation.limit(in_cache, self.context_tokens) {
+        match generation.limit(in_cache) {
             Some(finish) => self.end(index, finish, frames),
             None => Ok(()),
         }

@@ -22,6 +22,8 @@ pub struct Generation {
     pub cached: usize,
     /// Tokens generated.
     pub generated: u32,
+    /// Tokens that prompt and answer may have together.
+    pub context_tokens: usize,
     /// Tokens it may generate.
     pub max_tokens: u32,
     /// The token that the next step computes, once the prompt is done.
@@ -52,8 +54,8 @@ impl Generation {
     }
 
     /// Why it must end now, if it must.
-    pub fn limit(&self, in_cache: usize, context_tokens: usize) -> Option<FinishReason> {
-        (self.generated >= self.max_tokens || in_cache >= context_tokens).then_some(FinishReason::Length)
+    pub fn limit(&self, in_cache: usize) -> Option<FinishReason> {
+        (self.generated >= self.max_tokens || in_cache >= self.context_tokens).then_some(FinishReason::Length)
     }
 }
 

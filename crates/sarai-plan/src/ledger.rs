@@ -53,7 +53,7 @@ pub struct EngineSpec {
 pub enum PoolEvent {
     /// A request wants the engine; `plan` is what a load would take.
     Wanted(EngineId, Ticket, Plan),
-    /// Somebody asked for it to be unloaded.
+    /// Somebody asked for it to be unloaded: at once if it is idle, else when it is; a new request revokes it.
     UnloadAsked(EngineId),
     /// The worker reported its model loaded.
     Loaded(EngineId),
@@ -99,6 +99,8 @@ struct Engine {
     measured: Bytes,
     busy: usize,
     last_used: u64,
+    /// Unload it when it is idle.
+    unload_asked: bool,
 }
 
 impl Engine {
@@ -115,6 +117,14 @@ impl Engine {
 
     fn holds_a_place(&self) -> bool {
         !matches!(self.state, State::Absent | State::WaitsForRoom)
+    }
+
+    fn unload_if_idle(&mut self, id: EngineId, effects: &mut Vec<Effect>) {
+        if self.unload_asked && self.state == State::Resident && self.busy == 0 {
+            self.unload_asked = false;
+            self.state = State::Stopping;
+            effects.push(Effect::Stop(id));
+        }
     }
 
     fn may_be_evicted(&self) -> bool {
@@ -159,6 +169,7 @@ impl Ledger {
             measured: Bytes::ZERO,
             busy: 0,
             last_used: 0,
+            unload_asked: false,
         };
         Self { limits, engines: specs.into_iter().map(engine).collect(), uses: 0 }
     }
@@ -202,16 +213,16 @@ impl Ledger {
         match event {
             PoolEvent::Wanted(id, ticket, plan) => self.wanted(id, ticket, plan, &mut effects),
             PoolEvent::UnloadAsked(id) => {
-                let idle = |engine: &&mut Engine| engine.state == State::Resident && engine.busy == 0;
-                if let Some(engine) = self.engines.get_mut(id.0).filter(idle) {
-                    engine.state = State::Stopping;
-                    effects.push(Effect::Stop(id));
+                if let Some(engine) = self.engines.get_mut(id.0) {
+                    engine.unload_asked = true;
+                    engine.unload_if_idle(id, &mut effects);
                 }
             }
             PoolEvent::Loaded(id) => self.loaded(id, &mut effects),
             PoolEvent::Released(id) => {
                 if let Some(engine) = self.engines.get_mut(id.0) {
                     engine.busy = engine.busy.saturating_sub(1);
+                    engine.unload_if_idle(id, &mut effects);
                 }
             }
             PoolEvent::Measured(id, bytes) => {
@@ -229,6 +240,7 @@ impl Ledger {
         let now = self.uses;
         let Some(engine) = self.engines.get_mut(id.0) else { return };
         engine.last_used = now;
+        engine.unload_asked = false;
         match engine.state {
             State::Resident => {
                 engine.busy += 1;
@@ -440,6 +452,22 @@ mod tests {
         ledger.decide(PoolEvent::Wanted(A, Ticket(2), plan(70)));
         assert_eq!(ledger.decide(PoolEvent::Exited(A)), [Effect::Fail(A, Ticket(1)), Effect::Fail(A, Ticket(2))]);
         assert_eq!(ledger.claimed(), Bytes::ZERO);
+    }
+
+    #[test]
+    fn a_busy_engine_is_unloaded_when_it_is_idle_unless_it_is_wanted_again() {
+        let mut ledger = ledger(100, 2, Strategy::HybridHttpGguf, 1);
+        ledger.decide(PoolEvent::Wanted(A, Ticket(1), plan(70)));
+        ledger.decide(PoolEvent::Loaded(A));
+        assert_eq!(ledger.decide(PoolEvent::UnloadAsked(A)), []);
+        assert_eq!(ledger.decide(PoolEvent::Released(A)), [Effect::Stop(A)]);
+        ledger.decide(PoolEvent::Exited(A));
+        ledger.decide(PoolEvent::Wanted(A, Ticket(2), plan(70)));
+        ledger.decide(PoolEvent::Loaded(A));
+        ledger.decide(PoolEvent::UnloadAsked(A));
+        ledger.decide(PoolEvent::Wanted(A, Ticket(3), plan(70)));
+        ledger.decide(PoolEvent::Released(A));
+        assert_eq!(ledger.decide(PoolEvent::Released(A)), []);
     }
 
     #[test]

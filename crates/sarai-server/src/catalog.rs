@@ -92,7 +92,7 @@ impl Catalog {
     /// What the lists say of a model; of a file that cannot be read, only the name.
     pub fn facts(&self, model: &Model) -> ModelFacts {
         let local = model.deployments.iter().find_map(|deployment| match deployment {
-            Deployment::Local(engine) => self.file(*engine).ok(),
+            Deployment::Local { engine, .. } => self.file(*engine).ok(),
             Deployment::Ollama { .. } => None,
         });
         let Some(file) = local else {

@@ -51,7 +51,7 @@ impl Ask<'_> {
             Deployment::Ollama { url, .. } => {
                 Error::Remote { host: url.clone(), cause: RemoteCause::Silent { phase, seconds } }
             }
-            Deployment::Local(_) => Error::Deadline { model: self.model.name.clone(), phase, seconds },
+            Deployment::Local { .. } => Error::Deadline { model: self.model.name.clone(), phase, seconds },
         }
     }
 }
@@ -101,10 +101,10 @@ impl Dispatch {
         let late = || ask.silent(Phase::FirstToken, deadlines.first_token);
         let started = tokio::time::Instant::now();
         let (mut events, left) = match ask.deployment {
-            Deployment::Local(engine) => {
+            Deployment::Local { engine, context_tokens } => {
                 let plan = self.file(*engine).await?.plan.clone();
-                let request = ask.request.clone();
-                let events = local::open(&self.pool, *engine, plan, &ask.model.name, deadlines, request).await?;
+                let place = local::Place { engine: *engine, context_tokens: *context_tokens, model: &ask.model.name };
+                let events = local::open(&self.pool, &place, plan, deadlines, ask.request.clone()).await?;
                 // The load and the queue of a worker have deadlines of their own.
                 (events, deadlines.first_token)
             }
@@ -144,7 +144,7 @@ impl Dispatch {
             || Error::Deadline { model: model.name.clone(), phase: Phase::Load, seconds: deadlines.load.as_secs() };
         let loaded = async {
             match deployment {
-                Deployment::Local(engine) => {
+                Deployment::Local { engine, .. } => {
                     let plan = self.file(*engine).await?.plan.clone();
                     self.pool.acquire(*engine, plan).await.map(drop)
                 }
@@ -169,7 +169,7 @@ fn begun(ask: &Ask<'_>, attempts: &[Attempt], events: EventStream) -> Answer {
     let reasons: Vec<_> = attempts.iter().map(|attempt| format!("{}: {}", attempt.deployment, attempt.error)).collect();
     let degraded = match ask.deployment {
         Deployment::Ollama { .. } => ignored_by_ollama(&ask.request.sampling),
-        Deployment::Local(_) => Vec::new(),
+        Deployment::Local { .. } => Vec::new(),
     };
     let fallback_reason = (!reasons.is_empty()).then(|| reasons.join("; "));
     Answer { served: Served { by: label(ask.model, ask.deployment), fallback_reason, degraded }, events }
@@ -201,7 +201,7 @@ async fn gathered(mut events: EventStream) -> Result<EventStream, Error> {
 /// `model@place`, as it stands in headers and errors.
 pub fn label(model: &Model, deployment: &Deployment) -> String {
     match deployment {
-        Deployment::Local(_) => format!("{}@gguf_native", model.name),
+        Deployment::Local { .. } => format!("{}@gguf_native", model.name),
         Deployment::Ollama { url, .. } => {
             let host = url.split_once("://").map_or(url.as_str(), |(_, host)| host);
             format!("{}@ollama_http({host})", model.name)

@@ -61,15 +61,15 @@ impl Gateway {
         self.dispatch.load(model).await
     }
 
-    /// Unloads the local engine of a model if it is idle.
+    /// Unloads the local engine of a model, once it is idle.
     ///
     /// # Errors
     /// No model has this name.
-    pub async fn unload(&self, name: &str) -> Result<(), Error> {
+    pub fn unload(&self, name: &str) -> Result<(), Error> {
         let model = self.chat_model(name)?;
         for deployment in &model.deployments {
-            if let Deployment::Local(engine) = deployment {
-                self.dispatch.pool.unload(*engine).await;
+            if let Deployment::Local { engine, .. } = deployment {
+                self.dispatch.pool.unload(*engine);
             }
         }
         Ok(())

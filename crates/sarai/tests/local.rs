@@ -266,3 +266,24 @@ async fn evict_lru_makes_room_by_unloading_what_is_idle() {
         assert_eq!(sarai.worker_pids().await.len(), 1);
     }
 }
+
+#[tokio::test]
+async fn models_that_share_a_worker_are_each_held_to_their_own_context() {
+    let config = format!(
+        "models:\n  long: {{ backend: gguf_native, gguf_path: {0}, context_length: 1024 }}\n  short: {{ backend: gguf_native, gguf_path: {0}, context_length: 100 }}\n",
+        smollm2()
+    );
+    let sarai = Sarai::start(&config);
+    let prompt = "word ".repeat(90);
+    assert_eq!(sarai.post("/v1/chat/completions", chat("long", &prompt, json!({}))).await.status, 200);
+    let refused = sarai.post("/v1/chat/completions", chat("short", &prompt, json!({}))).await.json();
+    let message = refused["error"]["message"].as_str().unwrap();
+    assert!(message.contains("the context of `short` holds 100"), "{message}");
+    let more = json!({ "max_tokens": null, "logit_bias": { "0": -100, "2": -100 } });
+    let filled = sarai.post("/v1/chat/completions", chat("short", "Tell a story.", more)).await.json();
+    assert_eq!(
+        (&filled["choices"][0]["finish_reason"], &filled["usage"]["total_tokens"]),
+        (&json!("length"), &json!(101)),
+        "{filled}"
+    );
+}

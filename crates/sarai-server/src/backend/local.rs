@@ -9,18 +9,29 @@ use super::EventStream;
 use crate::pool::{Lease, Pool};
 use crate::supervise::route::Events;
 
+/// Which engine, and what a model may use of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// The engine.
+    pub engine: EngineId,
+    /// Tokens that prompt and answer may have together.
+    pub context_tokens: u32,
+    /// The model's name.
+    pub model: &'a str,
+}
+
 /// Leases a slot and starts the generation.
 ///
 /// # Errors
 /// See [`Pool::lease`].
 pub async fn open(
     pool: &Pool,
-    engine: EngineId,
+    place: &Place<'_>,
     plan: Plan,
-    model: &str,
     deadlines: &Deadlines,
     request: GenerateRequest,
 ) -> Result<EventStream, Error> {
+    let Place { engine, context_tokens, model } = *place;
     let lease = pool.lease(engine, plan, model, deadlines).await?;
     let id = lease.worker.next_id();
     // No answer has more events than its context has tokens, and an end.
@@ -31,7 +42,7 @@ pub async fn open(
             detail: "it ended before the request reached it".into(),
         });
     };
-    lease.worker.send(ToWorker::Generate { id, request: Box::new(request) });
+    lease.worker.send(ToWorker::Generate { id, context_tokens, request: Box::new(request) });
     let generation = Generation { id, lease, events };
     Ok(Box::pin(stream::unfold(Some(generation), |generation| async {
         let mut generation = generation?;

@@ -100,7 +100,12 @@ pub enum Deployment {
         context_tokens: Option<u32>,
     },
     /// A worker of this server.
-    Local(EngineId),
+    Local {
+        /// Which one.
+        engine: EngineId,
+        /// Tokens that this model may use of its sequence; the engine's may be longer for another model.
+        context_tokens: u32,
+    },
 }
 
 /// A GGUF file and how it is loaded; models that name the same file share it.
@@ -324,7 +329,7 @@ impl Resolver<'_> {
             engine.evictable &= evictable;
             engine.resident |= written.resident;
             engine.load_deadline = engine.load_deadline.max(deadlines.load);
-            return Some(Deployment::Local(EngineId(index)));
+            return Some(Deployment::Local { engine: EngineId(index), context_tokens: settings.context_tokens });
         }
         engines.push(Engine {
             label: written.name.clone(),
@@ -336,6 +341,6 @@ impl Resolver<'_> {
             resident: written.resident,
             load_deadline: deadlines.load,
         });
-        Some(Deployment::Local(EngineId(engines.len() - 1)))
+        Some(Deployment::Local { engine: EngineId(engines.len() - 1), context_tokens: settings.context_tokens })
     }
 }

@@ -48,11 +48,11 @@ pub async fn ps(State(app): State<App>) -> Response {
     let mut resident = Vec::new();
     for model in &catalog.models {
         for deployment in &model.deployments {
-            let Deployment::Local(engine) = deployment else { continue };
+            let Deployment::Local { engine, context_tokens } = deployment else { continue };
             let Some(worker) = snapshot.workers.get(engine) else { continue };
             let measured = memory.get(engine).copied().unwrap_or_default();
             let sarai = worker_row(&snapshot, *engine, worker.pid, measured);
-            let context = worker.info.context_tokens;
+            let context = worker.info.context_tokens.min(*context_tokens);
             resident.push(process_entry(&catalog.facts(model), measured.total().0, context, sarai));
         }
     }
@@ -113,7 +113,7 @@ fn model_state(app: &App, model: &Model, snapshot: Option<&Snapshot>, hosts: &Ho
     let mut deployments = Vec::new();
     for deployment in &model.deployments {
         let (state, reason) = match deployment {
-            Deployment::Local(engine) => local_state(app, *engine, snapshot),
+            Deployment::Local { engine, .. } => local_state(app, *engine, snapshot),
             Deployment::Ollama { url, model_name, .. } => remote_state(url, model_name, hosts),
         };
         deployments.push(json!({ "deployment": label(model, deployment), "state": state, "reason": reason }));

@@ -43,7 +43,7 @@ pub async fn show(State(app): State<App>, request: Request) -> Result<Response, 
         let catalog = &app.gateway.catalog;
         let model = catalog.find(&name)?;
         let file = model.deployments.iter().find_map(|deployment| match deployment {
-            Deployment::Local(engine) => catalog.file(*engine).ok(),
+            Deployment::Local { engine, .. } => catalog.file(*engine).ok(),
             Deployment::Ollama { .. } => None,
         });
         let mut info = Map::new();
@@ -81,7 +81,7 @@ async fn answer(
             without_text(model, "load")
         }
         OllamaRequest::Unload { model } => {
-            app.gateway.unload(&model).await?;
+            app.gateway.unload(&model)?;
             without_text(model, "unload")
         }
     }

@@ -44,7 +44,7 @@ enum Message {
     Released(EngineId),
     Report(EngineId, Report),
     Measured(EngineId, Bytes),
-    Unload(EngineId, oneshot::Sender<bool>),
+    Unload(EngineId),
     Snapshot(oneshot::Sender<Snapshot>),
     Stop(oneshot::Sender<()>),
 }
@@ -106,11 +106,9 @@ impl Pool {
         answer.await.unwrap_or(Err(Error::ShuttingDown))
     }
 
-    /// Unloads an engine that is idle; says whether there was something to unload.
-    pub async fn unload(&self, engine: EngineId) -> bool {
-        let (reply, answer) = oneshot::channel();
-        self.send(Message::Unload(engine, reply));
-        answer.await.unwrap_or(false)
+    /// Unloads an engine, once it is idle.
+    pub fn unload(&self, engine: EngineId) {
+        self.send(Message::Unload(engine));
     }
 
     /// The pool as it stands.
@@ -193,7 +191,7 @@ impl Owner {
             }
             Message::Report(engine, Report::Exited { failure }) => self.exited(engine, failure),
             Message::Measured(engine, bytes) => self.apply(PoolEvent::Measured(engine, bytes)),
-            Message::Unload(engine, reply) => drop(reply.send(self.unload(engine))),
+            Message::Unload(engine) => self.apply(PoolEvent::UnloadAsked(engine)),
             Message::Snapshot(reply) => drop(reply.send(self.snapshot())),
             Message::Stop(reply) => {
                 self.stopping = Some(reply);
@@ -239,14 +237,6 @@ impl Owner {
         }
         slot.failure = failure;
         self.apply(PoolEvent::Exited(engine));
-    }
-
-    fn unload(&mut self, engine: EngineId) -> bool {
-        let idle = self.ledger.rows()[engine.0].busy == 0;
-        let effects = self.ledger.decide(PoolEvent::UnloadAsked(engine));
-        let unloads = idle && !effects.is_empty();
-        effects.into_iter().for_each(|effect| self.perform(effect));
-        unloads
     }
 
     fn apply(&mut self, event: PoolEvent) {

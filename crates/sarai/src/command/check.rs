@@ -14,7 +14,7 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode, Failure> {
     for model in &config.models {
         let places = model.deployments.iter().map(|deployment| match deployment {
             Deployment::Ollama { url, model_name, .. } => format!("{model_name} on {url}"),
-            Deployment::Local(engine) => {
+            Deployment::Local { engine, .. } => {
                 let path = &config.engines[engine.0].path;
                 let missing = if path.exists() { "" } else { " (not there yet)" };
                 format!("{}{missing}", path.display())
