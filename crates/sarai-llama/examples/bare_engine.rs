@@ -13,6 +13,7 @@ use llama_cpp_4::llama_backend::LlamaBackend;
 use llama_cpp_4::llama_batch::LlamaBatch;
 use llama_cpp_4::model::params::LlamaModelParams;
 use llama_cpp_4::model::{AddBos, LlamaModel, Special};
+use llama_cpp_4::token::LlamaToken;
 
 const DECODED: usize = 64;
 
@@ -40,6 +41,10 @@ fn main() {
         scalars.temp = 0.0;
         scalars.no_perf = true;
         params.set_scalars(&scalars);
+        // The same bans as the requests over HTTP have.
+        for end in std::env::args().skip(2) {
+            params.add_logit_bias(LlamaToken(end.parse().unwrap()), f32::NEG_INFINITY).unwrap();
+        }
         let mut sampler = CommonSampler::new(&model, &mut params).unwrap();
         let started = Instant::now();
         let tokens = model.str_to_token_with_special(&prompt, AddBos::Always, Special::Tokenize).unwrap();

@@ -46,7 +46,8 @@ struct Rate {
 
 async fn local(name: &str, file: &str, ends: [&str; 2]) {
     let engine = Path::new(BINARY).parent().unwrap().join("examples/bare_engine");
-    let mut bare = Command::new(engine).arg(file).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut bare =
+        Command::new(engine).arg(file).args(ends).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut to_bare = bare.stdin.take().unwrap();
     let mut from_bare = BufReader::new(bare.stdout.take().unwrap());
     let sarai =

@@ -1,51 +1,95 @@
 //! An answer as the body of a response, and an answer collected whole.
 
+use std::collections::VecDeque;
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::Body;
 use bytes::Bytes;
-use futures_util::{FutureExt, StreamExt};
+use futures_util::{Stream, StreamExt};
 use sarai_core::{Error, Event, FinishReason, Timings, Usage};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use crate::backend::EventStream;
 
-/// Pieces that wait for a slow client at most.
-const WAITING_PIECES: usize = 64;
-
 /// Streams an answer. A client that goes away, or leaves it unread for `stall`, ends it and frees all it holds.
+///
+/// The connection polls the answer itself: a channel between them costs a task switch per token, which shows when
+/// all cores compute.
 pub fn body(
-    mut events: EventStream,
+    events: EventStream,
     stall: Duration,
     first: Option<Bytes>,
-    mut encode: impl FnMut(Result<Event, Error>) -> Bytes + Send + 'static,
+    encode: impl FnMut(Result<Event, Error>) -> Bytes + Send + Unpin + 'static,
 ) -> Body {
-    let (sender, receiver) = mpsc::channel(WAITING_PIECES);
-    // What is there already goes out with the headers, in one write.
-    let ready = events.next().now_or_never().flatten().map(&mut encode);
-    for piece in first.into_iter().chain(ready) {
-        let _ = sender.try_send(Ok::<_, std::convert::Infallible>(piece));
-    }
-    // Owned by the response: it ends when the body is dropped, since the channel is then closed.
-    tokio::spawn(async move {
-        loop {
-            let event = tokio::select! {
-                event = events.next() => event,
-                () = sender.closed() => return,
-            };
-            let Some(event) = event else { return };
-            match tokio::time::timeout(stall, sender.send(Ok(encode(event)))).await {
-                Ok(Ok(())) => {}
-                Ok(Err(_)) => return,
-                Err(_) => {
-                    tracing::info!(seconds = stall.as_secs(), "a client left its answer unread; it is dropped");
-                    return;
-                }
-            }
+    let reading = Arc::new(Mutex::new(Reading { events: Some(events), unread_since: Some(Instant::now()) }));
+    let (alive, gone) = oneshot::channel();
+    // Owned by the body: it ends when `alive` is dropped with it.
+    tokio::spawn(watch(Arc::downgrade(&reading), stall, gone));
+    Body::from_stream(Pieces { reading, waiting: first.into_iter().collect(), encode, _alive: alive })
+}
+
+/// An answer, and since when its client has left it unread.
+struct Reading {
+    /// Taken when the client is given up.
+    events: Option<EventStream>,
+    /// `None` while the answer, not the client, is waited for.
+    unread_since: Option<Instant>,
+}
+
+type Shared = Mutex<Reading>;
+
+/// Drops the answer when its client has left it unread for `stall`.
+async fn watch(reading: Weak<Shared>, stall: Duration, mut gone: oneshot::Receiver<()>) {
+    loop {
+        let Some(since) = reading.upgrade().map(|reading| lock(&reading).unread_since) else { return };
+        tokio::select! {
+            () = tokio::time::sleep_until(since.unwrap_or_else(Instant::now) + stall) => {}
+            _ = &mut gone => return,
         }
-    });
-    Body::from_stream(ReceiverStream::new(receiver))
+        let Some(reading) = reading.upgrade() else { return };
+        let mut reading = lock(&reading);
+        if reading.unread_since.is_some_and(|since| since.elapsed() >= stall) {
+            tracing::info!(seconds = stall.as_secs(), "a client left its answer unread; it is dropped");
+            reading.events = None;
+            return;
+        }
+    }
+}
+
+/// Locked for a poll only, never across a wait.
+fn lock(reading: &Shared) -> std::sync::MutexGuard<'_, Reading> {
+    reading.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Pieces<F> {
+    reading: Arc<Shared>,
+    waiting: VecDeque<Bytes>,
+    encode: F,
+    _alive: oneshot::Sender<()>,
+}
+
+impl<F: FnMut(Result<Event, Error>) -> Bytes + Unpin> Stream for Pieces<F> {
+    type Item = io::Result<Bytes>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        if let Some(piece) = this.waiting.pop_front() {
+            return Poll::Ready(Some(Ok(piece)));
+        }
+        let mut reading = lock(&this.reading);
+        let polled = match &mut reading.events {
+            Some(events) => events.poll_next_unpin(context),
+            // The connection is broken off, so that what came through does not look like all of it.
+            None => return Poll::Ready(Some(Err(io::ErrorKind::TimedOut.into()))),
+        };
+        reading.unread_since = polled.is_ready().then(Instant::now);
+        polled.map(|event| event.map(|event| Ok((this.encode)(event))))
+    }
 }
 
 /// A whole answer.
@@ -92,9 +136,11 @@ mod tests {
     async fn an_answer_that_is_left_unread_is_dropped_after_the_stall_deadline() {
         let (held, freed) = tokio::sync::oneshot::channel();
         let started = tokio::time::Instant::now();
-        let _unread = body(endless(held), Duration::from_secs(60), None, |_| Bytes::from_static(b"x"));
+        let unread = body(endless(held), Duration::from_secs(60), None, |_| Bytes::from_static(b"x"));
         freed.await.unwrap_err();
         assert_eq!(started.elapsed().as_secs(), 60);
+        let read = unread.into_data_stream().next().await.unwrap();
+        assert!(read.is_err(), "what came through must not look like all of it");
     }
 
     #[tokio::test(start_paused = true)]
