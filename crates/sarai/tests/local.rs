@@ -7,7 +7,7 @@ mod support;
 use futures_util::StreamExt;
 use futures_util::future::join_all;
 use serde_json::json;
-use support::{Sarai, chat, qwen, smollm2};
+use support::{Sarai, chat, gemma, qwen, smollm2};
 
 fn config(more: &str) -> String {
     format!(
@@ -286,4 +286,23 @@ async fn models_that_share_a_worker_are_each_held_to_their_own_context() {
         (&json!("length"), &json!(101)),
         "{filled}"
     );
+}
+
+#[tokio::test]
+async fn a_returning_prefix_behind_a_sliding_window_changes_no_answer() {
+    let config = format!("models:\n  base: {{ backend: gguf_native, gguf_path: {}, context_length: 2048 }}\n", gemma());
+    let sarai = Sarai::start(&config);
+    // Longer than the window of 512 tokens, with many ways to go on.
+    let story: String = (0..90).map(|n| format!("On day {n} the fox ate {} eggs. ", n * 7 % 11)).collect();
+    let half = &story[..story.find("On day 20 ").unwrap()];
+    let ask = async |prompt: &str| {
+        let body = json!({ "model": "base", "prompt": prompt, "max_tokens": 16, "temperature": 0 }).to_string();
+        sarai.post("/v1/completions", body).await.json()
+    };
+    let fresh = ask(half).await;
+    ask(&story).await;
+    // The cache now begins with this very prompt, but the window has moved on beyond its end.
+    let again = ask(half).await;
+    assert_eq!(again["choices"], fresh["choices"], "{again}");
+    assert_eq!(again["usage"]["prompt_tokens"], fresh["usage"]["prompt_tokens"]);
 }

@@ -36,6 +36,10 @@ pub fn qwen() -> String {
     weights("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf").display().to_string()
 }
 
+pub fn gemma() -> String {
+    weights("gemma-3-270m-q4_k_m.gguf").display().to_string()
+}
+
 /// A running `sarai serve`.
 pub struct Sarai {
     pub url: String,
