@@ -1,5 +1,6 @@
 """What users of the official Python clients do, against the sarai at SARAI_URL with a model `lfm2`."""
 
+import asyncio
 import os
 import unittest
 
@@ -47,10 +48,30 @@ class OpenAI(unittest.TestCase):
         self.assertEqual("".join(chunk.choices[0].text for chunk in stream), answer.choices[0].text)
 
     def test_models(self):
-        self.assertEqual([model.id for model in self.client.models.list()], ["lfm2"])
+        self.assertEqual([model.id for model in self.client.models.list()], ["lfm2", "expert"])
         self.assertEqual(self.client.models.retrieve("lfm2").id, "lfm2")
         with self.assertRaises(openai.NotFoundError):
             self.client.models.retrieve("nobody")
+
+    def test_a_fallback_is_said_in_the_headers(self):
+        raw = self.client.chat.completions.with_raw_response.create(model="expert", messages=ASK, max_tokens=4)
+        self.assertEqual(raw.headers["x-sarai-served-by"], "expert@gguf_native")
+        self.assertIn("cannot be reached", raw.headers["x-sarai-fallback-reason"])
+        self.assertTrue(raw.parse().choices[0].message.content)
+
+    def test_several_streams_at_once_from_the_async_client(self):
+        async def ask(client, n):
+            stream = await client.chat.completions.create(
+                model="lfm2", messages=[{"role": "user", "content": f"Say {n}."}], max_tokens=6, stream=True
+            )
+            return [chunk async for chunk in stream]
+
+        async def all_at_once():
+            async with openai.AsyncOpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0) as client:
+                return await asyncio.gather(*(ask(client, n) for n in range(6)))
+
+        for chunks in asyncio.run(all_at_once()):
+            self.assertIn(chunks[-1].choices[0].finish_reason, ("stop", "length"))
 
     def test_errors_have_their_types(self):
         with self.assertRaises(openai.NotFoundError) as unknown:
@@ -91,10 +112,9 @@ class Ollama(unittest.TestCase):
         self.assertLess(raw.prompt_eval_count, answer.prompt_eval_count)
 
     def test_lists(self):
-        self.assertEqual([model.model for model in self.client.list().models], ["lfm2"])
+        self.assertEqual([model.model for model in self.client.list().models], ["lfm2", "expert"])
         self.client.generate("lfm2")
-        running = self.client.ps().models[0]
-        self.assertEqual(running.model, "lfm2")
+        running = next(model for model in self.client.ps().models if model.model == "lfm2")
         self.assertGreater(running.size, 90 << 20)
         shown = self.client.show("lfm2")
         self.assertEqual(shown.details.quantization_level, "Q4_1")

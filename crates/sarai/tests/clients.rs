@@ -6,13 +6,14 @@ mod support;
 
 use std::process::Command;
 
-use support::{Sarai, smollm2};
+use support::{Ollama, Sarai, smollm2};
 
 #[test]
 fn the_official_clients_are_served() {
     let config = format!(
-        "models:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 1024, parallel: 2, aliases: [tiny] }}\n",
-        smollm2()
+        "models:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 1024, parallel: 2, aliases: [tiny] }}\n  expert: {{ backend: ollama_http, fallback: gguf_native, url: \"{}\", gguf_path: {0}, context_length: 1024 }}\n",
+        smollm2(),
+        Ollama::unreachable()
     );
     let sarai = Sarai::start(&config);
     let python = std::env::var("SARAI_PYTHON").expect("SARAI_PYTHON names no Python with the clients: run `make test`");

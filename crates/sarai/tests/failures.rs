@@ -273,3 +273,31 @@ async fn requests_beyond_the_queue_are_shed_with_429() {
     sarai.until("the permit is back", |ps| ps["workers"][0]["busy"] == 0).await;
     assert_eq!(sarai.post("/v1/chat/completions", chat("lfm2", "Hi", json!({}))).await.status, 200);
 }
+
+#[tokio::test]
+async fn an_answer_that_outlasts_the_drain_deadline_is_ended_with_an_error_not_cleanly() {
+    let mut sarai = Sarai::start(&format!("server: {{ drain_seconds: 0.3 }}\n{}", config()));
+    let response =
+        sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(endless(true)).send().await.unwrap();
+    let worker = sarai.worker_pids().await[0];
+    let asked = Instant::now();
+    Command::new("kill").args(["-TERM", &sarai.pid().to_string()]).status().unwrap();
+    let answer = support::Answer::of(response).await;
+    assert!(
+        !answer.text.contains("[DONE]") && !answer.text.contains("\"finish_reason\":\"stop\""),
+        "never a clean end"
+    );
+    assert!(sarai.child.wait().unwrap().success());
+    assert!(asked.elapsed() < Duration::from_secs(4), "it ended after {:?}", asked.elapsed());
+    assert!(!is_alive(worker));
+}
+
+#[tokio::test]
+async fn a_client_that_stops_in_the_middle_of_its_body_gets_an_error() {
+    let sarai = Sarai::start(&format!("server: {{ stall_seconds: 0.3 }}\n{}", config()));
+    let mut socket = std::net::TcpStream::connect(sarai.url.trim_start_matches("http://")).unwrap();
+    write!(socket, "POST /api/chat HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{\"model\"").unwrap();
+    let mut answer = [0; 12];
+    socket.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 400");
+}

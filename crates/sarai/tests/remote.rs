@@ -256,3 +256,17 @@ async fn ollamas_command_line_works_against_sarai() {
     }
     sarai.until("it is unloaded", |ps| ps["workers"].as_array().unwrap().is_empty()).await;
 }
+
+#[tokio::test]
+async fn the_environment_turns_the_order_of_the_deployments_around() {
+    let ollama = Ollama::start();
+    let local_first = config(&ollama.url)
+        .replace("backend: ollama_http\n    fallback: gguf_native", "backend: gguf_native\n    fallback: ollama_http");
+    for (config, prefer, served) in
+        [(config(&ollama.url), "false", "solar@gguf_native"), (local_first, "true", "solar@ollama_http")]
+    {
+        let sarai = Sarai::start_with_env(&config, &[("SOLAR_PREFER_HTTP", prefer)]);
+        let answer = sarai.post("/v1/chat/completions", chat("solar", "Hi", json!({ "max_tokens": 2 }))).await;
+        assert!(served_by(&answer).starts_with(served), "{prefer}: {:?}", answer.headers);
+    }
+}
