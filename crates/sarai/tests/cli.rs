@@ -153,6 +153,23 @@ fn on_a_terminal(command: &str, typed: &str) -> String {
 }
 
 #[test]
+fn the_log_is_for_people_on_a_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("c.yaml"), "models:\n  m: { backend: gguf_native, gguf_path: /no/such.gguf }\n")
+        .unwrap();
+    // Taken, so that it says so and ends.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let free =
+        format!("cd {} && timeout 1 {BINARY} serve --config c.yaml --listen 127.0.0.1:0", folder.path().display());
+    let said = on_a_terminal(&free, "");
+    assert!(said.contains("listening") && !said.contains("{\"timestamp\""), "{said}");
+    let address = taken.local_addr().unwrap();
+    let busy = sarai(&["serve", "--config", "c.yaml", "--listen", &address.to_string()], folder.path(), &[]);
+    assert_eq!(busy.status.code(), Some(1));
+    assert!(text(&busy).contains(&format!("cannot listen on {address}")), "{}", text(&busy));
+}
+
+#[test]
 fn run_converses_on_a_terminal_and_remembers_what_was_said() {
     let config =
         format!("models:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 1024 }}\n", smollm2());
