@@ -22,8 +22,10 @@ use futures_util::StreamExt;
 use serde_json::json;
 use support::{BINARY, Ollama, Sarai, qwen, smollm2};
 
-const ROUNDS: usize = 15;
-const REMOTE_ROUNDS: usize = 200;
+/// Fresh processes so often: where the system happens to place them moves a whole run by a few percent.
+const STARTS: usize = 4;
+const ROUNDS: usize = 6;
+const REMOTE_ROUNDS: usize = 50;
 const DECODED: u32 = 64;
 
 fn main() {
@@ -32,10 +34,37 @@ fn main() {
     // `cargo bench … -- remote` measures the remote path alone.
     if !std::env::args().any(|arg| arg == "remote") {
         for (name, file, ends) in models {
-            runtime.block_on(local(name, &file, ends));
+            let mut pairs = Vec::new();
+            for _ in 0..STARTS {
+                runtime.block_on(local(&file, ends, &mut pairs));
+            }
+            show(name, &pairs);
         }
     }
-    runtime.block_on(remote());
+    let mut pairs = Vec::new();
+    for _ in 0..STARTS {
+        runtime.block_on(remote(&mut pairs));
+    }
+    let through = median(pairs.iter().map(|pair| pair.0).collect());
+    let direct = median(pairs.iter().map(|pair| pair.1).collect());
+    let added = median(pairs.iter().map(|pair| pair.0 - pair.1).collect());
+    println!(
+        "remote first token   through sarai {through:.2} ms   direct {direct:.2} ms   added {added:.2} ms at the median of {} pairs",
+        pairs.len()
+    );
+}
+
+fn show(name: &str, pairs: &[(Rate, Rate)]) {
+    for (what, of) in [("prefill", (|rate| rate.prefill) as fn(&Rate) -> f64), ("decode", |rate| rate.decode)] {
+        let http = median(pairs.iter().map(|pair| of(&pair.0)).collect());
+        let bare = median(pairs.iter().map(|pair| of(&pair.1)).collect());
+        // Of neighbours in time: the machine's drift is in both.
+        let ratio = median(pairs.iter().map(|pair| of(&pair.0) / of(&pair.1)).collect());
+        println!(
+            "{name:<20} {what:<8} http {http:8.1} tokens/s   bare {bare:8.1} tokens/s   ratio {ratio:.3} at the median of {} pairs",
+            pairs.len()
+        );
+    }
 }
 
 /// Tokens per second of one request: prefill (to the first token) and decode.
@@ -44,7 +73,7 @@ struct Rate {
     decode: f64,
 }
 
-async fn local(name: &str, file: &str, ends: [&str; 2]) {
+async fn local(file: &str, ends: [&str; 2], pairs: &mut Vec<(Rate, Rate)>) {
     let engine = Path::new(BINARY).parent().unwrap().join("examples/bare_engine");
     let mut bare =
         Command::new(engine).arg(file).args(ends).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
@@ -52,7 +81,6 @@ async fn local(name: &str, file: &str, ends: [&str; 2]) {
     let mut from_bare = BufReader::new(bare.stdout.take().unwrap());
     let sarai =
         Sarai::start(&format!("models:\n  m: {{ backend: gguf_native, gguf_path: {file}, context_length: 2048 }}\n"));
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for round in 0..=ROUNDS {
         // Another beginning each time: nothing of the prompt is in the cache.
         let prompt = format!("{round} {}", "is a number, and the story of it is long and old. ".repeat(24));
@@ -73,20 +101,11 @@ async fn local(name: &str, file: &str, ends: [&str; 2]) {
         }
         // The first round warms both up.
         if round > 0 {
-            theirs.push(first);
-            ours.push(second);
+            pairs.push((second, first));
         }
     }
     drop(to_bare);
     bare.wait().unwrap();
-    for (what, of) in [("prefill", (|rate| rate.prefill) as fn(&Rate) -> f64), ("decode", |rate| rate.decode)] {
-        let median_of = |rates: &[Rate]| median(rates.iter().map(of).collect());
-        let (http, engine) = (median_of(&ours), median_of(&theirs));
-        println!(
-            "{name:<20} {what:<8} http {http:8.1} tokens/s   bare {engine:8.1} tokens/s   ratio {:.3}",
-            http / engine
-        );
-    }
 }
 
 async fn through_http(sarai: &Sarai, prompt: &str, ends: [&str; 2]) -> Rate {
@@ -113,7 +132,7 @@ async fn through_http(sarai: &Sarai, prompt: &str, ends: [&str; 2]) -> Rate {
     Rate { prefill: prompt / first.as_secs_f64(), decode: (decoded - 1.0) / (last - first).as_secs_f64() }
 }
 
-async fn remote() {
+async fn remote(pairs: &mut Vec<(f64, f64)>) {
     let ollama = Ollama::start();
     let sarai = Sarai::start(&format!("models:\n  solar: {{ backend: ollama_http, url: \"{}\" }}\n", ollama.url));
     let body = json!({ "model": "solar", "messages": [{ "role": "user", "content": "Hi" }], "options": { "num_predict": 2, "temperature": 0 } });
@@ -126,22 +145,14 @@ async fn remote() {
         while chunks.next().await.is_some() {}
         first
     };
-    let (mut ours, mut theirs, mut added) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..REMOTE_ROUNDS + 5 {
         let (a, b) = if round % 2 == 0 { (&sarai.url, &ollama.url) } else { (&ollama.url, &sarai.url) };
         let (a, b) = (first_token(a).await, first_token(b).await);
         let (through, direct) = if round % 2 == 0 { (a, b) } else { (b, a) };
         if round >= 5 {
-            ours.push(ms(through));
-            theirs.push(ms(direct));
-            // Of neighbours in time: the machine's drift is in both.
-            added.push(ms(through) - ms(direct));
+            pairs.push((ms(through), ms(direct)));
         }
     }
-    let (through, direct, added) = (median(ours), median(theirs), median(added));
-    println!(
-        "remote first token   through sarai {through:.2} ms   direct {direct:.2} ms   added {added:.2} ms at the median of the pairs"
-    );
 }
 
 fn ms(duration: Duration) -> f64 {
