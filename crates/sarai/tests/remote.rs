@@ -64,6 +64,9 @@ async fn answers_through_sarai_equal_those_of_ollama_asked_directly() {
     let text: String = ours.iter().map(|line| line["response"].as_str().unwrap()).collect();
     assert_eq!(Some(text.as_str()), whole["response"].as_str(), "with the template, streamed");
 
+    let loaded = sarai.post("/api/generate", r#"{"model":"solar"}"#).await;
+    assert_eq!((loaded.status, &loaded.json()["done_reason"]), (200, &json!("load")), "{}", loaded.text);
+
     let both = tokio::join!(sarai.post("/api/chat", body.to_string()), sarai.post("/api/chat", body.to_string()));
     let content = |answer: &support::Answer| -> String {
         answer.lines().iter().map(|line| line["message"]["content"].as_str().unwrap().to_owned()).collect()

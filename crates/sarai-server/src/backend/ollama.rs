@@ -67,9 +67,10 @@ impl Hosts {
     /// [`Error::Remote`].
     pub async fn load(&self, place: &Place<'_>) -> Result<(), Error> {
         let remote = |cause| Error::Remote { host: place.url.to_owned(), cause };
-        let body = serde_json::json!({
-            "model": place.model_name, "stream": false, "options": { "num_ctx": place.context_tokens },
-        });
+        let mut body = serde_json::json!({ "model": place.model_name, "stream": false });
+        if let Some(context_tokens) = place.context_tokens {
+            body["options"] = serde_json::json!({ "num_ctx": context_tokens });
+        }
         let post = self.client(place.connect).post(format!("{}/api/generate", place.url)).body(body.to_string());
         let response = post.send().await.map_err(|error| remote(unreachable(&error)))?;
         if response.status().is_success() { Ok(()) } else { Err(remote(refused(response, place.model_name).await)) }
