@@ -7,6 +7,7 @@ mod check;
 mod json;
 pub mod ollama;
 pub mod openai;
+mod sampling;
 
 use sarai_core::GenerateRequest;
 

@@ -41,8 +41,6 @@ pub struct LoadSpec {
 pub struct LoadedInfo {
     /// Tokens that one sequence can hold, as the engine granted.
     pub context_tokens: u32,
-    /// Whether the file has a chat template of its own.
-    pub has_chat_template: bool,
 }
 
 /// From the server to a worker.

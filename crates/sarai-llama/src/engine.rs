@@ -43,7 +43,7 @@ pub fn run(spec: &LoadSpec, commands: &Receiver<ToWorker>, frames: &mut FrameWri
         .new_context(&backend, context_params(spec))
         .map_err(|error| format!("llama.cpp cannot make a context of {} tokens ({error})", spec.context_tokens))?;
     let mut engine = Engine::new(spec, &model, &templates, context);
-    let info = LoadedInfo { context_tokens: engine.context.n_ctx_seq(), has_chat_template: templates.was_explicit() };
+    let info = LoadedInfo { context_tokens: engine.context.n_ctx_seq() };
     frames.send(&FromWorker::Loaded(info)).map_err(|error| error.to_string())?;
     engine.serve(commands, frames);
     Ok(())

@@ -197,6 +197,19 @@ async fn bad_requests_get_their_status_and_a_message_in_the_shape_of_their_api()
         ("/v1/chat/completions", long.clone().into(), 400, "4096"),
         ("/v1/chat/completions", vec![b' '; 50 << 20], 413, "max_body_mb"),
         ("/v1/nothing", b"{}".to_vec(), 404, "/v1"),
+        ("/v1/chat/completions", b"[1,2]".to_vec(), 400, "an object"),
+        (
+            "/v1/chat/completions",
+            chat("lfm2", "Hi", json!({ "messages": [["user", "Hi"]] })).into(),
+            400,
+            "messages[0]",
+        ),
+        (
+            "/api/chat",
+            br#"{"model":"lfm2","messages":[{"role":"user","content":"x"}],"options":[0.5]}"#.to_vec(),
+            400,
+            "options",
+        ),
         ("/api/chat", b"{".to_vec(), 400, "JSON"),
         ("/api/chat", br#"{"model":"nobody","messages":[{"role":"user","content":"x"}]}"#.to_vec(), 404, "nobody"),
         (

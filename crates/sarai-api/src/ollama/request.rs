@@ -1,9 +1,11 @@
 //! `POST /api/chat`, `/api/generate` and `/api/show`, from the wire to the core.
 
-use sarai_core::{Error, Format, GenerateRequest, Message, Prompt, Role, Sampling};
+use sarai_core::{Error, Format, GenerateRequest, Message, Prompt, Role};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::json::Object;
+use crate::sampling::WireSampling;
 use crate::{Delivery, Parsed, check, json};
 
 /// What a body of `/api/chat` or `/api/generate` asks for.
@@ -29,7 +31,7 @@ struct Common {
     model: String,
     stream: Option<bool>,
     format: Option<Value>,
-    options: Option<Options>,
+    options: Option<Object<Options>>,
     keep_alive: Option<Value>,
     think: Option<Value>,
     tools: Option<Value>,
@@ -42,22 +44,11 @@ struct Common {
 
 #[derive(Default, Deserialize)]
 struct Options {
-    temperature: Option<f32>,
-    top_p: Option<f32>,
-    top_k: Option<i32>,
-    min_p: Option<f32>,
-    typical_p: Option<f32>,
-    seed: Option<i64>,
-    repeat_penalty: Option<f32>,
-    repeat_last_n: Option<i32>,
-    presence_penalty: Option<f32>,
-    frequency_penalty: Option<f32>,
     num_predict: Option<i64>,
     num_ctx: Option<Value>,
     num_keep: Option<Value>,
     mirostat: Option<Value>,
     tfs_z: Option<Value>,
-    stop: Option<Stop>,
 }
 
 impl Options {
@@ -73,16 +64,15 @@ impl Options {
     }
 }
 
+/// The sampling, which stands among the options.
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "a string or an array of strings")]
-enum Stop {
-    One(String),
-    Many(Vec<String>),
+struct SamplingBody {
+    options: Option<Object<WireSampling>>,
 }
 
 #[derive(Deserialize)]
 struct ChatBody {
-    messages: Option<Vec<WireMessage>>,
+    messages: Option<Vec<Object<WireMessage>>>,
 }
 
 #[derive(Deserialize)]
@@ -112,12 +102,12 @@ struct ShowBody {
 /// [`Error::InvalidRequest`] with the field's name.
 pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
     let common: Common = json::parse(body)?;
-    let body: ChatBody = json::parse(body)?;
-    let messages = body.messages.unwrap_or_default();
+    let chat: ChatBody = json::parse(body)?;
+    let messages = chat.messages.unwrap_or_default();
     if messages.is_empty() {
         return Ok(common.load_or_unload());
     }
-    let messages = messages.into_iter().enumerate().map(|(index, message)| {
+    let messages = messages.into_iter().enumerate().map(|(index, Object(message))| {
         let at = format!("messages[{index}]");
         check::unsupported(&format!("{at}.images"), &message.images)?;
         check::unsupported(&format!("{at}.tool_calls"), &message.tool_calls)?;
@@ -127,7 +117,7 @@ pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
         })
     });
     let prompt = Prompt::Chat(messages.collect::<Result<_, Error>>()?);
-    common.finish(prompt)
+    common.finish(body, prompt)
 }
 
 /// Reads the body of `/api/generate`.
@@ -136,20 +126,20 @@ pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
 /// [`Error::InvalidRequest`] with the field's name.
 pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
     let common: Common = json::parse(body)?;
-    let body: GenerateBody = json::parse(body)?;
-    let prompt = check::text("prompt", body.prompt.unwrap_or_default())?;
+    let generate: GenerateBody = json::parse(body)?;
+    let prompt = check::text("prompt", generate.prompt.unwrap_or_default())?;
     if prompt.is_empty() {
         return Ok(common.load_or_unload());
     }
-    let prompt = if body.raw == Some(true) {
+    let prompt = if generate.raw == Some(true) {
         Prompt::Raw(prompt)
     } else {
-        let system = body.system.filter(|system| !system.is_empty());
+        let system = generate.system.filter(|system| !system.is_empty());
         let system = system.map(|content| Message { role: Role::System, content });
         let user = Message { role: Role::User, content: prompt };
         Prompt::Chat(system.into_iter().chain([user]).collect())
     };
-    common.finish(prompt)
+    common.finish(body, prompt)
 }
 
 /// Reads the model's name from a body such as `/api/show`'s.
@@ -173,7 +163,7 @@ impl Common {
         if zero { OllamaRequest::Unload { model: self.model } } else { OllamaRequest::Load { model: self.model } }
     }
 
-    fn finish(self, prompt: Prompt) -> Result<OllamaRequest, Error> {
+    fn finish(self, body: &[u8], prompt: Prompt) -> Result<OllamaRequest, Error> {
         for (param, value) in [
             ("tools", &self.tools),
             ("images", &self.images),
@@ -185,27 +175,10 @@ impl Common {
         ] {
             check::unsupported(param, value)?;
         }
-        let options = self.options.unwrap_or_default();
+        let options = self.options.map(|Object(options)| options).unwrap_or_default();
         let ignored = options.ignored();
-        let sampling = Sampling {
-            temperature: options.temperature,
-            top_p: options.top_p,
-            top_k: options.top_k,
-            min_p: options.min_p,
-            typical_p: options.typical_p,
-            seed: check::seed(options.seed),
-            repeat_penalty: options.repeat_penalty,
-            repeat_last_n: options.repeat_last_n,
-            presence_penalty: options.presence_penalty,
-            frequency_penalty: options.frequency_penalty,
-            logit_bias: Vec::new(),
-        };
-        check::sampling(&sampling)?;
-        let stop = match options.stop {
-            None => Vec::new(),
-            Some(Stop::One(stop)) => vec![stop],
-            Some(Stop::Many(stops)) => stops,
-        };
+        let sampling: SamplingBody = json::parse(body)?;
+        let (sampling, stop) = sampling.options.map(|Object(sampling)| sampling).unwrap_or_default().meant(100.0)?;
         // Ollama: 0 and -1 are without limit, -2 until the context is full; all end here with the context.
         let max_tokens = options.num_predict.filter(|&n| n > 0).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         let request = GenerateRequest { prompt, sampling, stop, max_tokens, format: format_of(self.format)? };

@@ -2,31 +2,23 @@
 
 use std::collections::BTreeMap;
 
-use sarai_core::{Error, Format, GenerateRequest, Message, Prompt, Sampling};
+use sarai_core::{Error, Format, GenerateRequest, Message, Prompt};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::json::Object;
+use crate::sampling::WireSampling;
 use crate::{Delivery, Parsed, check, json};
 
-/// The fields of both endpoints. A body is read once for these and once for its own: flattening one struct into
+/// The fields of both endpoints. A body is read once for these, once for the
+/// sampling and once for the endpoint's own: flattening one struct into
 /// the other would lose the names of fields in errors.
 #[derive(Deserialize)]
 struct Common {
     model: String,
     stream: Option<bool>,
-    stream_options: Option<StreamOptions>,
-    temperature: Option<f32>,
-    top_p: Option<f32>,
-    top_k: Option<i32>,
-    min_p: Option<f32>,
-    typical_p: Option<f32>,
-    seed: Option<i64>,
-    repeat_penalty: Option<f32>,
-    repeat_last_n: Option<i32>,
-    presence_penalty: Option<f32>,
-    frequency_penalty: Option<f32>,
+    stream_options: Option<Object<StreamOptions>>,
     logit_bias: Option<BTreeMap<String, f32>>,
-    stop: Option<Stop>,
     max_tokens: Option<i64>,
     max_completion_tokens: Option<i64>,
     n: Option<u32>,
@@ -49,13 +41,6 @@ struct StreamOptions {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "a string or an array of strings")]
-enum Stop {
-    One(String),
-    Many(Vec<String>),
-}
-
-#[derive(Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 enum ResponseFormat {
     Text,
@@ -70,7 +55,7 @@ struct JsonSchema {
 
 #[derive(Deserialize)]
 struct ChatBody {
-    messages: Vec<ChatMessage>,
+    messages: Vec<Object<ChatMessage>>,
 }
 
 #[derive(Deserialize)]
@@ -112,12 +97,13 @@ enum OneOrMany {
 /// [`Error::InvalidRequest`] with the field's name.
 pub fn parse_chat(body: &[u8]) -> Result<Parsed, Error> {
     let common: Common = json::parse(body)?;
+    let sampling: WireSampling = json::parse(body)?;
     let body: ChatBody = json::parse(body)?;
     if body.messages.is_empty() {
         return Err(Error::invalid("messages", "`messages` is empty: send at least one message"));
     }
-    let messages = body.messages.into_iter().enumerate().map(|(index, message)| chat_message(index, message));
-    common.finish(Prompt::Chat(messages.collect::<Result<_, _>>()?))
+    let messages = body.messages.into_iter().enumerate().map(|(index, Object(message))| chat_message(index, message));
+    common.finish(sampling, Prompt::Chat(messages.collect::<Result<_, _>>()?))
 }
 
 /// Reads the body of a text completion.
@@ -126,6 +112,7 @@ pub fn parse_chat(body: &[u8]) -> Result<Parsed, Error> {
 /// [`Error::InvalidRequest`] with the field's name.
 pub fn parse_completion(body: &[u8]) -> Result<Parsed, Error> {
     let common: Common = json::parse(body)?;
+    let sampling: WireSampling = json::parse(body)?;
     let body: CompletionBody = json::parse(body)?;
     let prompt = match body.prompt {
         OneOrMany::One(prompt) => prompt,
@@ -136,7 +123,7 @@ pub fn parse_completion(body: &[u8]) -> Result<Parsed, Error> {
         }
     };
     // OpenAI's documented default for this endpoint.
-    let mut parsed = common.finish(Prompt::Raw(check::text("prompt", prompt)?))?;
+    let mut parsed = common.finish(sampling, Prompt::Raw(check::text("prompt", prompt)?))?;
     parsed.request.max_tokens.get_or_insert(16);
     Ok(parsed)
 }
@@ -168,23 +155,10 @@ fn text_of(at: &str, part: ContentPart) -> Result<String, Error> {
 }
 
 impl Common {
-    fn finish(self, prompt: Prompt) -> Result<Parsed, Error> {
+    fn finish(self, sampling: WireSampling, prompt: Prompt) -> Result<Parsed, Error> {
         self.refuse_unsupported()?;
-        let sampling = Sampling {
-            temperature: self.temperature,
-            top_p: self.top_p,
-            top_k: self.top_k,
-            min_p: self.min_p,
-            typical_p: self.typical_p,
-            seed: check::seed(self.seed),
-            repeat_penalty: self.repeat_penalty,
-            repeat_last_n: self.repeat_last_n,
-            presence_penalty: self.presence_penalty,
-            frequency_penalty: self.frequency_penalty,
-            logit_bias: logit_bias(self.logit_bias.unwrap_or_default())?,
-        };
-        check::range("temperature", sampling.temperature, 0.0, 2.0)?;
-        check::sampling(&sampling)?;
+        let (mut sampling, stop) = sampling.meant(2.0)?;
+        sampling.logit_bias = logit_bias(self.logit_bias.unwrap_or_default())?;
         let max_tokens = match self.max_completion_tokens.or(self.max_tokens) {
             None => None,
             // llama.cpp's and Ollama's -1: as far as the context reaches.
@@ -193,13 +167,8 @@ impl Common {
                 Error::invalid("max_tokens", format!("`max_tokens` is {n}: use a number from 1 to {}", u32::MAX))
             })?),
         };
-        let stop = match self.stop {
-            None => Vec::new(),
-            Some(Stop::One(stop)) => vec![stop],
-            Some(Stop::Many(stops)) => stops,
-        };
         let request = GenerateRequest { prompt, sampling, stop, max_tokens, format: format_of(self.response_format) };
-        let include_usage = self.stream_options.and_then(|options| options.include_usage).unwrap_or(false);
+        let include_usage = self.stream_options.and_then(|Object(options)| options.include_usage).unwrap_or(false);
         let delivery = Delivery { stream: self.stream.unwrap_or(false), include_usage };
         Ok(Parsed { model: self.model, request, delivery, ignored: Vec::new() })
     }

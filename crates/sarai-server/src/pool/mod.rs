@@ -140,6 +140,17 @@ struct Slot {
     failure: Option<String>,
 }
 
+impl Slot {
+    /// Asks the worker to end. A sender is kept until the exit is reported: it marks that the worker still lives.
+    fn stop(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            let (kept, _) = oneshot::channel();
+            let _ = stop.send(());
+            self.stop = Some(kept);
+        }
+    }
+}
+
 struct Owner {
     ledger: Ledger,
     engines: Arc<[Engine]>,
@@ -195,14 +206,7 @@ impl Owner {
             Message::Snapshot(reply) => drop(reply.send(self.snapshot())),
             Message::Stop(reply) => {
                 self.stopping = Some(reply);
-                for slot in &mut self.workers {
-                    // The sender is kept until the exit is reported: it marks that the worker still lives.
-                    if let Some(stop) = slot.stop.take() {
-                        let (kept, _) = oneshot::channel();
-                        let _ = stop.send(());
-                        slot.stop = Some(kept);
-                    }
-                }
+                self.workers.iter_mut().for_each(Slot::stop);
             }
         }
         self.share_cores();
@@ -250,12 +254,7 @@ impl Owner {
             Effect::Load(engine) => self.load(engine),
             Effect::Stop(engine) => {
                 tracing::info!(model = self.engines[engine.0].label, "unloading");
-                let slot = &mut self.workers[engine.0];
-                if let Some(stop) = slot.stop.take() {
-                    let (kept, _) = oneshot::channel();
-                    let _ = stop.send(());
-                    slot.stop = Some(kept);
-                }
+                self.workers[engine.0].stop();
             }
             Effect::Grant(engine, ticket) => self.grant(engine, ticket),
             Effect::Refuse(ticket, refusal) => self.answer(ticket, Err(Error::DoesNotFit(refusal))),

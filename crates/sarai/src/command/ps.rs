@@ -52,8 +52,8 @@ fn table(sarai: &Value) -> String {
             text.push_str(&format!(
                 "{:<12} {:>8} {:>5} {:>10} {:>10} {:>10} {:>10}\n",
                 worker["models"].as_str().unwrap_or_default(),
-                worker["pid"],
-                worker["busy"],
+                worker["pid"].to_string(),
+                worker["busy"].to_string(),
                 bytes(&worker["planned_bytes"]).to_string(),
                 bytes(&worker["claimed_bytes"]).to_string(),
                 bytes(&worker["anonymous_bytes"]).to_string(),

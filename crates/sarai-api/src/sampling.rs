@@ -1,0 +1,81 @@
+//! The sampling parameters, which both APIs spell the same.
+
+use sarai_core::{Error, Sampling};
+use serde::Deserialize;
+
+use crate::check::range;
+
+/// As they stand in an OpenAI body, or in Ollama's `options`.
+#[derive(Default, Deserialize)]
+pub struct WireSampling {
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<i32>,
+    min_p: Option<f32>,
+    typical_p: Option<f32>,
+    seed: Option<i64>,
+    repeat_penalty: Option<f32>,
+    repeat_last_n: Option<i32>,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    stop: Option<Stop>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a string or an array of strings")]
+enum Stop {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl WireSampling {
+    /// Checks the ranges, with the API's own limit of the temperature; returns the sampling, without logit bias, and the stop texts.
+    ///
+    /// # Errors
+    /// [`Error::InvalidRequest`] with the field's name.
+    pub fn meant(self, hottest: f32) -> Result<(Sampling, Vec<String>), Error> {
+        let sampling = Sampling {
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            typical_p: self.typical_p,
+            seed: seed(self.seed),
+            repeat_penalty: self.repeat_penalty,
+            repeat_last_n: self.repeat_last_n,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: Vec::new(),
+        };
+        range("temperature", sampling.temperature, 0.0, hottest)?;
+        check(&sampling)?;
+        let stop = match self.stop {
+            None => Vec::new(),
+            Some(Stop::One(stop)) => vec![stop],
+            Some(Stop::Many(stops)) => stops,
+        };
+        Ok((sampling, stop))
+    }
+}
+
+fn check(sampling: &Sampling) -> Result<(), Error> {
+    range("top_p", sampling.top_p, 0.0, 1.0)?;
+    range("min_p", sampling.min_p, 0.0, 1.0)?;
+    range("typical_p", sampling.typical_p, 0.0, 1.0)?;
+    range("repeat_penalty", sampling.repeat_penalty, f32::MIN_POSITIVE, 100.0)?;
+    range("presence_penalty", sampling.presence_penalty, -2.0, 2.0)?;
+    range("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)?;
+    match sampling.repeat_last_n.filter(|&n| n < -1) {
+        None => Ok(()),
+        Some(n) => Err(Error::invalid(
+            "repeat_last_n",
+            format!("`repeat_last_n` is {n}: use -1 for the whole context, or 0 and more"),
+        )),
+    }
+}
+
+/// Any integer is a seed; a negative one means random.
+fn seed(seed: Option<i64>) -> Option<u32> {
+    let seed = seed.filter(|&seed| seed >= 0)?;
+    u32::try_from(seed % i64::from(u32::MAX)).ok()
+}
