@@ -77,7 +77,7 @@ fn ollama_lines_and_lists() {
         "ollama_lists",
         &json!([
             ollama::list_entry(&facts),
-            ollama::process_entry(&facts, 200, 4096, json!({ "pid": 7 })),
+            ollama::process_entry(&facts, 200, 4096, None, json!({ "pid": 7 })),
             ollama::show(&facts, "{{ x }}", json!({ "general.architecture": "llama" }))
         ]),
     );
@@ -134,10 +134,15 @@ fn a_request_to_an_ollama_host_sets_only_what_was_asked_for() {
         stop: Vec::new(),
         max_tokens: None,
         format: sarai_core::Format::Text,
+        residence: sarai_core::Residence::default(),
     };
     let (path, body) = ollama::chat_request("solar", None, &request);
     assert_eq!(path, "/api/chat");
     golden("ollama_remote_request", &body);
+    let residence =
+        sarai_core::Residence { context_tokens: Some(8192), keep_alive: Some(sarai_core::KeepAlive::Forever) };
+    let (_, body) = ollama::chat_request("solar", Some(2048), &GenerateRequest { residence, ..request.clone() });
+    assert_eq!((&body["options"]["num_ctx"], &body["keep_alive"]), (&json!(8192), &json!(-1)));
     let raw = GenerateRequest { prompt: Prompt::Raw("The sky".into()), max_tokens: Some(4), ..request };
     assert_eq!(ollama::chat_request("solar", Some(2048), &raw).0, "/api/generate");
 }

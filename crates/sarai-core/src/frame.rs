@@ -11,6 +11,7 @@ use thiserror::Error as ThisError;
 
 use crate::error::Error;
 use crate::event::Event;
+use crate::memory::{EngineMemory, KvType};
 use crate::request::GenerateRequest;
 
 /// The longest frame that is accepted, in bytes: a prompt and its JSON escapes.
@@ -34,6 +35,12 @@ pub struct LoadSpec {
     pub ubatch_tokens: u32,
     /// Threads when the worker is alone.
     pub threads: u32,
+    /// Type of the KV cache.
+    pub kv: KvType,
+    /// Whether attention is computed without its full matrix.
+    pub flash_attention: bool,
+    /// Whether eligible weights are copied into the layout that computes fastest.
+    pub repack: bool,
 }
 
 /// What a worker says of the model it loaded.
@@ -41,6 +48,8 @@ pub struct LoadSpec {
 pub struct LoadedInfo {
     /// Tokens that one sequence can hold, as the engine granted.
     pub context_tokens: u32,
+    /// What llama.cpp says it allocated.
+    pub memory: EngineMemory,
 }
 
 /// From the server to a worker.
@@ -65,6 +74,13 @@ pub enum ToWorker {
     },
     /// Compute with so many threads from the next step on.
     Threads(u32),
+    /// Hold so many tokens per sequence from now on; sent only while nothing is generated.
+    Resize {
+        /// Tokens that one sequence can hold.
+        context_tokens: u32,
+    },
+    /// Give back what can be had again: pages of the weights, free heap.
+    Trim,
 }
 
 /// From a worker to the server.
@@ -75,6 +91,8 @@ pub enum FromWorker {
     Loaded(LoadedInfo),
     /// It cannot be loaded; the worker ends.
     LoadFailed(String),
+    /// The context has its new size, or its old one where the new one could not be made; the text says why.
+    Resized(LoadedInfo, Option<String>),
     /// The next step of a generation.
     Event {
         /// The generation.

@@ -14,6 +14,6 @@ pub mod units;
 pub use deadline::Deadlines;
 pub use error::{Attempt, Error, Phase, RemoteCause};
 pub use event::{Event, FinishReason, Timings, Usage};
-pub use memory::{Held, Part, Refusal};
-pub use request::{Format, GenerateRequest, Message, Prompt, Role, Sampling};
+pub use memory::{EngineMemory, Held, KeepAlive, KvType, Part, Refusal};
+pub use request::{Format, GenerateRequest, Message, Prompt, Residence, Role, Sampling};
 pub use units::Bytes;

@@ -1,5 +1,6 @@
 //! What a client asks for, free of any wire format.
 
+use crate::memory::KeepAlive;
 use serde::{Deserialize, Serialize};
 
 /// Who says a message.
@@ -116,6 +117,15 @@ impl Sampling {
     }
 }
 
+/// How a model is to be resident for a request; `None` leaves it to the configuration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Residence {
+    /// Tokens that prompt and answer may have together.
+    pub context_tokens: Option<u32>,
+    /// How long the model stays after it.
+    pub keep_alive: Option<KeepAlive>,
+}
+
 /// One generation, ready for any backend.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GenerateRequest {
@@ -129,6 +139,9 @@ pub struct GenerateRequest {
     pub max_tokens: Option<u32>,
     /// The form that the answer must have.
     pub format: Format,
+    /// How the model is to be resident.
+    #[serde(default)]
+    pub residence: Residence,
 }
 
 #[cfg(test)]

@@ -18,6 +18,12 @@ impl Bytes {
     /// No bytes.
     pub const ZERO: Self = Self(0);
 
+    /// So many KiB.
+    #[must_use]
+    pub const fn kib(count: u64) -> Self {
+        Self(count << 10)
+    }
+
     /// So many MiB.
     #[must_use]
     pub const fn mib(count: u64) -> Self {

@@ -4,16 +4,14 @@
 //! budget allows, so that a long prompt does not freeze running answers. Commands are taken between steps:
 //! a cancelled generation stops within one.
 
-use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
 
 use llama_cpp_4::chat::ChatTemplates;
 use llama_cpp_4::context::LlamaContext;
-use llama_cpp_4::context::params::{LlamaContextParams, LlamaFlashAttnType};
 use llama_cpp_4::llama_backend::LlamaBackend;
 use llama_cpp_4::llama_batch::LlamaBatch;
-use llama_cpp_4::model::params::{LlamaLoadMode, LlamaModelParams};
 use llama_cpp_4::model::{LlamaModel, Special};
 use llama_cpp_4::token::LlamaToken;
 use sarai_core::frame::{FromWorker, LoadSpec, LoadedInfo, ToWorker};
@@ -22,6 +20,7 @@ use sarai_core::{Error, Event, FinishReason, GenerateRequest};
 use crate::answer::{AnswerText, Pushed};
 use crate::channel::FrameWriter;
 use crate::log;
+use crate::model::{self, Allocation, step_tokens};
 use crate::prompt;
 use crate::sequence::{Generation, Sequence};
 
@@ -35,39 +34,45 @@ const PROMPT_TOKENS_BESIDE_ANSWERS: usize = 64;
 pub fn run(spec: &LoadSpec, commands: &Receiver<ToWorker>, frames: &mut FrameWriter) -> Result<(), String> {
     log::capture_llama();
     let backend = LlamaBackend::init().map_err(|error| error.to_string())?;
-    let model_params = LlamaModelParams::default().with_load_mode(LlamaLoadMode::Mmap);
-    let model = LlamaModel::load_from_file(&backend, &spec.path, &model_params)
-        .map_err(|error| format!("llama.cpp cannot load {} ({error})", spec.path.display()))?;
-    let templates = ChatTemplates::from_model(&model, None).map_err(|error| error.to_string())?;
-    let context = model
-        .new_context(&backend, context_params(spec))
-        .map_err(|error| format!("llama.cpp cannot make a context of {} tokens ({error})", spec.context_tokens))?;
-    let mut engine = Engine::new(spec, &model, &templates, context);
-    let info = LoadedInfo { context_tokens: engine.context.n_ctx_seq() };
-    frames.send(&FromWorker::Loaded(info)).map_err(|error| error.to_string())?;
-    engine.serve(commands, frames);
-    Ok(())
+    let loaded = model::load(spec, Allocation::Real)?;
+    let templates = ChatTemplates::from_model(&loaded, None).map_err(|error| error.to_string())?;
+    let mut spec = spec.clone();
+    let mut context = model::context(&spec, &backend, &loaded)?;
+    model::release_mapping(&spec.path);
+    send(frames, &FromWorker::Loaded(info(&context)))?;
+    loop {
+        let mut engine = Engine::new(&spec, &loaded, &templates, context);
+        let Outcome::Resize(context_tokens) = engine.serve(commands, frames) else { return Ok(()) };
+        // The old context goes first: both at once were never planned.
+        drop(engine);
+        let wanted = LoadSpec { context_tokens, ..spec.clone() };
+        let (made, failure) = match model::context(&wanted, &backend, &loaded) {
+            Ok(made) => {
+                spec = wanted;
+                (made, None)
+            }
+            Err(failure) => (model::context(&spec, &backend, &loaded)?, Some(failure)),
+        };
+        context = made;
+        model::trim_heap();
+        send(frames, &FromWorker::Resized(info(&context), failure))?;
+    }
 }
 
-/// Tokens that one step can hold: one of every sequence at least.
-fn step_tokens(spec: &LoadSpec) -> u32 {
-    spec.ubatch_tokens.max(spec.parallel)
+fn info(context: &LlamaContext<'_>) -> LoadedInfo {
+    LoadedInfo { context_tokens: context.n_ctx_seq(), memory: model::memory(context) }
 }
 
-fn context_params(spec: &LoadSpec) -> LlamaContextParams {
-    let threads = i32::try_from(spec.threads).unwrap_or(1);
-    LlamaContextParams::default()
-        .with_n_ctx(NonZeroU32::new(spec.context_tokens.saturating_mul(spec.parallel)))
-        .with_n_seq_max(spec.parallel)
-        .with_n_batch(step_tokens(spec))
-        .with_n_ubatch(step_tokens(spec))
-        .with_n_outputs_max(spec.parallel)
-        .with_swa_full(false)
-        .with_kv_unified(false)
-        .with_flash_attn_type(LlamaFlashAttnType::Enabled)
-        .with_no_perf(true)
-        .with_n_threads(threads)
-        .with_n_threads_batch(threads)
+fn send(frames: &mut FrameWriter, frame: &FromWorker) -> Result<(), String> {
+    frames.send(frame).map_err(|error| error.to_string())
+}
+
+/// Why an engine stops serving.
+enum Outcome {
+    /// The server is gone.
+    End,
+    /// So many tokens per sequence are wanted.
+    Resize(u32),
 }
 
 struct Engine<'model> {
@@ -80,6 +85,8 @@ struct Engine<'model> {
     batch: LlamaBatch,
     sequences: Vec<Sequence>,
     uses: u64,
+    path: PathBuf,
+    resize: Option<u32>,
 }
 
 impl<'model> Engine<'model> {
@@ -100,17 +107,22 @@ impl<'model> Engine<'model> {
             batch: LlamaBatch::new(ubatch_tokens, 1),
             sequences: (0..spec.parallel).map(|_| Sequence::default()).collect(),
             uses: 0,
+            path: spec.path.clone(),
+            resize: None,
         }
     }
 
-    fn serve(&mut self, commands: &Receiver<ToWorker>, frames: &mut FrameWriter) {
+    fn serve(&mut self, commands: &Receiver<ToWorker>, frames: &mut FrameWriter) -> Outcome {
         loop {
             if !self.take_commands(commands, frames) {
-                return;
+                return Outcome::End;
+            }
+            if let Some(context_tokens) = self.resize {
+                return Outcome::Resize(context_tokens);
             }
             if let Err(error) = self.step(frames).and_then(|()| frames.flush()) {
                 log::warn(&format!("the worker ends: {error:#}"));
-                return;
+                return Outcome::End;
             }
         }
     }
@@ -137,6 +149,9 @@ impl<'model> Engine<'model> {
             if self.obey(command, frames).is_err() {
                 return false;
             }
+            if self.resize.is_some() {
+                return true;
+            }
         }
     }
 
@@ -155,6 +170,15 @@ impl<'model> Engine<'model> {
             ToWorker::Threads(threads) => {
                 let threads = i32::try_from(threads.max(1)).unwrap_or(1);
                 self.context.set_n_threads(threads, threads);
+                Ok(())
+            }
+            ToWorker::Resize { context_tokens } => {
+                anyhow::ensure!(self.is_idle(), "a context is resized only while nothing is generated");
+                self.resize = Some(context_tokens);
+                Ok(())
+            }
+            ToWorker::Trim => {
+                model::trim(&self.path);
                 Ok(())
             }
             ToWorker::Load(_) => anyhow::bail!("a worker loads once"),

@@ -8,12 +8,16 @@ mod answer;
 mod channel;
 mod engine;
 mod log;
+mod model;
+mod probe;
 mod prompt;
 mod sequence;
 
 use std::os::fd::OwnedFd;
 
 use sarai_core::frame::{FromWorker, ToWorker};
+
+pub use probe::run_probe;
 
 /// Runs a worker on its end of the socket pair until the server closes it.
 ///

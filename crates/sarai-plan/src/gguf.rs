@@ -168,6 +168,36 @@ impl Header {
         }
     }
 
+    /// A dimension of the architecture, at most 2^24: real ones are smaller, and products of five stay exact in 128
+    /// bits.
+    #[must_use]
+    pub fn arch_size(&self, key: &str) -> Option<u64> {
+        self.arch_int(key).and_then(size)
+    }
+
+    /// As [`Header::arch_size`], per layer.
+    #[must_use]
+    pub fn arch_size_of_layer(&self, key: &str, layer: usize) -> Option<u64> {
+        self.arch_int_of_layer(key, layer).and_then(size)
+    }
+
+    /// Whether it names the size of a recurrent state.
+    #[must_use]
+    pub fn has_state(&self) -> bool {
+        ["ssm.state_size", "shortconv.l_cache", "wkv.head_size", "kda.head_dim"]
+            .iter()
+            .any(|key| self.arch_size(key).is_some_and(|size| size > 0))
+    }
+
+    /// The length of an array of the tokenizer, such as `tokens` or `merges`.
+    #[must_use]
+    pub fn tokenizer_length(&self, key: &str) -> u64 {
+        match self.metadata.get(&format!("tokenizer.ggml.{key}")) {
+            Some(Value::Length(length)) => *length,
+            _ => 0,
+        }
+    }
+
     /// The number of tokens in the vocabulary.
     #[must_use]
     pub fn vocabulary(&self) -> u64 {
@@ -215,6 +245,10 @@ impl Header {
             _ => "unknown",
         }
     }
+}
+
+fn size(value: i64) -> Option<u64> {
+    u64::try_from(value).ok().map(|value| value.min(1 << 24))
 }
 
 /// Elements per block and bytes per block of a tensor type, as in ggml.h.

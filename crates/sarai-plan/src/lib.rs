@@ -5,8 +5,10 @@
 
 pub mod estimate;
 pub mod gguf;
+pub mod layers;
 pub mod ledger;
+pub mod projector;
 
-pub use estimate::{Plan, Settings};
+pub use estimate::{Plan, Repack, Settings, largest_context};
 pub use gguf::{GgufError, Header};
-pub use ledger::{Effect, EngineId, Ledger, PoolEvent, Strategy, Ticket};
+pub use ledger::{Effect, EngineId, Ledger, Measured, PoolEvent, Size, Strategy, Ticket, Want};

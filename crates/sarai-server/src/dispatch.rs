@@ -9,14 +9,15 @@ use std::time::Duration;
 use futures_util::{StreamExt, stream};
 use sarai_api::Served;
 use sarai_api::ollama::ignored_by_ollama;
-use sarai_core::{Attempt, Error, GenerateRequest, Phase, RemoteCause};
-use sarai_plan::EngineId;
+use sarai_core::{Attempt, Error, GenerateRequest, Phase, RemoteCause, Residence};
+use sarai_plan::{EngineId, Want};
 use tokio::time::timeout;
 
 use crate::backend::ollama::{Hosts, Place};
 use crate::backend::{EventStream, local};
 use crate::catalog::Catalog;
 use crate::config::{Deployment, Model};
+use crate::planner::Planner;
 use crate::pool::Pool;
 
 /// An answer that has begun: its first event is there.
@@ -61,6 +62,8 @@ impl Ask<'_> {
 pub struct Dispatch {
     /// Files of local deployments.
     pub catalog: Arc<Catalog>,
+    /// Plans of them.
+    pub planner: Planner,
     /// Workers.
     pub pool: Pool,
     /// Remote hosts.
@@ -102,9 +105,13 @@ impl Dispatch {
         let started = tokio::time::Instant::now();
         let (mut events, left) = match ask.deployment {
             Deployment::Local { engine, context_tokens } => {
-                let plan = self.file(*engine).await?.plan.clone();
-                let place = local::Place { engine: *engine, context_tokens: *context_tokens, model: &ask.model.name };
-                let events = local::open(&self.pool, &place, plan, deadlines, ask.request.clone()).await?;
+                let want = self.want(*engine, *context_tokens, ask.request.residence).await?;
+                let place = local::Place {
+                    engine: *engine,
+                    context_tokens: ask.request.residence.context_tokens.unwrap_or(*context_tokens),
+                    model: &ask.model.name,
+                };
+                let events = local::open(&self.pool, &place, want, deadlines, ask.request.clone()).await?;
                 // The load and the queue of a worker have deadlines of their own.
                 (events, deadlines.first_token)
             }
@@ -127,10 +134,10 @@ impl Dispatch {
     ///
     /// # Errors
     /// None could.
-    pub async fn load(&self, model: &Model) -> Result<(), Error> {
+    pub async fn load(&self, model: &Model, residence: Residence) -> Result<(), Error> {
         let mut attempts = Vec::new();
         for deployment in &model.deployments {
-            match self.load_at(model, deployment).await {
+            match self.load_at(model, deployment, residence).await {
                 Ok(()) => return Ok(()),
                 Err(error) => attempts.push(Attempt { deployment: label(model, deployment), error: Box::new(error) }),
             }
@@ -138,19 +145,21 @@ impl Dispatch {
         Err(failed(model, attempts))
     }
 
-    async fn load_at(&self, model: &Model, deployment: &Deployment) -> Result<(), Error> {
+    async fn load_at(&self, model: &Model, deployment: &Deployment, residence: Residence) -> Result<(), Error> {
         let deadlines = &model.deadlines;
         let late =
             || Error::Deadline { model: model.name.clone(), phase: Phase::Load, seconds: deadlines.load.as_secs() };
         let loaded = async {
             match deployment {
-                Deployment::Local { engine, .. } => {
-                    let plan = self.file(*engine).await?.plan.clone();
-                    self.pool.acquire(*engine, plan).await.map(drop)
+                Deployment::Local { engine, context_tokens } => {
+                    let want = self.want(*engine, *context_tokens, residence).await?;
+                    self.pool.acquire(*engine, want).await.map(drop)
                 }
                 Deployment::Ollama { url, model_name, context_tokens } => {
                     let connect = deadlines.connect;
-                    self.hosts.load(&Place { url, model_name, context_tokens: *context_tokens, connect }).await
+                    let context_tokens = residence.context_tokens.or(*context_tokens);
+                    let place = Place { url, model_name, context_tokens, connect };
+                    self.hosts.load(&place, residence.keep_alive).await
                 }
             }
         };
@@ -158,10 +167,25 @@ impl Dispatch {
         loaded.map_err(|error| error.of_model(&model.name))
     }
 
-    async fn file(&self, engine: EngineId) -> Result<Arc<crate::catalog::File>, Error> {
-        let catalog = Arc::clone(&self.catalog);
-        let read = tokio::task::spawn_blocking(move || catalog.file(engine)).await;
-        read.unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
+    /// What a request needs of an engine: the context that it asks for or that its model has, and what the engine is
+    /// usually loaded with.
+    ///
+    /// # Errors
+    /// The engine's file cannot be used.
+    pub async fn want(&self, engine: EngineId, context_tokens: u32, residence: Residence) -> Result<Want, Error> {
+        let (catalog, planner) = (Arc::clone(&self.catalog), self.planner.clone());
+        let needed = residence.context_tokens.unwrap_or(context_tokens);
+        let want = move || {
+            let file = catalog.file(engine)?;
+            let settings = catalog.engines[engine.0].settings;
+            Ok(Want {
+                needed: planner.size(&file, settings, needed),
+                usual: planner.size(&file, settings, settings.context_tokens),
+                keep_alive: residence.keep_alive,
+            })
+        };
+        let made = tokio::task::spawn_blocking(want).await;
+        made.unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
     }
 }
 

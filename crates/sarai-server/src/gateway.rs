@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use futures_util::StreamExt;
 use sarai_api::Parsed;
-use sarai_core::{Error, Event};
+use sarai_core::{Error, Event, Residence};
 
 use crate::admission::Admission;
 use crate::catalog::Catalog;
@@ -55,10 +55,10 @@ impl Gateway {
     ///
     /// # Errors
     /// The load was refused or failed.
-    pub async fn load(&self, name: &str) -> Result<(), Error> {
+    pub async fn load(&self, name: &str, residence: Residence) -> Result<(), Error> {
         let model = self.chat_model(name)?;
         let _permit = self.admission.admit().await?;
-        self.dispatch.load(model).await
+        self.dispatch.load(model, residence).await
     }
 
     /// Unloads the local engine of a model, once it is idle.

@@ -9,8 +9,13 @@ pub mod config;
 mod dispatch;
 mod gateway;
 mod http;
+pub mod machine;
+mod metrics;
+pub mod model_file;
+pub mod planner;
 mod pool;
 mod server;
-mod supervise;
+pub mod state;
+pub mod supervise;
 
 pub use server::{Server, ServerError};

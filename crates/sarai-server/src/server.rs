@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use axum::serve::ListenerExt;
 use futures_util::future::join_all;
+use sarai_core::Residence;
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -18,7 +19,9 @@ use crate::config::Config;
 use crate::dispatch::Dispatch;
 use crate::gateway::Gateway;
 use crate::http::{App, router};
-use crate::pool::Pool;
+use crate::planner::Planner;
+use crate::pool::{Parts, Pool};
+use crate::state::State;
 
 /// How long the workers together may take to end; those that still live are killed with their handles.
 const END_WORKERS: Duration = Duration::from_secs(5);
@@ -63,10 +66,16 @@ impl Server {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let hosts = Hosts::new(config.models.iter().map(|model| model.deadlines.connect))?;
         let catalog = Arc::new(Catalog::new(&config));
-        let pool = Pool::start(Arc::clone(&catalog.engines), config.memory, executable);
+        let planner = Planner::new(Arc::new(State::open(&config.server.state_dir)));
+        let pool = Pool::start(Parts {
+            catalog: Arc::clone(&catalog),
+            planner: planner.clone(),
+            memory: config.memory,
+            executable,
+        });
         let limits = &config.server;
         let gateway = Gateway {
-            dispatch: Dispatch { catalog: Arc::clone(&catalog), pool: pool.0.clone(), hosts },
+            dispatch: Dispatch { catalog: Arc::clone(&catalog), planner, pool: pool.0.clone(), hosts },
             catalog,
             admission: Arc::new(Admission::new(limits.max_in_flight, limits.max_queued, limits.queue)),
         };
@@ -123,8 +132,9 @@ async fn load_residents(gateway: Gateway, config: Config) {
         let gateway = &gateway;
         async move {
             let id = sarai_plan::EngineId(index);
-            let loaded = match gateway.catalog.file(id) {
-                Ok(file) => gateway.dispatch.pool.acquire(id, file.plan.clone()).await.map(drop),
+            let usual = engine.settings.context_tokens;
+            let loaded = match gateway.dispatch.want(id, usual, Residence::default()).await {
+                Ok(want) => gateway.dispatch.pool.acquire(id, want).await.map(drop),
                 Err(error) => Err(error),
             };
             if let Err(error) = loaded {

@@ -55,6 +55,11 @@ pub enum WorkerKind {
         /// Shown by `ps` of the system.
         label: Option<String>,
     },
+    /// llama.cpp, as a dry run
+    Probe {
+        /// Shown by `ps` of the system.
+        label: Option<String>,
+    },
 }
 
 /// Which configuration.

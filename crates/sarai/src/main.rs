@@ -8,12 +8,12 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use args::{Args, Command, WorkerKind};
+use args::{Args, Command};
 
 fn main() -> ExitCode {
     let args = Args::parse();
     let outcome = match args.command {
-        Command::Worker { kind: WorkerKind::Llama { .. } } => return command::worker::run(),
+        Command::Worker { kind } => return command::worker::run(&kind),
         Command::Serve(serve) => command::serve::run(&serve),
         Command::Check(check) => command::check::run(&check),
         Command::Ps(ps) => command::ps::run(&ps),

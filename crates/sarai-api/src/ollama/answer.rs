@@ -140,12 +140,18 @@ pub fn list_entry(facts: &ModelFacts) -> Value {
 
 /// One entry of `GET /api/ps`: a model that is resident, with what it holds.
 #[must_use]
-pub fn process_entry(facts: &ModelFacts, resident_bytes: u64, context_tokens: u32, sarai: Value) -> Value {
-    // Resident models stay until they are unloaded; Ollama's clients want a time, so it is far away.
-    let never = SystemTime::UNIX_EPOCH + Duration::from_secs(4_102_444_800);
+pub fn process_entry(
+    facts: &ModelFacts,
+    resident_bytes: u64,
+    context_tokens: u32,
+    expires: Option<SystemTime>,
+    sarai: Value,
+) -> Value {
+    // Ollama's clients want a time, so never is far away.
+    let expires = expires.unwrap_or(SystemTime::UNIX_EPOCH + Duration::from_secs(4_102_444_800));
     json!({
         "name": facts.name, "model": facts.name, "size": resident_bytes, "digest": facts.digest,
-        "details": facts.details(), "expires_at": timestamp(never), "size_vram": 0,
+        "details": facts.details(), "expires_at": timestamp(expires), "size_vram": 0,
         "context_length": context_tokens, "sarai": sarai,
     })
 }

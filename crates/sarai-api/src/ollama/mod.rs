@@ -1,6 +1,7 @@
 //! Ollama's `/api`: as a server towards clients, and as a client towards Ollama hosts.
 
 mod answer;
+pub mod keep_alive;
 mod remote;
 mod request;
 

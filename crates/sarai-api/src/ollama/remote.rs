@@ -6,12 +6,17 @@ use sarai_core::{Event, FinishReason, Format, GenerateRequest, Prompt, RemoteCau
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::keep_alive;
+
 /// The path and the body that ask an Ollama host for this. Options that are not set are left to the host; a prompt
 /// that does not fit its context is to be refused, not cut.
 #[must_use]
 pub fn chat_request(model: &str, context_tokens: Option<u32>, request: &GenerateRequest) -> (&'static str, Value) {
     let mut body =
         json!({ "model": model, "stream": true, "truncate": false, "options": options(request, context_tokens) });
+    if let Some(time) = request.residence.keep_alive {
+        body["keep_alive"] = keep_alive::to_wire(time);
+    }
     match &request.format {
         Format::Text => {}
         Format::Json => body["format"] = "json".into(),
@@ -56,7 +61,7 @@ fn options(request: &GenerateRequest, context_tokens: Option<u32>) -> Value {
     set("presence_penalty", sampling.presence_penalty.map(float));
     set("frequency_penalty", sampling.frequency_penalty.map(float));
     set("num_predict", request.max_tokens.map(Value::from));
-    set("num_ctx", context_tokens.map(Value::from));
+    set("num_ctx", request.residence.context_tokens.or(context_tokens).map(Value::from));
     set("stop", (!request.stop.is_empty()).then(|| request.stop.clone().into()));
     Value::Object(options)
 }

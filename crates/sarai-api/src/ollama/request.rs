@@ -1,12 +1,16 @@
 //! `POST /api/chat`, `/api/generate` and `/api/show`, from the wire to the core.
 
-use sarai_core::{Error, Format, GenerateRequest, Message, Prompt, Role};
+use sarai_core::{Error, Format, GenerateRequest, KeepAlive, Message, Prompt, Residence, Role};
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::keep_alive;
 use crate::json::Object;
 use crate::sampling::WireSampling;
 use crate::{Delivery, Parsed, check, json};
+
+/// No real model has a longer context.
+const MAX_CONTEXT: u32 = 16_777_216;
 
 /// What a body of `/api/chat` or `/api/generate` asks for.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,6 +21,8 @@ pub enum OllamaRequest {
     Load {
         /// The name as the client wrote it.
         model: String,
+        /// How it is to be resident.
+        residence: Residence,
     },
     /// To have it unloaded: as `Load`, with `keep_alive: 0`.
     Unload {
@@ -45,21 +51,16 @@ struct Common {
 #[derive(Default, Deserialize)]
 struct Options {
     num_predict: Option<i64>,
-    num_ctx: Option<Value>,
+    num_ctx: Option<i64>,
     num_keep: Option<Value>,
     mirostat: Option<Value>,
     tfs_z: Option<Value>,
 }
 
 impl Options {
-    /// Options that would change the answer and are not followed: the context is the configuration's.
+    /// Options that would change the answer and are not followed.
     fn ignored(&self) -> Vec<String> {
-        let given = [
-            ("num_ctx", &self.num_ctx),
-            ("num_keep", &self.num_keep),
-            ("mirostat", &self.mirostat),
-            ("tfs_z", &self.tfs_z),
-        ];
+        let given = [("num_keep", &self.num_keep), ("mirostat", &self.mirostat), ("tfs_z", &self.tfs_z)];
         given.into_iter().filter(|(_, value)| value.is_some()).map(|(name, _)| name.to_owned()).collect()
     }
 }
@@ -105,7 +106,7 @@ pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
     let chat: ChatBody = json::parse(body)?;
     let messages = chat.messages.unwrap_or_default();
     if messages.is_empty() {
-        return Ok(common.load_or_unload());
+        return common.load_or_unload();
     }
     let messages = messages.into_iter().enumerate().map(|(index, Object(message))| {
         let at = format!("messages[{index}]");
@@ -129,7 +130,7 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
     let generate: GenerateBody = json::parse(body)?;
     let prompt = check::text("prompt", generate.prompt.unwrap_or_default())?;
     if prompt.is_empty() {
-        return Ok(common.load_or_unload());
+        return common.load_or_unload();
     }
     let prompt = if generate.raw == Some(true) {
         Prompt::Raw(prompt)
@@ -154,13 +155,27 @@ pub fn parse_model_name(body: &[u8]) -> Result<String, Error> {
 }
 
 impl Common {
-    fn load_or_unload(self) -> OllamaRequest {
-        let zero = match &self.keep_alive {
-            Some(Value::Number(number)) => number.as_f64() == Some(0.0),
-            Some(Value::String(text)) => matches!(text.as_str(), "0" | "0s" | "0m" | "0h"),
-            _ => false,
+    fn load_or_unload(self) -> Result<OllamaRequest, Error> {
+        let residence = self.residence()?;
+        Ok(match residence.keep_alive {
+            Some(KeepAlive::For(0)) => OllamaRequest::Unload { model: self.model },
+            _ => OllamaRequest::Load { model: self.model, residence },
+        })
+    }
+
+    fn residence(&self) -> Result<Residence, Error> {
+        let keep_alive =
+            self.keep_alive.as_ref().filter(|value| !value.is_null()).map(keep_alive::parse).transpose()?;
+        let num_ctx = self.options.as_ref().and_then(|Object(options)| options.num_ctx);
+        let context_tokens = match num_ctx {
+            // Ollama's clients send 0 for "not set".
+            None | Some(0) => None,
+            Some(tokens) => Some(u32::try_from(tokens).ok().filter(|&n| n <= MAX_CONTEXT).ok_or_else(|| {
+                let message = format!("`num_ctx` is {tokens}: use a number of tokens from 1 to {MAX_CONTEXT}");
+                Error::invalid("options.num_ctx", message)
+            })?),
         };
-        if zero { OllamaRequest::Unload { model: self.model } } else { OllamaRequest::Load { model: self.model } }
+        Ok(Residence { context_tokens, keep_alive })
     }
 
     fn finish(self, body: &[u8], prompt: Prompt) -> Result<OllamaRequest, Error> {
@@ -175,13 +190,15 @@ impl Common {
         ] {
             check::unsupported(param, value)?;
         }
+        let residence = self.residence()?;
         let options = self.options.map(|Object(options)| options).unwrap_or_default();
         let ignored = options.ignored();
         let sampling: SamplingBody = json::parse(body)?;
         let (sampling, stop) = sampling.options.map(|Object(sampling)| sampling).unwrap_or_default().meant(100.0)?;
         // Ollama: 0 and -1 are without limit, -2 until the context is full; all end here with the context.
         let max_tokens = options.num_predict.filter(|&n| n > 0).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
-        let request = GenerateRequest { prompt, sampling, stop, max_tokens, format: format_of(self.format)? };
+        let request =
+            GenerateRequest { prompt, sampling, stop, max_tokens, format: format_of(self.format)?, residence };
         let delivery = Delivery { stream: self.stream.unwrap_or(true), include_usage: true };
         Ok(OllamaRequest::Generate(Box::new(Parsed { model: self.model, request, delivery, ignored })))
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use sarai_core::{Error, Format, GenerateRequest, Message, Prompt};
+use sarai_core::{Error, Format, GenerateRequest, Message, Prompt, Residence};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -167,7 +167,14 @@ impl Common {
                 Error::invalid("max_tokens", format!("`max_tokens` is {n}: use a number from 1 to {}", u32::MAX))
             })?),
         };
-        let request = GenerateRequest { prompt, sampling, stop, max_tokens, format: format_of(self.response_format) };
+        let request = GenerateRequest {
+            prompt,
+            sampling,
+            stop,
+            max_tokens,
+            format: format_of(self.response_format),
+            residence: Residence::default(),
+        };
         let include_usage = self.stream_options.and_then(|Object(options)| options.include_usage).unwrap_or(false);
         let delivery = Delivery { stream: self.stream.unwrap_or(false), include_usage };
         Ok(Parsed { model: self.model, request, delivery, ignored: Vec::new() })

@@ -3,7 +3,7 @@
 use futures_util::stream;
 use sarai_core::frame::ToWorker;
 use sarai_core::{Deadlines, Error, Event, GenerateRequest};
-use sarai_plan::{EngineId, Plan};
+use sarai_plan::{EngineId, Want};
 
 use super::EventStream;
 use crate::pool::{Lease, Pool};
@@ -27,12 +27,12 @@ pub struct Place<'a> {
 pub async fn open(
     pool: &Pool,
     place: &Place<'_>,
-    plan: Plan,
+    want: Want,
     deadlines: &Deadlines,
     request: GenerateRequest,
 ) -> Result<EventStream, Error> {
     let Place { engine, context_tokens, model } = *place;
-    let lease = pool.lease(engine, plan, model, deadlines).await?;
+    let lease = pool.lease(engine, want, model, deadlines).await?;
     let id = lease.worker.next_id();
     // No answer has more events than its context has tokens, and an end.
     let capacity = lease.worker.info.context_tokens as usize + 8;

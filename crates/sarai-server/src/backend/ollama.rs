@@ -9,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt, stream};
 use reqwest::{Client, Response, StatusCode};
 use sarai_api::ollama::{RemoteLine, chat_request, parse_line};
-use sarai_core::{Error, Event, GenerateRequest, RemoteCause};
+use sarai_core::{Error, Event, GenerateRequest, KeepAlive, RemoteCause};
 
 use super::EventStream;
 
@@ -65,11 +65,14 @@ impl Hosts {
     ///
     /// # Errors
     /// [`Error::Remote`].
-    pub async fn load(&self, place: &Place<'_>) -> Result<(), Error> {
+    pub async fn load(&self, place: &Place<'_>, keep_alive: Option<KeepAlive>) -> Result<(), Error> {
         let remote = |cause| Error::Remote { host: place.url.to_owned(), cause };
         let mut body = serde_json::json!({ "model": place.model_name, "stream": false });
         if let Some(context_tokens) = place.context_tokens {
             body["options"] = serde_json::json!({ "num_ctx": context_tokens });
+        }
+        if let Some(time) = keep_alive {
+            body["keep_alive"] = sarai_api::ollama::keep_alive::to_wire(time);
         }
         let post = self.client(place.connect).post(format!("{}/api/generate", place.url)).body(body.to_string());
         let response = post.send().await.map_err(|error| remote(unreachable(&error)))?;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use saphyr::{LoadableYamlNode, MarkedYamlOwned};
-use sarai_core::Sampling;
+use sarai_core::{KvType, Sampling};
 use sarai_plan::Strategy;
 
 use super::resolve::ModelRole;
@@ -21,6 +21,7 @@ pub struct File {
     pub queue: Option<Duration>,
     pub drain: Option<Duration>,
     pub stall: Option<Duration>,
+    pub state_dir: Option<String>,
     pub max_ram_gb: Option<f64>,
     pub max_concurrent_llms: Option<u32>,
     pub strategy: Option<Strategy>,
@@ -51,6 +52,10 @@ pub struct WrittenModel {
     pub parallel: Option<u32>,
     pub threads: Option<u32>,
     pub ubatch: Option<u32>,
+    pub kv: Option<KvType>,
+    pub flash_attention: Option<bool>,
+    pub repack: Option<bool>,
+    pub keep_alive: Option<String>,
     pub pinned: bool,
     pub resident: bool,
     pub sampling: Sampling,
@@ -89,7 +94,7 @@ pub fn read(text: &str, environment: &Environment, mistakes: &mut Vec<Mistake>) 
     let mut top = Section::of("", root, mistakes);
     let mut file = File::default();
     if let Some(server) = top.section("server", mistakes) {
-        read_server(&mut file, server, mistakes);
+        read_server(&mut file, server, environment, mistakes);
     }
     if let Some(memory) = top.section("memory", mistakes) {
         read_memory(&mut file, memory, mistakes);
@@ -107,7 +112,7 @@ pub fn read(text: &str, environment: &Environment, mistakes: &mut Vec<Mistake>) 
     Some(file)
 }
 
-fn read_server(file: &mut File, mut server: Section<'_>, mistakes: &mut Vec<Mistake>) {
+fn read_server(file: &mut File, mut server: Section<'_>, environment: &Environment, mistakes: &mut Vec<Mistake>) {
     file.listen = server.text("listen", mistakes).map(|listen| (listen, server.line_of("listen")));
     file.max_in_flight = server.count("max_in_flight", 1, 10_000, mistakes);
     file.max_queued = server.count("max_queued", 0, 100_000, mistakes);
@@ -115,6 +120,7 @@ fn read_server(file: &mut File, mut server: Section<'_>, mistakes: &mut Vec<Mist
     file.queue = server.seconds("queue_seconds", mistakes);
     file.drain = server.seconds("drain_seconds", mistakes);
     file.stall = server.seconds("stall_seconds", mistakes);
+    file.state_dir = server.text("state_dir", mistakes).map(|path| environment.expand(&path));
     server.finish(mistakes);
 }
 
@@ -140,7 +146,7 @@ fn read_model(
     if model.written_at("backend").is_none() {
         mistakes.push(model.mistake("backend", "is missing: use `ollama_http` or `gguf_native`"));
     }
-    let keys = ["url", "urls", "aliases", "gguf_path"].into_iter();
+    let keys = ["url", "urls", "aliases", "gguf_path", "kv_type", "keep_alive"].into_iter();
     let lines = keys.filter_map(|key| Some((key, model.written_at(key)?))).collect();
     let fallback = model.word("fallback", &[local, remote], mistakes);
     let mut urls = model.texts("url", mistakes);
@@ -160,6 +166,10 @@ fn read_model(
         parallel: model.count("parallel", 1, 64, mistakes),
         threads: model.count("threads", 1, 1024, mistakes),
         ubatch: model.count("ubatch", 1, 8192, mistakes),
+        kv: model.word("kv_type", &KvType::ALL.map(|kv| (kv.name(), kv)), mistakes),
+        flash_attention: model.flag("flash_attention", mistakes),
+        repack: model.flag("repack", mistakes),
+        keep_alive: model.text("keep_alive", mistakes),
         pinned: model.flag("pinned", mistakes).unwrap_or(false),
         resident: model.flag("resident", mistakes).unwrap_or(false),
         sampling: model

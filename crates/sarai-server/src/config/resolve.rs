@@ -5,9 +5,10 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use sarai_core::{Bytes, Deadlines, Sampling};
+use sarai_api::ollama::keep_alive;
+use sarai_core::{Bytes, Deadlines, KeepAlive, KvType, Sampling};
 use sarai_plan::ledger::EngineId;
-use sarai_plan::{Settings, Strategy};
+use sarai_plan::{Repack, Settings, Strategy};
 
 use super::Mistake;
 use super::env::{Environment, variable_name};
@@ -46,6 +47,8 @@ pub struct ServerConfig {
     pub drain: Duration,
     /// How long a client may leave its answer unread.
     pub stall: Duration,
+    /// Where what was learned is kept.
+    pub state_dir: PathBuf,
 }
 
 /// Limits of memory.
@@ -125,6 +128,8 @@ pub struct Engine {
     pub evictable: bool,
     /// Loaded at start.
     pub resident: bool,
+    /// How long it stays while nobody uses it; the longest of the sharing models.
+    pub keep_alive: KeepAlive,
     /// The longest of the sharing models.
     pub load_deadline: Duration,
 }
@@ -154,6 +159,7 @@ pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &
         queue: file.queue.unwrap_or(Duration::from_secs(300)),
         drain: file.drain.unwrap_or(Duration::from_secs(15)),
         stall: file.stall.unwrap_or(Duration::from_secs(60)),
+        state_dir: state_dir(environment, file.state_dir, folder),
     };
     let max_concurrent_llms = env_number(environment, "MAX_CONCURRENT_LLMS", mistakes);
     let memory = MemoryConfig {
@@ -168,6 +174,29 @@ pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &
         config.models.push(model);
     }
     config
+}
+
+/// What repacking does on this CPU.
+pub fn machine_repack() -> Repack {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx512f") {
+        return Repack::Wide;
+    }
+    Repack::Narrow
+}
+
+/// Cores that this process may use.
+pub fn machine_threads() -> u32 {
+    std::thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(1))
+}
+
+/// `SARAI_STATE_DIR`, the file's, or what the XDG base directories say.
+fn state_dir(environment: &Environment, written: Option<String>, folder: &Path) -> PathBuf {
+    if let Some(path) = environment.get("SARAI_STATE_DIR") {
+        return PathBuf::from(path);
+    }
+    let standard = || environment.expand("${XDG_STATE_HOME:-~/.local/state}/sarai").into();
+    written.map_or_else(standard, |path| folder.join(path))
 }
 
 fn is_url(text: &str) -> bool {
@@ -300,6 +329,14 @@ impl Resolver<'_> {
         urls.into_iter().map(deployment).collect()
     }
 
+    fn keep_alive(&self, mistakes: &mut Vec<Mistake>) -> KeepAlive {
+        let Some(text) = &self.written.keep_alive else { return KeepAlive::default() };
+        keep_alive::parse(&text.as_str().into()).unwrap_or_else(|error| {
+            mistakes.push(self.mistake("keep_alive", error.to_string()));
+            KeepAlive::default()
+        })
+    }
+
     fn local(
         &self,
         engines: &mut Vec<Engine>,
@@ -313,21 +350,39 @@ impl Resolver<'_> {
         };
         let path = self.folder.join(path);
         let is_llm = self.role() == ModelRole::Chat;
+        let defaults = Settings::default();
         let settings = Settings {
-            context_tokens: written.context_length.unwrap_or(4096),
-            parallel: written.parallel.unwrap_or(1),
-            ubatch_tokens: written.ubatch.unwrap_or(512),
+            context_tokens: written.context_length.unwrap_or(defaults.context_tokens),
+            parallel: written.parallel.unwrap_or(defaults.parallel),
+            ubatch_tokens: written.ubatch.unwrap_or(defaults.ubatch_tokens),
+            kv: written.kv.unwrap_or(defaults.kv),
+            flash_attention: written.flash_attention.unwrap_or(defaults.flash_attention),
+            repack: if written.repack.unwrap_or(true) { machine_repack() } else { Repack::Off },
+            threads: written.threads.unwrap_or_else(machine_threads),
         };
+        if settings.kv != KvType::F16 && !settings.flash_attention {
+            let message =
+                format!("`{}` needs flash attention: remove flash_attention: false, or use f16", settings.kv.name());
+            mistakes.push(self.mistake("kv_type", message));
+        }
         let evictable = !written.pinned && !written.resident;
+        let keep_alive = self.keep_alive(mistakes);
         if let Some(index) = engines.iter().position(|engine| engine.path == path && engine.is_llm == is_llm) {
             let engine = &mut engines[index];
             engine.label = format!("{}+{}", engine.label, written.name);
             engine.settings.context_tokens = engine.settings.context_tokens.max(settings.context_tokens);
             engine.settings.parallel += settings.parallel;
             engine.settings.ubatch_tokens = engine.settings.ubatch_tokens.max(settings.ubatch_tokens);
+            // Of two types, the one that loses less.
+            engine.settings.kv = engine.settings.kv.min(settings.kv);
+            engine.settings.flash_attention |= settings.flash_attention;
+            if settings.repack == Repack::Off {
+                engine.settings.repack = Repack::Off;
+            }
             engine.threads = engine.threads.max(written.threads);
             engine.evictable &= evictable;
             engine.resident |= written.resident;
+            engine.keep_alive = longer(engine.keep_alive, keep_alive);
             engine.load_deadline = engine.load_deadline.max(deadlines.load);
             return Some(Deployment::Local { engine: EngineId(index), context_tokens: settings.context_tokens });
         }
@@ -339,8 +394,17 @@ impl Resolver<'_> {
             is_llm,
             evictable,
             resident: written.resident,
+            keep_alive,
             load_deadline: deadlines.load,
         });
         Some(Deployment::Local { engine: EngineId(engines.len() - 1), context_tokens: settings.context_tokens })
+    }
+}
+
+/// For ever is longer than any time.
+fn longer(a: KeepAlive, b: KeepAlive) -> KeepAlive {
+    match (a, b) {
+        (KeepAlive::For(a), KeepAlive::For(b)) => KeepAlive::For(a.max(b)),
+        _ => KeepAlive::Forever,
     }
 }

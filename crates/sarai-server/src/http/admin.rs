@@ -1,7 +1,7 @@
 //! What the server says of itself: health, readiness, and who is resident.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 use super::{App, json_response};
 use crate::config::{Deployment, Model};
 use crate::dispatch::label;
+use crate::machine::process::{Memory, measure};
 use crate::pool::Snapshot;
-use crate::supervise::measure::{Memory, measure};
 
 /// How long `ps` waits for a remote host to tell its models.
 const ASK_HOST: Duration = Duration::from_secs(1);
@@ -53,7 +53,9 @@ pub async fn ps(State(app): State<App>) -> Response {
             let measured = memory.get(engine).copied().unwrap_or_default();
             let sarai = worker_row(&snapshot, *engine, worker.pid, measured);
             let context = worker.info.context_tokens.min(*context_tokens);
-            resident.push(process_entry(&catalog.facts(model), measured.total().0, context, sarai));
+            let expires = snapshot.rows[engine.0].expires_at;
+            let expires = expires.map(|at| SystemTime::now() + Duration::from_millis(at.saturating_sub(snapshot.now)));
+            resident.push(process_entry(&catalog.facts(model), measured.total().0, context, expires, sarai));
         }
     }
     let states: Vec<_> = catalog.models.iter().map(|model| model_state(&app, model, Some(&snapshot), &hosts)).collect();
@@ -67,6 +69,7 @@ pub async fn ps(State(app): State<App>) -> Response {
         "budget_bytes": snapshot.limits.budget, "claimed_bytes": snapshot.claimed,
         "free_bytes": snapshot.limits.budget.less(snapshot.claimed),
         "max_concurrent_llms": snapshot.limits.max_concurrent_llms,
+        "server_bytes": snapshot.server,
         "server": { "anonymous_bytes": server.anonymous, "file_bytes": server.file },
         "workers": workers.collect::<Vec<_>>(), "models": states,
     });
@@ -76,7 +79,7 @@ pub async fn ps(State(app): State<App>) -> Response {
 fn worker_row(snapshot: &Snapshot, engine: EngineId, pid: u32, memory: Memory) -> Value {
     let row = &snapshot.rows[engine.0];
     json!({
-        "pid": pid, "state": row.state, "busy": row.busy, "planned_bytes": row.planned,
+        "pid": pid, "state": row.state.name(), "busy": row.busy, "planned_bytes": row.planned,
         "claimed_bytes": row.claimed, "anonymous_bytes": memory.anonymous, "file_bytes": memory.file,
     })
 }
@@ -119,14 +122,14 @@ fn model_state(app: &App, model: &Model, snapshot: Option<&Snapshot>, hosts: &Ho
         deployments.push(json!({ "deployment": label(model, deployment), "state": state, "reason": reason }));
     }
     let usable = |state: &Value| {
-        ["resident", "loading", "absent", "stopping", "waiting", "up"].iter().any(|s| state["state"] == *s)
+        ["resident", "loading", "resizing", "absent", "stopping", "up"].iter().any(|s| state["state"] == *s)
     };
     json!({ "name": model.name, "available": deployments.iter().any(usable), "deployments": deployments })
 }
 
 fn local_state(app: &App, engine: EngineId, snapshot: Option<&Snapshot>) -> (&'static str, Option<String>) {
     let row = snapshot.map(|snapshot| &snapshot.rows[engine.0]);
-    match row.map_or("absent", |row| row.state) {
+    match row.map_or("absent", |row| row.state.name()) {
         "absent" => match app.gateway.catalog.file(engine) {
             Ok(_) => ("absent", snapshot.and_then(|snapshot| snapshot.failures.get(&engine).cloned())),
             Err(error) => ("unavailable", Some(error.to_string())),

@@ -3,7 +3,7 @@
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use sarai_api::{ollama, openai};
-use sarai_core::{Error, RemoteCause};
+use sarai_core::{Error, Refusal, RemoteCause};
 use serde_json::{Value, json};
 
 use super::json_response;
@@ -53,16 +53,23 @@ fn row(error: &Error) -> Row {
 /// The itemised reasons of refusals, as JSON.
 fn details(error: &Error) -> Option<Value> {
     match error {
-        Error::DoesNotFit(refusal) => Some(json!({
-            "needs_bytes": refusal.needed(), "needs": refusal.needs, "budget_bytes": refusal.budget,
-            "free_bytes": refusal.free, "held": refusal.held, "max_concurrent_llms": refusal.max_concurrent_llms,
-        })),
+        Error::DoesNotFit(refusal) => Some(refusal_body(refusal)),
         Error::AllFailed { attempts, .. } => {
             let attempt = |a: &sarai_core::Attempt| json!({ "deployment": a.deployment, "error": a.error.to_string(), "details": details(&a.error) });
             Some(json!({ "attempts": attempts.iter().map(attempt).collect::<Vec<_>>() }))
         }
         _ => None,
     }
+}
+
+/// Why something does not fit, item by item, and what would help.
+pub fn refusal_body(refusal: &Refusal) -> Value {
+    json!({
+        "needs_bytes": refusal.needed(), "needs": refusal.needs, "context_tokens": refusal.context_tokens,
+        "budget_bytes": refusal.budget, "server_bytes": refusal.server, "free_bytes": refusal.free,
+        "available_bytes": refusal.available, "held": refusal.held, "strategy": refusal.strategy,
+        "max_concurrent_llms": refusal.max_concurrent_llms, "remedies": refusal.remedies(),
+    })
 }
 
 /// The body of an error in OpenAI's shape; also the error event of a stream.

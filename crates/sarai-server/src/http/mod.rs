@@ -5,6 +5,7 @@ mod body;
 mod error;
 mod ollama;
 mod openai;
+mod pool;
 mod stream;
 
 use std::time::Duration;
@@ -48,6 +49,11 @@ pub fn router(app: App) -> Router {
         .route("/api/tags", of(get(ollama::tags), Failure::Ollama))
         .route("/api/version", of(get(ollama::version), Failure::Ollama))
         .route("/api/ps", of(get(admin::ps), Failure::Ollama))
+        .route("/api/pool/ledger", of(get(pool::ledger), Failure::Ollama))
+        .route("/api/pool/plan", of(post(pool::plan), Failure::Ollama))
+        .route("/models/load", of(post(pool::load), Failure::OpenAi))
+        .route("/models/unload", of(post(pool::unload), Failure::OpenAi))
+        .route("/metrics", get(pool::metrics))
         .route("/health", get(admin::health))
         .route("/ready", get(admin::ready))
         .route("/", get(|| async { "sarai is running" }))

@@ -76,8 +76,8 @@ async fn answer(
     };
     match parse(&body::read(request, &app).await?)? {
         OllamaRequest::Generate(parsed) => generated(app, kind, *parsed).await,
-        OllamaRequest::Load { model } => {
-            app.gateway.load(&model).await?;
+        OllamaRequest::Load { model, residence } => {
+            app.gateway.load(&model, residence).await?;
             without_text(model, "load")
         }
         OllamaRequest::Unload { model } => {

@@ -1,9 +1,9 @@
-//! Guards: an engine that is kept busy, and a slot of its worker.
+//! Guards: an engine that is kept busy, a ticket that is waited with, and a slot of a worker.
 
 use std::time::{Duration, Instant};
 
 use sarai_core::{Deadlines, Error, Phase};
-use sarai_plan::{EngineId, Plan};
+use sarai_plan::{EngineId, Ticket, Want};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::{Message, Pool};
@@ -28,6 +28,18 @@ impl Drop for Busy {
     }
 }
 
+/// A place in the queue of the pool; left on drop.
+pub(super) struct Waiting {
+    pub ticket: Ticket,
+    pub pool: Pool,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.pool.send(Message::Abandoned(self.ticket));
+    }
+}
+
 /// A slot of a loaded worker, for one generation.
 #[derive(Debug)]
 pub struct Lease {
@@ -49,14 +61,14 @@ impl Pool {
     pub async fn lease(
         &self,
         engine: EngineId,
-        plan: Plan,
+        want: Want,
         model: &str,
         deadlines: &Deadlines,
     ) -> Result<Lease, Error> {
         let late =
             |phase, limit: Duration| Error::Deadline { model: model.to_owned(), phase, seconds: limit.as_secs() };
         let started = Instant::now();
-        let loaded = tokio::time::timeout(deadlines.load, self.acquire(engine, plan)).await;
+        let loaded = tokio::time::timeout(deadlines.load, self.acquire(engine, want)).await;
         let (worker, busy) = loaded.map_err(|_| late(Phase::Load, deadlines.load))??;
         let load = started.elapsed();
         let slot = tokio::time::timeout(deadlines.queue, worker.slots.clone().acquire_owned()).await;

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,9 +21,12 @@ use tokio::process::{Child, Command};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::route::Routes;
+use crate::machine::cgroup::Groups;
 
 /// How long a worker may take to end by itself.
 const END_GRACE: Duration = Duration::from_secs(2);
+/// How the system writes that a process was killed.
+const KILLED: &str = "signal: 9";
 /// Lines of a worker's log that are kept for its crash report.
 const LAST_WORDS: usize = 5;
 
@@ -62,11 +65,19 @@ impl Worker {
 pub enum Report {
     /// The model is loaded.
     Loaded(Worker),
-    /// The process has ended; `failure` says why unless it was asked to.
-    Exited {
-        /// For people.
-        failure: Option<String>,
-    },
+    /// Its context has another size now, or why not.
+    Resized(LoadedInfo, Option<String>),
+    /// The process has ended.
+    Exited(Ended),
+}
+
+/// How a worker ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ended {
+    /// Why, unless it was asked to.
+    pub failure: Option<String>,
+    /// Whether the kernel killed it for want of memory.
+    pub out_of_memory: bool,
 }
 
 /// What starts a worker.
@@ -83,12 +94,20 @@ pub struct Start {
 /// Runs a worker until it ends, or until `stop` is dropped or sent; reports what happens, `Exited` last.
 pub async fn supervise(start: Start, stop: oneshot::Receiver<()>, report: impl Fn(Report) + Send) {
     let model = start.spec.model.clone();
-    let (failure, places) = match launch(&start) {
+    let groups = Groups::of_this_process();
+    let kills = groups.kills();
+    let (failure, places) = match launch(&start.executable, Kind::Llama, &start.spec.model) {
         Ok(launched) => run(launched, &start, stop, &report).await,
         Err(error) => (Some(format!("the worker cannot be started ({error})")), None),
     };
+    // The counter tells of the whole group: a worker that was not killed did not die of it.
+    let out_of_memory = failure.as_ref().is_some_and(|reason| reason.contains(KILLED)) && groups.kills() > kills;
+    let failure = failure.map(|reason| match out_of_memory {
+        true => format!("the kernel killed it for want of memory ({reason})"),
+        false => reason,
+    });
     // First the pool: whoever is woken by its request's end and asks again must get a new worker.
-    report(Report::Exited { failure: failure.clone() });
+    report(Report::Exited(Ended { failure: failure.clone(), out_of_memory }));
     if let Some((routes, slots)) = places {
         slots.close();
         routes.close(&match &failure {
@@ -101,18 +120,39 @@ pub async fn supervise(start: Start, stop: oneshot::Receiver<()>, report: impl F
     }
 }
 
-struct Launched {
-    child: Child,
+/// A child that was started, with our end of its socket.
+pub struct Launched {
+    /// The process.
+    pub child: Child,
     pid: u32,
-    reader: OwnedReadHalf,
-    writer: OwnedWriteHalf,
+    /// What it sends.
+    pub reader: BufReader<OwnedReadHalf>,
+    /// What it is sent.
+    pub writer: OwnedWriteHalf,
 }
 
-fn launch(start: &Start) -> std::io::Result<Launched> {
+/// Kinds of children.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Computes.
+    Llama,
+    /// Makes a dry run.
+    Probe,
+}
+
+/// Starts a child in a process group of its own.
+///
+/// # Errors
+/// The system cannot.
+pub fn launch(executable: &Path, kind: Kind, label: &str) -> std::io::Result<Launched> {
     let (ours, theirs) = StdUnixStream::pair()?;
     ours.set_nonblocking(true)?;
-    let child = Command::new(&start.executable)
-        .args(["worker", "llama", &start.spec.model])
+    let kind = match kind {
+        Kind::Llama => "llama",
+        Kind::Probe => "probe",
+    };
+    let child = Command::new(executable)
+        .args(["worker", kind, label])
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -121,7 +161,7 @@ fn launch(start: &Start) -> std::io::Result<Launched> {
         .spawn()?;
     let pid = child.id().unwrap_or_default();
     let (reader, writer) = UnixStream::from_std(ours)?.into_split();
-    Ok(Launched { child, pid, reader, writer })
+    Ok(Launched { child, pid, reader: BufReader::new(reader), writer })
 }
 
 /// Requests of a worker, and the places for them.
@@ -140,7 +180,8 @@ async fn run(
     let routes = Routes::open();
     let last_words = tokio::spawn(read_log(launched.child.stderr.take(), start.spec.model.clone()));
     let writing = tokio::spawn(write_frames(launched.writer, to_write));
-    let reading = tokio::spawn(read_frames(launched.reader, routes.clone(), loaded));
+    let (resized, mut on_resized) = mpsc::unbounded_channel();
+    let mut reading = tokio::spawn(read_frames(launched.reader, routes.clone(), loaded, resized));
     let _ = commands.send(ToWorker::Load(start.spec.clone()));
 
     let loading = tokio::time::timeout(start.load_deadline, on_loaded.recv());
@@ -155,9 +196,12 @@ async fn run(
                     commands: commands.clone(),
                     ids: Arc::new(AtomicU64::new(1)),
                 }));
-                tokio::select! {
-                    _ = reading => Outcome::Died,
-                    _ = &mut stop => Outcome::Stopped,
+                loop {
+                    tokio::select! {
+                        _ = &mut reading => break Outcome::Died,
+                        _ = &mut stop => break Outcome::Stopped,
+                        Some((info, failure)) = on_resized.recv() => report(Report::Resized(info, failure)),
+                    }
                 }
             }
             Ok(Some(Err(reason))) => Outcome::Failed(reason),
@@ -185,14 +229,16 @@ enum Outcome {
     Died,
 }
 
-fn with_words(reason: String, words: &VecDeque<String>) -> String {
+/// A reason with what the child wrote last.
+pub fn with_words(reason: String, words: &VecDeque<String>) -> String {
     if words.is_empty() {
         return reason;
     }
     format!("{reason}; its last words: {}", Vec::from(words.clone()).join(" | "))
 }
 
-async fn end(child: &mut Child) -> Option<ExitStatus> {
+/// Waits for the child to end, and kills it if it does not.
+pub async fn end(child: &mut Child) -> Option<ExitStatus> {
     match tokio::time::timeout(END_GRACE, child.wait()).await {
         Ok(status) => status.ok(),
         Err(_) => {
@@ -202,7 +248,8 @@ async fn end(child: &mut Child) -> Option<ExitStatus> {
     }
 }
 
-async fn write_frames(mut socket: OwnedWriteHalf, mut commands: mpsc::UnboundedReceiver<ToWorker>) {
+/// Writes frames until the sender is dropped or the child is gone.
+pub async fn write_frames(mut socket: OwnedWriteHalf, mut commands: mpsc::UnboundedReceiver<ToWorker>) {
     let mut buffer = Vec::new();
     while let Some(command) = commands.recv().await {
         buffer.clear();
@@ -216,32 +263,39 @@ async fn write_frames(mut socket: OwnedWriteHalf, mut commands: mpsc::UnboundedR
     }
 }
 
-/// Passes frames on until the worker's end of the socket closes.
-async fn read_frames(socket: OwnedReadHalf, routes: Routes, loaded: mpsc::Sender<Result<LoadedInfo, String>>) {
-    let mut socket = BufReader::new(socket);
+/// The next frame; `None` when the child has closed its end or sends what is no frame.
+pub async fn next_frame(socket: &mut BufReader<OwnedReadHalf>) -> Option<FromWorker> {
     let mut header = [0; HEADER_BYTES];
-    let mut body = Vec::new();
-    while socket.read_exact(&mut header).await.is_ok() {
-        let Ok(length) = frame::body_length(header) else { return };
-        body.resize(length, 0);
-        if socket.read_exact(&mut body).await.is_err() {
-            return;
-        }
-        match frame::decode(&body) {
-            Ok(FromWorker::Event { id, event }) => routes.pass(id, Ok(event)),
-            Ok(FromWorker::Failed { id, error }) => routes.pass(id, Err(error)),
-            Ok(FromWorker::Loaded(info)) => drop(loaded.try_send(Ok(info))),
-            Ok(FromWorker::LoadFailed(reason)) => drop(loaded.try_send(Err(reason))),
-            Err(error) => {
-                tracing::error!(%error, "a worker sent what is no frame");
-                return;
-            }
+    socket.read_exact(&mut header).await.ok()?;
+    let mut body = vec![0; frame::body_length(header).ok()?];
+    socket.read_exact(&mut body).await.ok()?;
+    let frame = frame::decode(&body);
+    if let Err(error) = &frame {
+        tracing::error!(%error, "a worker sent what is no frame");
+    }
+    frame.ok()
+}
+
+/// Passes frames on until the worker's end of the socket closes.
+async fn read_frames(
+    mut socket: BufReader<OwnedReadHalf>,
+    routes: Routes,
+    loaded: mpsc::Sender<Result<LoadedInfo, String>>,
+    resized: mpsc::UnboundedSender<(LoadedInfo, Option<String>)>,
+) {
+    while let Some(frame) = next_frame(&mut socket).await {
+        match frame {
+            FromWorker::Event { id, event } => routes.pass(id, Ok(event)),
+            FromWorker::Failed { id, error } => routes.pass(id, Err(error)),
+            FromWorker::Loaded(info) => drop(loaded.try_send(Ok(info))),
+            FromWorker::LoadFailed(reason) => drop(loaded.try_send(Err(reason))),
+            FromWorker::Resized(info, failure) => drop(resized.send((info, failure))),
         }
     }
 }
 
 /// Logs what the worker writes, and returns its last lines.
-async fn read_log(stderr: Option<tokio::process::ChildStderr>, model: String) -> VecDeque<String> {
+pub async fn read_log(stderr: Option<tokio::process::ChildStderr>, model: String) -> VecDeque<String> {
     let mut words = VecDeque::new();
     let Some(stderr) = stderr else { return words };
     let mut lines = BufReader::new(stderr).lines();

@@ -1,5 +1,5 @@
-//! Worker processes: starting, talking to, measuring and ending them.
+//! Worker processes: starting, talking to and ending them.
 
 pub mod child;
-pub mod measure;
+pub mod probe;
 pub mod route;

@@ -1,14 +1,19 @@
-//! `sarai worker`: computes for the server that started it.
+//! `sarai worker`: computes, or plans by a dry run, for the server that started it.
 
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 
+use crate::args::WorkerKind;
 use crate::log;
 
 /// Runs until the server closes its end of the socket, which is our standard input.
-pub fn run() -> ExitCode {
+pub fn run(kind: &WorkerKind) -> ExitCode {
+    let work = match kind {
+        WorkerKind::Llama { .. } => sarai_llama::run_worker,
+        WorkerKind::Probe { .. } => sarai_llama::run_probe,
+    };
     let socket = std::io::stdin().as_fd().try_clone_to_owned();
-    let outcome = socket.map_err(anyhow::Error::from).and_then(sarai_llama::run_worker);
+    let outcome = socket.map_err(anyhow::Error::from).and_then(work);
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

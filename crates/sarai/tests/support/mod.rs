@@ -71,6 +71,7 @@ impl Sarai {
             .arg(&file)
             .current_dir(folder.path())
             .env_remove("OLLAMA_BASE_URL")
+            .env("SARAI_STATE_DIR", folder.path().join("state"))
             .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -1,0 +1,119 @@
+//! A GGUF file on disk: the header of all its parts, and an identity that costs no hashing of gigabytes.
+
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use sarai_core::Bytes;
+use sarai_plan::{GgufError, Header};
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+
+/// A file that cannot be used.
+#[derive(Debug, Error)]
+pub enum FileError {
+    /// It is not there, or not ours to read.
+    #[error("{} cannot be opened ({source}): put the file there or correct the path", path.display())]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// It is no GGUF, or a broken one.
+    #[error("{}: {source}", path.display())]
+    Broken {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: GgufError,
+    },
+}
+
+/// What is known of a GGUF file that was read.
+#[derive(Debug)]
+pub struct ModelFile {
+    /// The first part, which llama.cpp is given.
+    pub path: PathBuf,
+    /// The header, with the tensors of all parts.
+    pub header: Header,
+    /// Size in bytes of all parts.
+    pub size: u64,
+    /// Last change of the first part.
+    pub modified: SystemTime,
+    /// Of path, size, time and shape.
+    pub identity: String,
+    first_size: u64,
+}
+
+impl ModelFile {
+    /// Reads the header: milliseconds, but do it where blocking is fine.
+    ///
+    /// # Errors
+    /// It is missing, truncated, or no GGUF.
+    pub fn read(path: &Path) -> Result<Self, FileError> {
+        let broken = |path: &Path| {
+            let path = path.to_owned();
+            move |source| FileError::Broken { path, source }
+        };
+        let (first, mut size, modified) = open(path)?;
+        let first_size = size;
+        let mut header = Header::read(first).map_err(broken(path))?;
+        header.check_length(size).map_err(broken(path))?;
+        // llama.cpp loads all parts of a split model when it is given the first.
+        for part in split_parts(path, header.int("split.count").unwrap_or(1)) {
+            let (next, length, _) = open(&part)?;
+            let next = Header::read(next).map_err(broken(&part))?;
+            next.check_length(length).map_err(broken(&part))?;
+            header.tensors.extend(next.tensors);
+            size += length;
+        }
+        let since = modified.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let identity = format!("{} {size} {} {}", path.display(), since.as_nanos(), header.tensors.len());
+        let identity = hex(&Sha256::digest(identity));
+        Ok(Self { path: path.to_owned(), header, size, modified, identity, first_size })
+    }
+
+    /// Whether the file still is as it was read.
+    pub fn is_unchanged(&self) -> bool {
+        let meta = std::fs::metadata(&self.path);
+        meta.is_ok_and(|meta| meta.len() == self.first_size && meta.modified().is_ok_and(|time| time == self.modified))
+    }
+
+    /// What a load maps at most.
+    pub fn bytes(&self) -> Bytes {
+        Bytes(self.size)
+    }
+}
+
+fn open(path: &Path) -> Result<(BufReader<std::fs::File>, u64, SystemTime), FileError> {
+    let missing = |source| FileError::Missing { path: path.to_owned(), source };
+    let file = std::fs::File::open(path).map_err(missing)?;
+    let meta = file.metadata().map_err(missing)?;
+    let modified = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+    Ok((BufReader::with_capacity(1 << 18, file), meta.len(), modified))
+}
+
+/// The paths of the parts after the first: `…-00001-of-00003.gguf` has two more.
+fn split_parts(path: &Path, count: i64) -> Vec<PathBuf> {
+    let text = path.to_string_lossy();
+    let part = |n: i64| text.replace(&format!("-00001-of-{count:05}.gguf"), &format!("-{n:05}-of-{count:05}.gguf"));
+    (2..=count.min(1000)).map(|n| PathBuf::from(part(n))).collect()
+}
+
+/// Lower-case hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parts_of_a_split_model_are_found_by_their_numbers() {
+        let parts = split_parts(Path::new("/m/big-00001-of-00003.gguf"), 3);
+        assert_eq!(parts, ["/m/big-00002-of-00003.gguf", "/m/big-00003-of-00003.gguf"].map(PathBuf::from));
+        assert!(split_parts(Path::new("/m/one.gguf"), 1).is_empty());
+    }
+}

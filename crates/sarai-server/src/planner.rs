@@ -1,0 +1,175 @@
+//! The plan of a load: the formula, corrected by llama.cpp's own dry run and by what workers really took.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use sarai_core::{Bytes, EngineMemory, Part};
+use sarai_plan::estimate::{Plan, Settings, WEIGHTS};
+use sarai_plan::ledger::{Measured, Millis};
+use sarai_plan::{Size, largest_context};
+
+use crate::model_file::ModelFile;
+use crate::state::{Learned, State};
+
+/// The part that measures added to a plan.
+const LEARNED: &str = "learned";
+/// A dry run that differs by less does not matter.
+const TOLERANCE: f64 = 0.01;
+
+/// Plans with what was learned.
+#[derive(Clone, Debug)]
+pub struct Planner {
+    state: Arc<State>,
+    /// Dry runs of another binary do not count.
+    engine: String,
+    /// Plans that were made since something was learned last.
+    plans: Arc<Mutex<HashMap<(String, Settings), Plan>>>,
+}
+
+/// Plans that are kept at most.
+const KEPT: usize = 1024;
+
+impl Planner {
+    /// A planner over this state.
+    pub fn new(state: Arc<State>) -> Self {
+        let binary = std::fs::metadata("/proc/self/exe");
+        let changed = binary.and_then(|meta| meta.modified()).ok();
+        let changed = changed.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok()).unwrap_or_default();
+        Self { state, engine: format!("{} {}", env!("CARGO_PKG_VERSION"), changed.as_millis()), plans: Arc::default() }
+    }
+
+    /// What a load with these settings takes.
+    pub fn plan(&self, file: &ModelFile, settings: Settings) -> Plan {
+        let key = (file.identity.clone(), settings);
+        if let Some(plan) = self.kept().get(&key) {
+            return plan.clone();
+        }
+        let plan = self.make(file, settings);
+        let mut kept = self.kept();
+        if kept.len() >= KEPT {
+            kept.clear();
+        }
+        kept.insert(key, plan.clone());
+        plan
+    }
+
+    fn kept(&self) -> std::sync::MutexGuard<'_, HashMap<(String, Settings), Plan>> {
+        self.plans.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn learn(&self, key: &str, change: impl FnOnce(&mut Learned)) {
+        self.state.learn(key, change);
+        self.kept().clear();
+    }
+
+    fn make(&self, file: &ModelFile, settings: Settings) -> Plan {
+        let mut plan = Plan::of(&file.header, settings, None);
+        let formula = plan.clone();
+        if let Some(probe) = self.state.get(&self.probe_key(file, settings)).probe {
+            correct(&mut plan, probe);
+            if plan != formula {
+                plan.notes.clear();
+            }
+        }
+        let excess = self.state.get(&usage_key(file, settings)).excess;
+        if excess > Bytes::ZERO {
+            plan.parts.push(Part { name: LEARNED.to_owned(), bytes: excess });
+        }
+        plan
+    }
+
+    /// A context and its plan; no longer than the model was trained for.
+    pub fn size(&self, file: &ModelFile, settings: Settings, context_tokens: u32) -> Size {
+        let trained = file.header.arch_size("context_length").and_then(|n| u32::try_from(n).ok()).filter(|&n| n > 0);
+        let context_tokens =
+            trained.map_or(context_tokens, |most| context_tokens.min(most.max(settings.context_tokens)));
+        Size { context_tokens, plan: self.plan(file, Settings { context_tokens, ..settings }) }
+    }
+
+    /// Whether a dry run of these settings is known.
+    pub fn is_probed(&self, file: &ModelFile, settings: Settings) -> bool {
+        self.state.get(&self.probe_key(file, settings)).probe.is_some()
+    }
+
+    /// Keeps a dry run; what differs from the formula is logged, and wins from now on.
+    pub fn probed(&self, file: &ModelFile, settings: Settings, probe: EngineMemory) {
+        let formula = Plan::of(&file.header, settings, None);
+        for (part, planned, probed) in differences(&formula, probe) {
+            tracing::info!(file = %file.path.display(), part, %planned, %probed, "the dry run differs from the formula");
+        }
+        self.learn(&self.probe_key(file, settings), |learned| learned.probe = Some(probe));
+    }
+
+    /// Keeps what a worker took beyond its plan.
+    pub fn measured(&self, file: &ModelFile, size: &Size, settings: Settings, measured: Measured) {
+        let settings = Settings { context_tokens: size.context_tokens, ..settings };
+        let mut own = size.plan.clone();
+        own.parts.retain(|part| part.name != LEARNED && part.name != WEIGHTS && part.name != "binary");
+        let excess = measured.anonymous.less(own.total());
+        let matters = |known: Bytes| excess > known + Bytes::mib(1);
+        if matters(self.state.get(&usage_key(file, settings)).excess) {
+            self.learn(&usage_key(file, settings), |learned| learned.excess = excess);
+        }
+    }
+
+    /// The kernel killed a worker for want of memory: its next plan is a tenth higher at least.
+    pub fn killed(&self, file: &ModelFile, size: &Size, settings: Settings) {
+        let settings = Settings { context_tokens: size.context_tokens, ..settings };
+        let tenth = Bytes(size.plan.total().0 / 10);
+        self.learn(&usage_key(file, settings), |learned| {
+            learned.oom_kills += 1;
+            learned.excess += tenth;
+        });
+    }
+
+    /// What a load takes, learned or guessed from the size of the file.
+    pub fn reload(&self, file: &ModelFile) -> Millis {
+        match self.state.get(&file.identity).load_ms {
+            0 => 300 + file.size / 500_000,
+            learned => learned,
+        }
+    }
+
+    /// Keeps what a load took.
+    pub fn loaded(&self, file: &ModelFile, took: Millis) {
+        self.state.learn(&file.identity, |learned| learned.load_ms = took.max(1));
+    }
+
+    /// The longest context that fits in `free`, by the formula.
+    pub fn largest_context(&self, file: &ModelFile, settings: Settings, free: Bytes) -> Option<u32> {
+        largest_context(&file.header, settings, None, free)
+    }
+
+    fn probe_key(&self, file: &ModelFile, settings: Settings) -> String {
+        format!("{} {settings:?} {}", file.identity, self.engine)
+    }
+}
+
+/// The difference between plan and measure is of a file, a context and a type of cache.
+fn usage_key(file: &ModelFile, settings: Settings) -> String {
+    let Settings { context_tokens, parallel, kv, .. } = settings;
+    format!("{} {context_tokens} {parallel} {}", file.identity, kv.name())
+}
+
+/// The parts of which the dry run tells, where it differs by more than a hundredth of the whole.
+fn differences(plan: &Plan, probe: EngineMemory) -> Vec<(&'static str, Bytes, Bytes)> {
+    let state = plan.part("state");
+    let parts = [
+        (WEIGHTS, plan.part(WEIGHTS), probe.weights),
+        ("weights repacked", plan.part("weights repacked"), probe.repacked),
+        ("kv", plan.part("kv"), probe.context.less(state)),
+        ("compute", plan.part("compute"), probe.compute),
+    ];
+    let differs = |(_, planned, probed): &(&str, Bytes, Bytes)| {
+        let difference = planned.less(*probed).max(probed.less(*planned));
+        difference.as_mib() > TOLERANCE * plan.total().as_mib()
+    };
+    parts.into_iter().filter(differs).collect()
+}
+
+/// Puts the dry run's figures in the place of the formula's.
+pub fn correct(plan: &mut Plan, probe: EngineMemory) {
+    for (part, _, probed) in differences(plan, probe) {
+        plan.correct(part, probed);
+    }
+}
