@@ -51,6 +51,33 @@ impl Bytes {
     }
 }
 
+/// A text that is no amount of memory.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no amount of memory: write one such as 16GiB or 512MiB")]
+pub struct NotBytes(String);
+
+impl std::str::FromStr for Bytes {
+    type Err = NotBytes;
+
+    /// `16GiB`, `1.5G`, `512MiB`, `1024`; the units are powers of two, however they are written.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "float casts saturate, which is meant")]
+    fn from_str(text: &str) -> Result<Self, NotBytes> {
+        let bad = || NotBytes(text.to_owned());
+        let trimmed = text.trim();
+        let end = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(trimmed.len());
+        let number: f64 = trimmed[..end].parse().map_err(|_| bad())?;
+        let shift = match trimmed[end..].trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 0,
+            "k" | "kb" | "kib" => 10,
+            "m" | "mb" | "mib" => 20,
+            "g" | "gb" | "gib" => 30,
+            "t" | "tb" | "tib" => 40,
+            _ => return Err(bad()),
+        };
+        Ok(Self((number * 2_f64.powi(shift)) as u64))
+    }
+}
+
 impl Add for Bytes {
     type Output = Self;
     fn add(self, other: Self) -> Self {
@@ -99,6 +126,14 @@ mod tests {
         assert_eq!(Bytes::mib(1).to_string(), "1.0 MiB");
         assert_eq!(Bytes::mib(98).to_string(), "98 MiB");
         assert_eq!(Bytes::gib(6.94).to_string(), "6.9 GiB");
+    }
+
+    #[test]
+    fn amounts_are_read_as_people_write_them() {
+        assert_eq!("16GiB".parse(), Ok(Bytes::gib(16.0)));
+        assert_eq!("1.5 g".parse(), Ok(Bytes::gib(1.5)));
+        assert_eq!("512MiB".parse(), Ok(Bytes::mib(512)));
+        assert!("lots".parse::<Bytes>().is_err() && "5 parsecs".parse::<Bytes>().is_err());
     }
 
     #[test]

@@ -11,9 +11,9 @@ use crate::layers::Layers;
 use crate::projector;
 
 /// Anonymous memory of a worker before it loads anything: libraries, tables, thread stacks, allocator.
-const BARE_PROCESS: Bytes = Bytes::kib(5_600);
+const BARE_PROCESS: Bytes = Bytes::kib(3_000);
 /// File pages of the binary that a worker keeps in memory, as its proportional share.
-const BINARY: Bytes = Bytes::mib(8);
+const BINARY: Bytes = Bytes::kib(9_700);
 /// llama.cpp computes in multiples of so many cells.
 const CELLS: u64 = 256;
 
@@ -173,11 +173,14 @@ pub fn largest_context(header: &Header, settings: Settings, projector: Option<&H
     (fitting > 0).then(|| u32::try_from(fitting * CELLS).unwrap_or(u32::MAX))
 }
 
+/// The kernel maps a file in pieces of so many bytes where it can.
+const MAPPED_AT_ONCE: u64 = 2 << 20;
+
 /// Bytes that repacking takes, and bytes of the file that it makes idle. Matrices are copied whose type has a
 /// faster layout and whose rows come in eights, experts too; embeddings are only looked up in, unless they are the
-/// output as well: then the copy comes on top.
+/// output as well: then the copy comes on top. What lies between tensors that are used stays mapped with them.
 fn repacked(header: &Header, repack: Repack) -> (Bytes, Bytes) {
-    let takes = |tensor: &&Tensor| {
+    let takes = |tensor: &Tensor| {
         let multiplied = tensor.shape.len() == 2 || (tensor.shape.len() == 3 && tensor.name.contains("_exps"));
         let rows = tensor.shape.get(1).is_some_and(|rows| rows % 8 == 0);
         multiplied && rows && repack.takes(tensor.kind) && tensor.name.ends_with(".weight")
@@ -187,13 +190,32 @@ fn repacked(header: &Header, repack: Repack) -> (Bytes, Bytes) {
             .iter()
             .any(|name| tensor.name.starts_with(name))
     };
-    let eligible = || header.tensors.iter().filter(takes);
-    let replaced: Bytes = eligible().filter(|tensor| !looked_up(tensor)).map(|tensor| tensor.bytes).sum();
+    let copied: Bytes =
+        header.tensors.iter().filter(|tensor| takes(tensor) && !looked_up(tensor)).map(|tensor| tensor.bytes).sum();
     let has_output = header.tensors.iter().any(|tensor| tensor.name == "output.weight");
-    let tied = eligible().filter(|tensor| tensor.name == "token_embd.weight" && !has_output);
     let answers = !Layers::of(header).encoder;
-    (replaced + tied.filter(|_| answers).map(|tensor| tensor.bytes).sum(), replaced)
+    let tied = header.tensors.iter().find(|tensor| tensor.name == "token_embd.weight" && takes(tensor));
+    let tied = tied.filter(|_| answers && !has_output).map_or(Bytes::ZERO, |tensor| tensor.bytes);
+    let mut idle = Bytes::ZERO;
+    let mut run: Option<(u64, u64)> = None;
+    for tensor in header.tensors.iter().chain([&END]) {
+        let (start, end) = (tensor.offset, tensor.offset.saturating_add(tensor.bytes.0));
+        let unused = takes(tensor) && !looked_up(tensor);
+        run = match run {
+            Some((from, to)) if unused && start >= to => Some((from, end)),
+            Some((from, to)) => {
+                let (first, last) = (from.next_multiple_of(MAPPED_AT_ONCE), to / MAPPED_AT_ONCE * MAPPED_AT_ONCE);
+                idle += Bytes(last.saturating_sub(first));
+                unused.then_some((start, end))
+            }
+            None => unused.then_some((start, end)),
+        };
+    }
+    (copied + tied, idle)
 }
+
+/// Ends the last run of tensors.
+const END: Tensor = Tensor { name: String::new(), shape: Vec::new(), kind: 0, bytes: Bytes::ZERO, offset: u64::MAX };
 
 /// Keys and values: cells x (row of keys + row of values) per layer and sequence. A windowed layer holds the window
 /// and one step. Quantised ones are rotated first, by one matrix per layer.
@@ -407,18 +429,25 @@ mod tests {
     #[test]
     fn a_repacked_tensor_is_counted_once_and_a_tied_output_twice() {
         let mut header = llama(1, Value::Int(3));
-        let tensor = |name: &str, kind| Tensor { name: name.into(), shape: vec![256, 512], kind, bytes: Bytes::mib(1) };
+        let tensor = |name: &str, kind, at: u64| Tensor {
+            name: name.into(),
+            shape: vec![256, 512],
+            kind,
+            bytes: Bytes::mib(8),
+            offset: at << 20,
+        };
         header.tensors = vec![
-            tensor("token_embd.weight", 12),
-            tensor("blk.0.ffn_up.weight", 12),
-            tensor("blk.0.ffn_down.weight", 14),
+            tensor("token_embd.weight", 12, 1),
+            tensor("blk.0.ffn_up.weight", 12, 9),
+            tensor("blk.0.ffn_down.weight", 14, 17),
         ];
         let tied = plan(&header, Settings::default());
-        assert_eq!((tied.part(WEIGHTS), tied.part("weights repacked")), (Bytes::mib(2), Bytes::mib(2)));
-        header.tensors.push(tensor("output.weight", 14));
+        // Of the 8 MiB from 9 to 17, the kernel maps those from 10 to 16 only with each other.
+        assert_eq!((tied.part(WEIGHTS), tied.part("weights repacked")), (Bytes::mib(24 - 6), Bytes::mib(16)));
+        header.tensors.push(tensor("output.weight", 14, 25));
         let untied = plan(&header, Settings::default());
-        assert_eq!((untied.part(WEIGHTS), untied.part("weights repacked")), (Bytes::mib(3), Bytes::mib(1)));
+        assert_eq!((untied.part(WEIGHTS), untied.part("weights repacked")), (Bytes::mib(32 - 6), Bytes::mib(8)));
         let off = plan(&header, Settings { repack: Repack::Off, ..Settings::default() });
-        assert_eq!((off.part(WEIGHTS), off.part("weights repacked")), (Bytes::mib(4), Bytes::ZERO));
+        assert_eq!((off.part(WEIGHTS), off.part("weights repacked")), (Bytes::mib(32), Bytes::ZERO));
     }
 }

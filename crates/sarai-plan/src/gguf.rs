@@ -66,6 +66,8 @@ pub struct Tensor {
     pub kind: u32,
     /// Its size.
     pub bytes: Bytes,
+    /// Where it begins in its file.
+    pub offset: u64,
 }
 
 /// What a GGUF file says of itself.
@@ -105,15 +107,19 @@ impl Header {
         }
         let mut end = 0;
         for _ in 0..tensors {
-            let (tensor, offset) = from.tensor()?;
-            end = end.max(offset.saturating_add(tensor.bytes.0));
+            let tensor = from.tensor()?;
+            end = end.max(tensor.offset.saturating_add(tensor.bytes.0));
             header.tensors.push(tensor);
         }
         if let Some(layers) = header.arch_int("block_count").filter(|layers| !(0..=MAX_LAYERS).contains(layers)) {
             return Err(GgufError::Malformed(format!("it has {layers} layers")));
         }
         let alignment = header.int("general.alignment").and_then(|n| u64::try_from(n).ok()).unwrap_or(32).max(1);
-        header.end_of_data = from.at.div_ceil(alignment).saturating_mul(alignment).saturating_add(end);
+        let start = from.at.div_ceil(alignment).saturating_mul(alignment);
+        for tensor in &mut header.tensors {
+            tensor.offset = tensor.offset.saturating_add(start);
+        }
+        header.end_of_data = start.saturating_add(end);
         Ok(header)
     }
 
@@ -404,7 +410,7 @@ impl<R: Read> Reader<R> {
         Ok(Value::Length(length))
     }
 
-    fn tensor(&mut self) -> Result<(Tensor, u64), GgufError> {
+    fn tensor(&mut self) -> Result<Tensor, GgufError> {
         let name = self.text()?;
         let dimensions = self.u32()?;
         if dimensions > 4 {
@@ -420,7 +426,7 @@ impl<R: Read> Reader<R> {
             .ok_or_else(|| GgufError::Malformed(format!("tensor `{name}` has the unknown type {kind}")))?;
         let row = shape.first().copied().unwrap_or(1).div_ceil(per_block).saturating_mul(block_bytes);
         let rows = shape.iter().skip(1).fold(1_u64, |rows, &n| rows.saturating_mul(n));
-        Ok((Tensor { name, shape, kind, bytes: Bytes(row) * rows }, offset))
+        Ok(Tensor { name, shape, kind, bytes: Bytes(row) * rows, offset })
     }
 }
 

@@ -8,6 +8,7 @@ pub mod gguf;
 pub mod layers;
 pub mod ledger;
 pub mod projector;
+pub mod system;
 
 pub use estimate::{Plan, Repack, Settings, largest_context};
 pub use gguf::{GgufError, Header};

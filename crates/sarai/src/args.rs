@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use sarai_core::{Bytes, KvType};
 
 /// Several language models at once on one small machine, under a memory budget.
 #[derive(Debug, Parser)]
@@ -34,6 +35,12 @@ pub enum Command {
     Serve(ServeArgs),
     /// Check a configuration and report every mistake in it
     Check(CheckArgs),
+    /// Say what a GGUF file takes; without one, what the whole configuration takes, also when hosts fail
+    Plan(PlanArgs),
+    /// Have a model loaded, and wait until it is
+    Load(ModelArgs),
+    /// Have a model unloaded once it is idle
+    Unload(ModelArgs),
     /// Show every model: its state, its memory, and why it is not available
     Ps(PsArgs),
     /// Ask a model and stream its answer; without a prompt, converse
@@ -95,6 +102,69 @@ pub struct UrlArgs {
     /// The server
     #[arg(long, env = "SARAI_URL", default_value = "http://127.0.0.1:11435")]
     pub url: String,
+}
+
+/// Arguments of `plan`.
+#[derive(Debug, clap::Args)]
+pub struct PlanArgs {
+    /// GGUF files; of a split one, the first part
+    pub files: Vec<PathBuf>,
+    /// Which configuration.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Tokens that one sequence can hold
+    #[arg(long, value_name = "TOKENS", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(16..=16_777_216))]
+    pub ctx: u32,
+    /// Sequences computed at the same time
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub parallel: u32,
+    /// Type of the KV cache: f16, q8_0 or q4_0
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = parse_kv)]
+    pub kv: KvType,
+    /// Tokens that one step computes at most
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=8192))]
+    pub ubatch: u32,
+    /// Compute attention without its full matrix
+    #[arg(long, value_name = "on|off", default_value = "on", value_parser = parse_switch, action = clap::ArgAction::Set)]
+    pub flash_attn: bool,
+    /// The projector that the model sees or hears through
+    #[arg(long, value_name = "FILE")]
+    pub mmproj: Option<PathBuf>,
+    /// Copy eligible weights into the layout that computes fastest
+    #[arg(long, value_name = "on|off", default_value = "on", value_parser = parse_switch, action = clap::ArgAction::Set)]
+    pub repack: bool,
+    /// Plan for a machine with so much memory, such as 16GiB, instead of this one
+    #[arg(long, value_name = "SIZE")]
+    pub ram: Option<Bytes>,
+    /// Ask llama.cpp too, by a dry run (always done where the formula does not know the architecture)
+    #[arg(long)]
+    pub probe: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn parse_kv(text: &str) -> Result<KvType, String> {
+    let known = KvType::ALL.into_iter().find(|kv| kv.name() == text);
+    known.ok_or_else(|| format!("`{text}` is no type of cache: use f16, q8_0 or q4_0"))
+}
+
+fn parse_switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" | "true" | "1" => Ok(true),
+        "off" | "false" | "0" => Ok(false),
+        _ => Err(format!("`{text}` is not on or off")),
+    }
+}
+
+/// Arguments of `load` and `unload`.
+#[derive(Debug, clap::Args)]
+pub struct ModelArgs {
+    /// The model's name
+    pub model: String,
+    /// Which server.
+    #[command(flatten)]
+    pub server: UrlArgs,
 }
 
 /// Arguments of `ps`.

@@ -16,6 +16,9 @@ fn main() -> ExitCode {
         Command::Worker { kind } => return command::worker::run(&kind),
         Command::Serve(serve) => command::serve::run(&serve),
         Command::Check(check) => command::check::run(&check),
+        Command::Plan(plan) => command::plan::run(&plan),
+        Command::Load(load) => command::load::load(&load),
+        Command::Unload(unload) => command::load::unload(&unload),
         Command::Ps(ps) => command::ps::run(&ps),
         Command::Run(run) => command::run::run(&run),
     };
@@ -29,6 +32,12 @@ fn main() -> ExitCode {
 pub struct Failure {
     code: ExitCode,
     error: anyhow::Error,
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#}", self.error)
+    }
 }
 
 impl Failure {

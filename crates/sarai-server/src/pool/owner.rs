@@ -179,12 +179,16 @@ impl Owner {
             return;
         }
         if self.workers[engine.0].worker.is_none() {
-            // Nothing is loaded on figures of a second ago.
-            let available = machine::free();
-            self.apply(PoolEvent::Observed { server: self.ledger.server().max(SERVER_AT_LEAST), available });
+            self.look_again();
         }
         self.replies.insert(ticket, reply);
         self.apply(PoolEvent::Wanted(engine, ticket, want));
+    }
+
+    /// Nothing is loaded, or refused, on figures of a second ago.
+    fn look_again(&mut self) {
+        let available = machine::free();
+        self.apply(PoolEvent::Observed { server: self.ledger.server().max(SERVER_AT_LEAST), available });
     }
 
     fn reported(&mut self, engine: EngineId, report: Report) {
@@ -236,6 +240,7 @@ impl Owner {
             // At once: a load that waits must already see it.
             planner.killed(&file, &size, settings);
         }
+        self.look_again();
         self.apply(PoolEvent::Exited(engine));
     }
 

@@ -2,6 +2,8 @@
 
 pub mod check;
 mod client;
+pub mod load;
+pub mod plan;
 pub mod ps;
 pub mod run;
 pub mod serve;

@@ -12,7 +12,7 @@ use crate::args::ServeArgs;
 use crate::{Failure, command, log};
 
 /// This very binary, even when the file at its path has been replaced since.
-const THIS_BINARY: &str = "/proc/self/exe";
+pub const THIS_BINARY: &str = "/proc/self/exe";
 
 /// Serves until Ctrl-C or SIGTERM; a second signal ends it at once.
 pub fn run(args: &ServeArgs) -> Result<ExitCode, Failure> {
