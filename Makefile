@@ -9,7 +9,7 @@ export SARAI_MODELS = $(SARAI_CACHE)/models
 # One profile for all: llama.cpp is built once.
 CARGO_FLAGS = --release --locked
 
-.PHONY: run test lint unit bench deps models demo-models ollama clients build
+.PHONY: run test lint unit bench bench-memory bench-cage deps models demo-models sketches ollama clients build
 
 run: build demo-models
 	@exec $(CARGO_TARGET_DIR)/release/sarai serve --config config/demo.yaml
@@ -22,14 +22,24 @@ lint: deps
 	RUSTDOCFLAGS="-D warnings" cargo doc $(CARGO_FLAGS) --workspace --no-deps --document-private-items
 
 # One test at a time: each starts real models, and two that compute on the same cores slow each other down.
-unit: deps models ollama clients
-	SARAI_OLLAMA=$$(scripts/build_ollama.sh) SARAI_PYTHON=$$(scripts/python_clients.sh) \
+unit: deps models sketches ollama clients
+	SARAI_SKETCHES=$(SARAI_CACHE)/sketches SARAI_OLLAMA=$$(scripts/build_ollama.sh) SARAI_PYTHON=$$(scripts/python_clients.sh) \
 		RUST_TEST_THREADS=1 RUST_BACKTRACE=0 cargo test $(CARGO_FLAGS) --workspace
 
 # Tokens/s and latency as ratios: the bare engine and Ollama asked directly, in the same run.
 bench: build models ollama
 	cargo build $(CARGO_FLAGS) -p sarai-llama --example bare_engine
 	SARAI_OLLAMA=$$(scripts/build_ollama.sh) cargo bench --profile release --locked -p sarai --bench http
+
+# Every model that is here and a small file of each architecture: plan, dry run and measure over a grid of settings.
+bench-memory: build models sketches
+	python3 scripts/bench_memory.py $(SARAI_MODELS)/*.gguf \
+		$(filter-out $(SARAI_CACHE)/sketches/mmproj% %bert-MIX.gguf %embedding-MIX.gguf,$(wildcard $(SARAI_CACHE)/sketches/*.gguf))
+
+# Three models in less memory than they ask for, beside Ollama and llama.cpp's router under the same limits.
+# LLAMA_SERVER names the latter's binary; docs/memory.md says how to get one.
+bench-cage: build models ollama
+	SARAI_OLLAMA=$$(scripts/build_ollama.sh) python3 scripts/bench_cage.py $(CAGE)
 
 deps:
 	@scripts/install_deps.sh
@@ -39,6 +49,12 @@ models:
 
 demo-models:
 	@python3 scripts/fetch_models.py --demo
+
+# Small files of each architecture with random weights.
+sketches: clients
+	@if ! cmp -s scripts/sketch_models.py $(SARAI_CACHE)/sketches/made-by; then \
+		"$$(scripts/python_clients.sh)" scripts/sketch_models.py -o $(SARAI_CACHE)/sketches >/dev/null && \
+		cp scripts/sketch_models.py $(SARAI_CACHE)/sketches/made-by; fi
 
 ollama: deps
 	@scripts/build_ollama.sh >/dev/null

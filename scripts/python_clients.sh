@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with the official, unmodified clients that the tests judge the APIs with.
+# Makes a virtual environment with the official, unmodified clients that the tests judge the APIs with, and the
+# package that writes GGUF files.
 # Prints the path of its Python.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -99,6 +99,21 @@ pub struct Plan {
 pub const WEIGHTS: &str = "weights mapped";
 /// Pages of the binary.
 pub const BINARY_PAGES: &str = "binary";
+/// All parts, in the order in which tables show them.
+pub const PARTS: [&str; 12] = [
+    WEIGHTS,
+    "weights repacked",
+    "kv",
+    "state",
+    "compute",
+    "output",
+    "vocabulary",
+    "projector weights",
+    "projector compute",
+    "process",
+    BINARY_PAGES,
+    "learned",
+];
 
 impl Plan {
     /// Plans a model, with the projector that it sees or hears through, if it has one.
@@ -119,10 +134,6 @@ impl Plan {
             part(BINARY_PAGES, BINARY),
         ];
         let mut notes = Vec::new();
-        if let Some(projector) = projector {
-            parts.push(part("projector weights", projector.weights()));
-            parts.push(part("projector compute", projector::compute(projector)));
-        }
         if !layers.known {
             notes.push(format!(
                 "the architecture `{}` is not known to the formula: every layer is counted with all its keys and values; \
@@ -131,7 +142,18 @@ impl Plan {
             ));
         }
         parts.retain(|part| part.bytes > Bytes::ZERO);
-        Self { parts, notes }
+        let mut plan = Self { parts, notes };
+        if let Some(projector) = projector {
+            plan.add_projector(projector);
+        }
+        plan
+    }
+
+    /// Adds what a projector takes: a copy of its weights, which is never mapped, and the scratch of one picture.
+    pub fn add_projector(&mut self, projector: &Header) {
+        let name = str::to_owned;
+        self.parts.push(Part { name: name("projector weights"), bytes: projector::weights(projector) });
+        self.parts.push(Part { name: name("projector compute"), bytes: projector::compute(projector) });
     }
 
     /// The sum of the parts.
@@ -321,14 +343,16 @@ fn activations(header: &Header, layers: &Layers) -> Activations {
         // A model of experts may still have dense layers at its start.
         Some(count) if count > 0 && size("leading_dense_block_count").unwrap_or(0) == 0 => 0,
         _ if gated => 3 * forward + 5 * embedding,
-        _ => 2 * forward + 5 * embedding,
+        _ => (forward + 6 * embedding).min(2 * forward + 3 * embedding).max(7 * embedding),
     };
     let routed = if experts > 0 { (3 * experts + 5 * embedding).max(experts + (2 * used + 3) * embedding) } else { 0 };
     let inner = size("ssm.inner_size").unwrap_or(0);
     let groups = size("ssm.group_count").unwrap_or(0) * size("ssm.state_size").unwrap_or(0);
     let scan = if inner > 0 {
         let ranks = size("ssm.time_step_rank").unwrap_or(0);
-        (2 * inner + 2 * groups + ranks) + 2 * (inner + 2 * groups) + 3 * inner + embedding
+        // The first Mamba, and Falcon's attention beside the scan, hold one row more.
+        let more = if groups == 0 || header.architecture() == "falcon-h1" { embedding } else { 0 };
+        (2 * inner + 2 * groups + ranks) + 2 * (inner + 2 * groups) + 3 * inner + more
     } else {
         0
     };

@@ -9,6 +9,16 @@ const PICTURE_TOKENS: u64 = 4096;
 /// Frames of 30 seconds of sound after the convolutions.
 const SOUND_TOKENS: u64 = 1500;
 
+/// All tensors; a file for pictures and sound is opened once for each, and both read the embedding of patches.
+#[must_use]
+pub fn weights(header: &Header) -> Bytes {
+    let has = |kind: &str| header.arch_size(&format!("{kind}.embedding_length")).is_some();
+    let patches = header.tensors.iter().filter(|tensor| tensor.name.starts_with("v.patch_embd."));
+    let twice: Bytes =
+        if has("vision") && has("audio") { patches.map(|tensor| tensor.bytes).sum() } else { Bytes::ZERO };
+    header.weights() + twice
+}
+
 /// Scratch of one picture or one piece of sound, whichever is larger: activations as in a text layer, and the mask
 /// over its own tokens. There is no dry run for it, so it is taken high.
 #[must_use]

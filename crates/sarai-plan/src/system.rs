@@ -17,6 +17,8 @@ pub struct Component<'a> {
     pub label: String,
     /// Its header, if its file is there.
     pub header: Option<&'a Header>,
+    /// Its projector's, if it has one.
+    pub projector: Option<&'a Header>,
     /// How it is loaded.
     pub settings: Settings,
     /// What that takes.
@@ -170,7 +172,7 @@ impl System<'_> {
         let component = &self.components[id.0];
         let Some(header) = component.header else { return Vec::new() };
         let total = component.plan.total();
-        let saves = |settings: Settings| total.less(Plan::of(header, settings, None).total());
+        let saves = |settings: Settings| total.less(Plan::of(header, settings, component.projector).total());
         let mut found = Vec::new();
         let mut suggest = |change: String, saves: Bytes| {
             if saves > Bytes::mib(1) {
@@ -184,7 +186,7 @@ impl System<'_> {
         }
         let free = self.limits.budget.less(self.server);
         if total > free
-            && let Some(context_tokens) = largest_context(header, settings, None, free)
+            && let Some(context_tokens) = largest_context(header, settings, component.projector, free)
         {
             suggest(
                 format!("context_length: {context_tokens}, the longest that fits alone"),

@@ -418,15 +418,17 @@ impl Ledger {
     }
 
     fn refusal(&self, id: EngineId, size: &Size) -> Refusal {
-        let holders =
-            self.engines.iter().enumerate().filter(|(index, engine)| engine.holds_a_place() && *index != id.0);
+        let lack = self.lack(id, size, &[]);
+        // Where places are missing, only those who hold one matter.
+        let matters = |engine: &Engine| lack != Some(room::Lack::Place) || engine.spec.is_llm;
+        let holds = |(index, engine): &(usize, &Engine)| engine.holds_a_place() && matters(engine) && *index != id.0;
+        let holders = self.engines.iter().enumerate().filter(holds);
         let held = holders.map(|(_, engine)| Held {
             model: engine.spec.label.clone(),
             bytes: engine.claim(),
             busy: engine.busy,
             evictable: engine.spec.evictable,
         });
-        let lack = self.lack(id, size, &[]);
         Refusal {
             model: self.engines[id.0].spec.label.clone(),
             context_tokens: size.context_tokens,

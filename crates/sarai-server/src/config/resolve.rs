@@ -118,6 +118,8 @@ pub struct Engine {
     pub label: String,
     /// The file.
     pub path: PathBuf,
+    /// The projector that the model sees or hears through. It is planned for, and not loaded in this version.
+    pub projector: Option<PathBuf>,
     /// Sizes; sequences of sharing models add up, the longest context counts.
     pub settings: Settings,
     /// Threads at most; all cores if not set.
@@ -389,6 +391,7 @@ impl Resolver<'_> {
         engines.push(Engine {
             label: written.name.clone(),
             path,
+            projector: written.mmproj_path.as_ref().map(|path| self.folder.join(path)),
             settings,
             threads: written.threads,
             is_llm,

@@ -5,14 +5,14 @@ use std::process::ExitCode;
 
 use sarai_core::frame::LoadSpec;
 use sarai_core::{Bytes, EngineMemory, Part};
-use sarai_plan::estimate::{Plan, Repack, Settings, largest_context};
+use sarai_plan::estimate::{PARTS, Plan, Repack, Settings, largest_context};
 use sarai_plan::ledger::Limits;
 use sarai_plan::system::{Answers, Component, Place, Route, Scenario, System};
 use sarai_plan::{EngineId, Header};
 use sarai_server::config::resolve::{machine_repack, machine_threads};
 use sarai_server::config::{self, Config, Deployment, Environment};
 use sarai_server::machine;
-use sarai_server::model_file::ModelFile;
+use sarai_server::model_file::{FileError, ModelFile};
 use sarai_server::planner::{Planner, correct};
 use sarai_server::state::State;
 use sarai_server::supervise::probe::probe;
@@ -53,6 +53,8 @@ fn of_machine(ram: Bytes) -> Bytes {
 struct FilePlan {
     file: ModelFile,
     settings: Settings,
+    /// Before the dry run.
+    formula: Plan,
     plan: Plan,
     probe: Option<Result<EngineMemory, String>>,
     free: Bytes,
@@ -74,6 +76,7 @@ impl FilePlan {
             threads: machine_threads(),
         };
         let mut plan = Plan::of(&file.header, settings, projector);
+        let formula = plan.clone();
         let probe = (args.probe || !plan.notes.is_empty()).then(|| dry_run(path, settings));
         if let Some(Ok(memory)) = &probe {
             correct(&mut plan, *memory);
@@ -81,7 +84,7 @@ impl FilePlan {
         }
         let free = free(args);
         let largest = largest_context(&file.header, settings, projector, free);
-        Ok(Self { file, settings, plan, probe, free, largest })
+        Ok(Self { file, settings, formula, plan, probe, free, largest })
     }
 
     fn table(&self) -> String {
@@ -119,7 +122,7 @@ impl FilePlan {
     fn body(&self) -> Value {
         json!({
             "file": self.file.path, "architecture": self.file.header.architecture(),
-            "parts": self.plan.parts, "total_bytes": self.plan.total(), "free_bytes": self.free,
+            "parts": self.plan.parts, "formula": self.formula.parts, "total_bytes": self.plan.total(), "free_bytes": self.free,
             "largest_context_tokens": self.largest, "notes": self.plan.notes,
             "probe": self.probe.as_ref().map(|probe| match probe {
                 Ok(memory) => json!(memory),
@@ -152,26 +155,48 @@ fn dry_run(path: &Path, settings: Settings) -> Result<EngineMemory, String> {
 /// Plans the configuration.
 fn configuration(args: &PlanArgs) -> Result<ExitCode, Failure> {
     let config = config::load(&args.config.config, &Environment::of_process()).map_err(Failure::misused)?;
-    let files: Vec<_> = config.engines.iter().map(|engine| ModelFile::read(&engine.path)).collect();
+    let files: Vec<_> = config.engines.iter().map(EngineFiles::read).collect();
     let planner = Planner::new(std::sync::Arc::new(State::open(&config.server.state_dir)));
-    let headers: Vec<_> = files.iter().map(|file| file.as_ref().ok()).collect();
+    let present: Vec<_> = files.iter().map(|files| files.as_ref().ok()).collect();
     let machine = args.ram.map_or_else(|| machine::limit().unwrap_or(Bytes(u64::MAX)), |ram| ram);
     let budget = config.memory.max_ram.min(of_machine(machine));
     let limits =
         Limits { budget, max_concurrent_llms: config.memory.max_concurrent_llms, strategy: config.memory.strategy };
-    let system = system(&config, &headers, &planner, limits);
+    let system = system(&config, &present, &planner, limits);
     let missing: Vec<_> = files.iter().filter_map(|file| file.as_ref().err().map(ToString::to_string)).collect();
     let report = Report { system: &system, machine, max_ram: config.memory.max_ram, missing };
     log::print(&if args.json { format!("{}\n", report.body()) } else { report.text() });
     Ok(ExitCode::SUCCESS)
 }
 
-fn system<'a>(config: &Config, files: &[Option<&'a ModelFile>], planner: &Planner, limits: Limits) -> System<'a> {
-    let component = |(engine, file): (&config::Engine, &Option<&'a ModelFile>)| Component {
+/// An engine's file, and its projector's.
+struct EngineFiles {
+    model: ModelFile,
+    projector: Option<ModelFile>,
+}
+
+impl EngineFiles {
+    fn read(engine: &config::Engine) -> Result<Self, FileError> {
+        let projector = engine.projector.as_deref().map(ModelFile::read).transpose()?;
+        Ok(Self { model: ModelFile::read(&engine.path)?, projector })
+    }
+
+    fn plan(&self, planner: &Planner, settings: Settings) -> Plan {
+        let mut plan = planner.plan(&self.model, settings);
+        if let Some(projector) = &self.projector {
+            plan.add_projector(&projector.header);
+        }
+        plan
+    }
+}
+
+fn system<'a>(config: &Config, files: &[Option<&'a EngineFiles>], planner: &Planner, limits: Limits) -> System<'a> {
+    let component = |(engine, files): (&config::Engine, &Option<&'a EngineFiles>)| Component {
         label: engine.label.clone(),
-        header: file.map(|file| &file.header as &Header),
+        header: files.map(|files| &files.model.header as &Header),
+        projector: files.and_then(|files| files.projector.as_ref()).map(|file| &file.header),
         settings: engine.settings,
-        plan: file.map_or_else(Plan::default, |file| planner.plan(file, engine.settings)),
+        plan: files.map_or_else(Plan::default, |files| files.plan(planner, engine.settings)),
         is_llm: engine.is_llm,
         evictable: engine.evictable,
         resident: engine.resident,
@@ -225,12 +250,8 @@ impl Report<'_> {
     /// One column per engine, one row per part.
     fn components(&self) -> String {
         let present: Vec<_> = self.system.components.iter().filter(|component| component.header.is_some()).collect();
-        let mut names: Vec<&str> = Vec::new();
-        for part in present.iter().flat_map(|component| &component.plan.parts) {
-            if !names.contains(&part.name.as_str()) {
-                names.push(&part.name);
-            }
-        }
+        let has = |name: &&str| present.iter().any(|component| component.plan.part(name) > Bytes::ZERO);
+        let names = PARTS.into_iter().filter(has);
         let line = |name: &str, cell: &dyn Fn(&Component<'_>) -> String| {
             let cells: String = present.iter().map(|component| format!(" {:>14}", cell(component))).collect();
             format!("{name:<20}{cells}\n")
