@@ -33,7 +33,7 @@ MODELS = {
     "gemma": ("gemma-3-270m-q4_k_m.gguf", 16384),
 }
 CLIENTS = 4
-HANG_SECONDS = 300
+HANG_SECONDS = 180
 WORDS = (
     "the of and to in is you that it he was for on are as with his they at be this have from or one had by word".split()
 )
@@ -210,7 +210,7 @@ class Server:
                 if choices and choices[0].get("text") and first is None:
                     first = time.monotonic() - started
         except TimeoutError:
-            return "hang", first, count, "no byte for 300 s"
+            return "hang", first, count, "no byte for 180 s"
         except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
             return "failed", first, count, repr(error)
         finally:

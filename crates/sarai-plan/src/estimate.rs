@@ -7,7 +7,7 @@
 use sarai_core::{Bytes, KvType, Part};
 
 use crate::gguf::{Header, Tensor};
-use crate::layers::Layers;
+use crate::layers::{self, Layers};
 use crate::projector;
 
 /// Anonymous memory of a worker before it loads anything: libraries, tables, thread stacks, allocator.
@@ -345,10 +345,19 @@ fn activations(header: &Header, layers: &Layers) -> Activations {
         _ if gated => 3 * forward + 5 * embedding,
         _ => (forward + 6 * embedding).min(2 * forward + 3 * embedding).max(7 * embedding),
     };
-    let routed = if experts > 0 { (3 * experts + 5 * embedding).max(experts + (2 * used + 3) * embedding) } else { 0 };
+    // What the experts put out takes the place of what two of their inner rows left, if it fits there.
+    let put_out = used * embedding;
+    let routed = match experts {
+        0 => 0,
+        _ if 2 * experts >= put_out => 3 * experts + 5 * embedding,
+        _ if experts <= embedding => put_out + 5 * embedding,
+        _ => 3 * experts + put_out + 5 * embedding,
+    };
     let inner = size("ssm.inner_size").unwrap_or(0);
     let groups = size("ssm.group_count").unwrap_or(0) * size("ssm.state_size").unwrap_or(0);
-    let scan = if inner > 0 {
+    let scan = if inner > 0 && layers::has_delta_rule(header) {
+        4 * inner + 3 * groups + 4 * embedding
+    } else if inner > 0 {
         let ranks = size("ssm.time_step_rank").unwrap_or(0);
         // The first Mamba, and Falcon's attention beside the scan, hold one row more.
         let more = if groups == 0 || header.architecture() == "falcon-h1" { embedding } else { 0 };

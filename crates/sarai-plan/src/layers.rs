@@ -97,6 +97,12 @@ const HYBRID_BY_INTERVAL: &[&str] = &["qwen3next", "qwen35", "qwen35moe"];
 /// Architectures with multi-head latent attention, which keep one compressed row per token.
 const LATENT: &[&str] = &["deepseek2", "deepseek2-ocr", "mistral4"];
 
+/// Whether recurrent layers follow the gated delta rule rather than a scan.
+#[must_use]
+pub fn has_delta_rule(header: &Header) -> bool {
+    HYBRID_BY_INTERVAL.contains(&header.architecture())
+}
+
 /// One layer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Layer {
