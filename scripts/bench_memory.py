@@ -35,7 +35,7 @@ class Worker:
             "path": path,
             "context_tokens": settings["ctx"],
             "parallel": settings["parallel"],
-            "ubatch_tokens": 512,
+            "ubatch_tokens": 256,
             "threads": os.cpu_count(),
             "kv": settings["kv"],
             "flash_attention": settings["flash_attn"] == "on",

@@ -35,9 +35,11 @@ pub fn run_worker(socket: OwnedFd) -> anyhow::Result<()> {
     }
 }
 
-/// Asks the kernel to take this process first when memory runs out: the server must survive its workers.
+/// Asks the kernel to take this process before the server that started it, whose value it inherited.
 fn prefer_as_victim() {
-    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "500") {
+    let file = "/proc/self/oom_score_adj";
+    let inherited = std::fs::read_to_string(file).ok().and_then(|text| text.trim().parse::<i32>().ok()).unwrap_or(0);
+    if let Err(error) = std::fs::write(file, (inherited + 500).min(1000).to_string()) {
         log::warn(&format!("oom_score_adj stays as it is: {error}"));
     }
 }

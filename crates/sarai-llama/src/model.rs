@@ -129,7 +129,10 @@ pub fn trim_heap() {
 fn advise_mapping(path: &Path, advice: rustix::mm::Advice) {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-    for (start, end) in mappings_of(&maps, &path.to_string_lossy()) {
+    let name = path.to_string_lossy();
+    // Of a split file, all parts are mapped.
+    let (stem, part) = name.rsplit_once("-00001-of-").unwrap_or((&name, ""));
+    for (start, end) in mappings_of(&maps, stem, part) {
         let address = std::ptr::with_exposed_provenance_mut(start);
         // SAFETY: the range is a file mapping that is only read, so dropping its pages loses nothing: they come
         // back from the file.
@@ -139,9 +142,13 @@ fn advise_mapping(path: &Path, advice: rustix::mm::Advice) {
     }
 }
 
-/// The address ranges that a file is mapped to.
-fn mappings_of<'a>(maps: &'a str, path: &'a str) -> impl Iterator<Item = (usize, usize)> + 'a {
-    maps.lines().filter(move |line| line.ends_with(path)).filter_map(|line| {
+/// The address ranges that files are mapped to whose names begin and end so.
+fn mappings_of<'a>(maps: &'a str, stem: &'a str, end: &'a str) -> impl Iterator<Item = (usize, usize)> + 'a {
+    let is_ours = move |line: &&str| {
+        let name = line.find('/').map_or("", |at| &line[at..]);
+        name == stem || (!end.is_empty() && name.starts_with(stem) && name.ends_with(end))
+    };
+    maps.lines().filter(is_ours).filter_map(|line| {
         let (start, end) = line.split_whitespace().next()?.split_once('-')?;
         Some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
     })
@@ -153,7 +160,10 @@ mod tests {
 
     #[test]
     fn the_ranges_of_a_mapped_file_are_found() {
-        let maps = "7f00-7f10 r--s 00000000 08:01 5  /models/a b.gguf\n7f20-7f30 rw-p 00000000 00:00 0\n";
-        assert_eq!(mappings_of(maps, "/models/a b.gguf").collect::<Vec<_>>(), [(0x7f00, 0x7f10)]);
+        let maps = "7f00-7f10 r--s 00000000 08:01 5  /models/a b.gguf\n7f20-7f30 rw-p 00000000 00:00 0\n\
+                    7f40-7f50 r--s 00000000 08:01 6  /m/s-00001-of-00002.gguf\n7f60-7f70 r--s 0 08:01 7  /m/s-00002-of-00002.gguf\n";
+        assert_eq!(mappings_of(maps, "/models/a b.gguf", "").collect::<Vec<_>>(), [(0x7f00, 0x7f10)]);
+        let parts: Vec<_> = mappings_of(maps, "/m/s", "00002.gguf").collect();
+        assert_eq!(parts, [(0x7f40, 0x7f50), (0x7f60, 0x7f70)]);
     }
 }

@@ -12,4 +12,4 @@ pub mod system;
 
 pub use estimate::{Plan, Repack, Settings, largest_context};
 pub use gguf::{GgufError, Header};
-pub use ledger::{Effect, EngineId, Ledger, Measured, PoolEvent, Size, Strategy, Ticket, Want};
+pub use ledger::{Effect, EngineId, Ledger, Measured, Observation, PoolEvent, Size, Strategy, Ticket, Want};

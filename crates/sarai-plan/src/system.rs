@@ -6,7 +6,7 @@ use sarai_core::{Bytes, KeepAlive, Refusal};
 
 use crate::estimate::{Plan, Settings};
 use crate::gguf::Header;
-use crate::ledger::{EngineId, EngineSpec, Ledger, Limits, Measured, PoolEvent, Row, Size, State, Ticket, Want};
+use crate::ledger::{EngineId, EngineSpec, Ledger, Limits, Observation, PoolEvent, Row, Size, State, Ticket, Want};
 use crate::{Effect, largest_context};
 use sarai_core::KvType;
 
@@ -238,7 +238,8 @@ impl<'a> Player<'a> {
         };
         let mut ledger = Ledger::new(system.limits, system.components.iter().map(spec).collect());
         let available = Bytes(u64::MAX);
-        ledger.decide(PoolEvent::Observed { server: system.server, available }, 0);
+        let (server, budget) = (system.server, system.limits.budget);
+        ledger.decide(PoolEvent::Observed(Observation { server, available, budget, workers: Vec::new() }), 0);
         Self { system, ledger, tickets: 0, now: 0, peak: Bytes::ZERO }
     }
 
@@ -293,7 +294,7 @@ impl<'a> Player<'a> {
             let event = match &effects[next] {
                 Effect::Stop(gone) => {
                     evicted.push(self.system.components[gone.0].label.clone());
-                    Some(PoolEvent::Exited(*gone))
+                    Some(PoolEvent::Exited { engine: *gone, raise: Bytes::ZERO, available: None })
                 }
                 Effect::Load(loaded, _) => Some(PoolEvent::Loaded(*loaded)),
                 Effect::Grant(granted, _) => Some(PoolEvent::Released(*granted)),
@@ -301,13 +302,11 @@ impl<'a> Player<'a> {
                     refusal = Some(why.clone());
                     None
                 }
-                Effect::Resize(..) | Effect::Trim(_) | Effect::Fail(..) => None,
+                Effect::Resize(..) | Effect::Trim(_) | Effect::Kill(..) | Effect::Fail(..) => None,
             };
             next += 1;
             effects.extend(event.into_iter().flat_map(|event| self.ledger.decide(event, self.now)));
         }
-        // It was measured as planned: idle workers hold what they claim.
-        self.ledger.decide(PoolEvent::Measured(id, Measured::default()), self.now);
         (evicted, refusal)
     }
 }

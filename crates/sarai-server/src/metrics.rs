@@ -3,11 +3,13 @@
 use std::sync::atomic::AtomicU64;
 
 use prometheus_client::encoding::{EncodeLabelSet, text::encode};
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 use sarai_core::Bytes;
 use sarai_plan::EngineId;
+use sarai_plan::ledger::DECISIONS_MADE;
 
 use crate::pool::Snapshot;
 
@@ -17,6 +19,11 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Labels {
     models: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Decision {
+    what: String,
 }
 
 type PerEngine = Family<Labels, Gauge<u64, AtomicU64>>;
@@ -61,6 +68,14 @@ pub fn render(snapshot: &Snapshot, name: impl Fn(EngineId) -> String) -> String 
             family.get_or_create(&labels).set(value);
         }
     }
+    let decisions = Family::<Decision, Counter>::default();
+    for (what, count) in DECISIONS_MADE.iter().zip(snapshot.counts) {
+        decisions.get_or_create(&Decision { what: (*what).to_owned() }).inc_by(count);
+    }
+    registry.register("decisions", "What the ledger decided", decisions);
+    let kills = Counter::<u64>::default();
+    kills.inc_by(snapshot.oom_kills);
+    registry.register("oom_kills", "Workers that the kernel killed for want of memory", kills);
     let pressure: Gauge<u64, AtomicU64> = Gauge::default();
     pressure.set(u64::from(snapshot.is_pressed));
     registry.register("memory_pressure", "1 while the kernel says that memory is short", pressure);

@@ -3,16 +3,16 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use sarai_core::{Bytes, EngineMemory, Part};
-use sarai_plan::estimate::{Plan, Settings, WEIGHTS};
+use sarai_core::{Bytes, EngineMemory};
+use sarai_plan::estimate::{BINARY_PAGES, Plan, Settings, WEIGHTS};
 use sarai_plan::ledger::{Measured, Millis};
 use sarai_plan::{Size, largest_context};
 
 use crate::model_file::ModelFile;
 use crate::state::{Learned, State};
 
-/// The part that measures added to a plan.
-const LEARNED: &str = "learned";
+/// What a worker may hold beyond its plan before that is worth remembering.
+const TOLERATED: Bytes = Bytes::mib(1);
 /// A dry run that differs by less does not matter.
 const TOLERANCE: f64 = 0.01;
 
@@ -41,25 +41,27 @@ impl Planner {
     /// What a load with these settings takes.
     pub fn plan(&self, file: &ModelFile, settings: Settings) -> Plan {
         let key = (file.identity.clone(), settings);
-        if let Some(plan) = self.kept().get(&key) {
+        // Made under the lock: what is learned meanwhile clears it afterwards.
+        let mut kept = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(plan) = kept.get(&key) {
             return plan.clone();
         }
-        let plan = self.make(file, settings);
-        let mut kept = self.kept();
         if kept.len() >= KEPT {
             kept.clear();
         }
+        let plan = self.make(file, settings);
         kept.insert(key, plan.clone());
         plan
     }
 
-    fn kept(&self) -> std::sync::MutexGuard<'_, HashMap<(String, Settings), Plan>> {
-        self.plans.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn learn(&self, key: &str, change: impl FnOnce(&mut Learned)) {
         self.state.learn(key, change);
-        self.kept().clear();
+        self.plans.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// Writes what was learned. Blocks.
+    pub fn flush(&self) {
+        self.state.flush();
     }
 
     fn make(&self, file: &ModelFile, settings: Settings) -> Plan {
@@ -71,9 +73,10 @@ impl Planner {
                 plan.notes.clear();
             }
         }
-        let excess = self.state.get(&usage_key(file, settings)).excess;
-        if excess > Bytes::ZERO {
-            plan.parts.push(Part { name: LEARNED.to_owned(), bytes: excess });
+        // What was seen is compared with the plan as it is now: a dry run that explains it is not counted twice.
+        let excess = self.state.get(&usage_key(file, settings)).anonymous.less(own(&plan));
+        if excess > TOLERATED {
+            plan.raise(excess);
         }
         plan
     }
@@ -100,26 +103,33 @@ impl Planner {
         self.learn(&self.probe_key(file, settings), |learned| learned.probe = Some(probe));
     }
 
-    /// Keeps what a worker took beyond its plan.
-    pub fn measured(&self, file: &ModelFile, size: &Size, settings: Settings, measured: Measured) {
-        let settings = Settings { context_tokens: size.context_tokens, ..settings };
-        let mut own = size.plan.clone();
-        own.parts.retain(|part| part.name != LEARNED && part.name != WEIGHTS && part.name != "binary");
-        let excess = measured.anonymous.less(own.total());
-        let matters = |known: Bytes| excess > known + Bytes::mib(1);
-        if matters(self.state.get(&usage_key(file, settings)).excess) {
-            self.learn(&usage_key(file, settings), |learned| learned.excess = excess);
+    /// Keeps what a worker was seen to hold, if that is more than its plan says and than was known.
+    pub fn measured(&self, file: &ModelFile, settings: Settings, measured: Measured) {
+        let key = usage_key(file, settings);
+        let known = self.state.get(&key).anonymous;
+        if measured.anonymous > known.max(own(&self.plan(file, settings))) + TOLERATED {
+            self.learn(&key, |learned| learned.anonymous = measured.anonymous);
         }
     }
 
-    /// The kernel killed a worker for want of memory: its next plan is a tenth higher at least.
-    pub fn killed(&self, file: &ModelFile, size: &Size, settings: Settings) {
-        let settings = Settings { context_tokens: size.context_tokens, ..settings };
-        let tenth = Bytes(size.plan.total().0 / 10);
+    /// A worker ended well: what it held at the most replaces what was known, so that one that grew once is not held
+    /// against its file for ever.
+    pub fn ended(&self, file: &ModelFile, settings: Settings, most: Bytes) {
+        let key = usage_key(file, settings);
+        if self.state.get(&key).anonymous > most {
+            self.learn(&key, |learned| learned.anonymous = most);
+        }
+    }
+
+    /// The kernel killed a worker for want of memory: its next plan is a tenth higher. Returns by how much.
+    pub fn killed(&self, file: &ModelFile, settings: Settings) -> Bytes {
+        let plan = self.plan(file, settings);
+        let tenth = Bytes(plan.total().0 / 10);
         self.learn(&usage_key(file, settings), |learned| {
             learned.oom_kills += 1;
-            learned.excess += tenth;
+            learned.anonymous = own(&plan) + tenth;
         });
+        tenth
     }
 
     /// What a load takes, learned or guessed from the size of the file.
@@ -145,10 +155,9 @@ impl Planner {
     }
 }
 
-/// The difference between plan and measure is of a file, a context and a type of cache.
+/// What a worker takes depends on its file, context, cache and all other settings.
 fn usage_key(file: &ModelFile, settings: Settings) -> String {
-    let Settings { context_tokens, parallel, kv, .. } = settings;
-    format!("{} {context_tokens} {parallel} {}", file.identity, kv.name())
+    format!("{} {settings:?}", file.identity)
 }
 
 /// The parts of which the dry run tells, where it differs by more than a hundredth of the whole.
@@ -167,6 +176,11 @@ fn differences(plan: &Plan, probe: EngineMemory) -> Vec<(&'static str, Bytes, By
         difference.as_mib() > TOLERANCE * plan.total().as_mib()
     };
     parts.into_iter().filter(differs).collect()
+}
+
+/// Memory that only the worker has.
+fn own(plan: &Plan) -> Bytes {
+    plan.total().less(plan.part(WEIGHTS) + plan.part(BINARY_PAGES))
 }
 
 /// Puts the dry run's figures in the place of the formula's.

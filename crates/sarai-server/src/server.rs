@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use axum::serve::ListenerExt;
 use futures_util::future::join_all;
-use sarai_core::Residence;
-use thiserror::Error;
+use sarai_core::{Error, Phase, Residence};
+use thiserror::Error as ThisError;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
@@ -27,7 +27,7 @@ use crate::state::State;
 const END_WORKERS: Duration = Duration::from_secs(5);
 
 /// Why the server cannot start.
-#[derive(Debug, Error)]
+#[derive(Debug, ThisError)]
 pub enum ServerError {
     /// The address is taken or not ours.
     #[error("cannot listen on {address} ({source}): stop what listens there, or change server.listen")]
@@ -121,6 +121,7 @@ impl Server {
         let (pool, owner) = self.pool;
         let _ = tokio::time::timeout(END_WORKERS, pool.stop()).await;
         let _ = tokio::time::timeout(Duration::from_secs(1), owner).await;
+        self.gateway.dispatch.planner.flush();
         outcome
     }
 }
@@ -134,7 +135,12 @@ async fn load_residents(gateway: Gateway, config: Config) {
             let id = sarai_plan::EngineId(index);
             let usual = engine.settings.context_tokens;
             let loaded = match gateway.dispatch.want(id, usual, Residence::default()).await {
-                Ok(want) => gateway.dispatch.pool.acquire(id, want).await.map(drop),
+                Ok(want) => {
+                    let loaded = tokio::time::timeout(engine.load_deadline, gateway.dispatch.pool.acquire(id, want));
+                    let seconds = engine.load_deadline.as_secs();
+                    let late = || Error::Deadline { model: engine.label.clone(), phase: Phase::Load, seconds };
+                    loaded.await.map_err(|_| late()).flatten().map(drop)
+                }
                 Err(error) => Err(error),
             };
             if let Err(error) = loaded {

@@ -19,8 +19,8 @@ const MOST: usize = 512;
 pub struct Learned {
     /// llama.cpp's own dry run.
     pub probe: Option<EngineMemory>,
-    /// Memory of its own that the worker took beyond the plan.
-    pub excess: Bytes,
+    /// Memory of its own that the last worker was seen to hold at the most, where that was more than planned.
+    pub anonymous: Bytes,
     /// How often the kernel killed it for want of memory.
     pub oom_kills: u32,
     /// What the last load took, in milliseconds.
@@ -41,6 +41,8 @@ struct Content {
 pub struct State {
     folder: PathBuf,
     content: Mutex<Content>,
+    /// Set by what was learned and not written yet; the lock keeps writers in order.
+    unwritten: Mutex<bool>,
 }
 
 impl State {
@@ -58,7 +60,7 @@ impl State {
                 Content::default()
             }
         };
-        Self { folder: folder.to_owned(), content: Mutex::new(content) }
+        Self { folder: folder.to_owned(), content: Mutex::new(content), unwritten: Mutex::new(false) }
     }
 
     /// What is known under a key.
@@ -66,22 +68,30 @@ impl State {
         self.content.lock().unwrap_or_else(PoisonError::into_inner).models.get(key).cloned().unwrap_or_default()
     }
 
-    /// Changes what is known under a key, and writes the file if anything did. Blocks for a write.
+    /// Changes what is known under a key. It counts at once; [`State::flush`] writes it.
     pub fn learn(&self, key: &str, change: impl FnOnce(&mut Learned)) {
-        let text = {
-            let mut content = self.content.lock().unwrap_or_else(PoisonError::into_inner);
-            let before = content.models.get(key).cloned().unwrap_or_default();
-            let mut after = before.clone();
-            change(&mut after);
-            if after == before {
-                return;
-            }
-            content.uses += 1;
-            after.used = content.uses;
-            content.models.insert(key.to_owned(), after);
-            content.forget();
-            serde_json::to_vec_pretty(&*content)
-        };
+        let mut content = self.content.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = content.models.get(key).cloned().unwrap_or_default();
+        let mut after = before.clone();
+        change(&mut after);
+        if after == before {
+            return;
+        }
+        content.uses += 1;
+        after.used = content.uses;
+        content.models.insert(key.to_owned(), after);
+        content.forget();
+        drop(content);
+        *self.unwritten.lock().unwrap_or_else(PoisonError::into_inner) = true;
+    }
+
+    /// Writes the file if anything was learned since the last time. Blocks for the write.
+    pub fn flush(&self) {
+        let mut unwritten = self.unwritten.lock().unwrap_or_else(PoisonError::into_inner);
+        if !std::mem::take(&mut *unwritten) {
+            return;
+        }
+        let text = serde_json::to_vec_pretty(&*self.content.lock().unwrap_or_else(PoisonError::into_inner));
         let written = text.map_err(std::io::Error::from).and_then(|text| self.replace(&text));
         if let Err(error) = written {
             tracing::warn!(folder = %self.folder.display(), %error, "what was learned cannot be kept");
@@ -118,8 +128,10 @@ mod tests {
     #[test]
     fn what_was_learned_outlives_the_server() {
         let folder = tempfile::tempdir().unwrap();
-        State::open(folder.path()).learn("a", |learned| learned.excess = Bytes::mib(7));
-        assert_eq!(State::open(folder.path()).get("a").excess, Bytes::mib(7));
+        let state = State::open(folder.path());
+        state.learn("a", |learned| learned.anonymous = Bytes::mib(7));
+        state.flush();
+        assert_eq!(State::open(folder.path()).get("a").anonymous, Bytes::mib(7));
         assert_eq!(State::open(folder.path()).get("b"), Learned::default());
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left aside");
     }
@@ -131,6 +143,7 @@ mod tests {
         let state = State::open(folder.path());
         assert_eq!(state.get("a"), Learned::default());
         state.learn("a", |learned| learned.oom_kills = 1);
+        state.flush();
         assert_eq!(State::open(folder.path()).get("a").oom_kills, 1);
     }
 
@@ -138,6 +151,7 @@ mod tests {
     fn a_folder_that_cannot_be_written_is_no_reason_to_stop() {
         let state = State::open(Path::new("/proc/none"));
         state.learn("a", |learned| learned.oom_kills = 1);
+        state.flush();
         assert_eq!(state.get("a").oom_kills, 1);
     }
 }

@@ -122,7 +122,7 @@ pub struct PlanArgs {
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = parse_kv)]
     pub kv: KvType,
     /// Tokens that one step computes at most
-    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=8192))]
+    #[arg(long, value_name = "TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=8192))]
     pub ubatch: u32,
     /// Compute attention without its full matrix
     #[arg(long, value_name = "on|off", default_value = "on", value_parser = parse_switch, action = clap::ArgAction::Set)]

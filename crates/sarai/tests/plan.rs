@@ -2,7 +2,7 @@
 //!
 //! `UPDATE_GOLDEN=1 cargo test --release -p sarai --test plan` writes the golden tables anew.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
 #[path = "support/gguf.rs"]
 mod gguf;
@@ -109,6 +109,22 @@ fn a_projector_and_an_unknown_architecture_are_counted_and_said() {
 }
 
 #[test]
+fn the_parts_of_a_split_file_are_planned_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = folder.path().join("whole.gguf");
+    gguf::lfm2().write(&whole);
+    gguf::lfm2().write_split(folder.path(), "split");
+    let plan_of = |path: &Path| plan_json(&[&path.to_string_lossy()])[0]["total_bytes"].as_u64().unwrap();
+    let (whole, split) = (plan_of(&whole), plan_of(&folder.path().join("split-00001-of-00002.gguf")));
+    // Where a repacked tensor lies in its file decides how much of it stays mapped.
+    assert!(whole.abs_diff(split) < 8 << 20, "{whole} {split}");
+    std::fs::remove_file(folder.path().join("split-00002-of-00002.gguf")).unwrap();
+    let output =
+        Command::new(BINARY).arg("plan").arg(folder.path().join("split-00001-of-00002.gguf")).output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("split-00002-of-00002.gguf cannot be opened"));
+}
+
+#[test]
 fn a_file_that_is_none_and_an_argument_that_is_none_are_errors_that_name_them() {
     let fails = |arguments: &[&str], message: &str| {
         let output = Command::new(BINARY).arg("plan").args(arguments).output().unwrap();
@@ -133,14 +149,14 @@ fn the_generated_headers_have_the_sizes_of_the_published_files() {
     assert_eq!(gguf::embedding_gemma().bytes(), 327_060_480);
 }
 
-fn reference(folder: &Path, name: &str, solar: &str, omni: u32) {
+fn reference(folder: &Path, name: &str, solar: &str, omni: u32, strategy: &str) {
     gguf::solar().write(&folder.join("solar.gguf"));
     gguf::lfm2().write(&folder.join("lfm2.gguf"));
     gguf::omni(omni).write(&folder.join("omni.gguf"));
     gguf::omni_projector(omni).write(&folder.join("mmproj.gguf"));
     gguf::embedding_gemma().write(&folder.join("embedding.gguf"));
     let config = format!(
-        "memory:\n  max_ram_gb: 12\n  max_concurrent_llms: 2\nmodels:\n\
+        "memory:\n  max_ram_gb: 12\n  max_concurrent_llms: 2\n  strategy: {strategy}\nmodels:\n\
          \x20 solar:\n{solar}    gguf_path: solar.gguf\n    context_length: 4096\n    threads: 4\n\
          \x20 lfm2:\n    backend: gguf_native\n    gguf_path: lfm2.gguf\n    context_length: 8192\n    parallel: 4\n    threads: 4\n\
          \x20 omni:\n    backend: gguf_native\n    gguf_path: omni.gguf\n    mmproj_path: mmproj.gguf\n    context_length: 4096\n    threads: 4\n\
@@ -163,7 +179,8 @@ const LOCAL: &str = "    backend: gguf_native\n";
 #[test]
 fn the_tables_of_the_reference_set_up_are_as_documented() {
     let folder = tempfile::tempdir().unwrap();
-    reference(folder.path(), "all_local_7b.txt", LOCAL, 7);
-    reference(folder.path(), "hybrid_7b.txt", HYBRID, 7);
-    reference(folder.path(), "hybrid_3b.txt", HYBRID, 3);
+    reference(folder.path(), "all_local_7b.txt", LOCAL, 7, "evict_lru");
+    reference(folder.path(), "hybrid_7b.txt", HYBRID, 7, "evict_lru");
+    reference(folder.path(), "hybrid_3b.txt", HYBRID, 3, "evict_lru");
+    reference(folder.path(), "hybrid_7b_never_unload.txt", HYBRID, 7, "hybrid_http_gguf");
 }

@@ -92,6 +92,7 @@ impl State {
 pub(super) struct Waiter {
     pub ticket: Ticket,
     pub needed: Size,
+    pub since: Millis,
 }
 
 #[derive(Clone, Debug)]
@@ -114,6 +115,8 @@ pub(super) struct Engine {
     pub unload_asked: bool,
     /// Its pages were given back since it was last used.
     pub trimmed: bool,
+    /// What it held when they were, until it is measured again.
+    pub trimmed_from: Option<Measured>,
     /// It gives no leases until its context has grown.
     pub must_drain: bool,
 }
@@ -134,6 +137,7 @@ impl Engine {
             loaded_at: 0,
             unload_asked: false,
             trimmed: false,
+            trimmed_from: None,
             must_drain: false,
         }
     }
@@ -185,12 +189,11 @@ impl Engine {
         self.state == State::Resident && self.busy == 0 && self.waiting.is_empty()
     }
 
-    /// Whether it may make room now. One that is waited for goes only once it was worth its load.
+    /// Whether it may make room now. Once it was worth its load, that is when nothing runs on it; before, when nobody
+    /// waits for it, and whoever used it last does not come back at once.
     pub fn may_be_evicted(&self, now: Millis) -> bool {
-        self.spec.evictable
-            && self.state == State::Resident
-            && self.busy == 0
-            && (self.waiting.is_empty() || self.dwells_until() <= now)
+        let rests = self.waiting.is_empty() && self.last_used + super::GRACE <= now;
+        self.spec.evictable && self.state == State::Resident && self.busy == 0 && (rests || self.dwells_until() <= now)
     }
 
     /// The least size that serves all who wait, the usual one at least if that is wished for.
@@ -226,6 +229,11 @@ impl Engine {
             _ => None,
         }
     }
+}
+
+/// Memory of its own.
+pub(super) fn own(plan: &Plan) -> Bytes {
+    split(&plan.parts).0
 }
 
 /// Memory of its own, and file pages.

@@ -25,6 +25,16 @@ pub type Millis = u64;
 const MIN_DWELL: Millis = 1_000;
 /// And at most so long.
 const MAX_DWELL: Millis = 20_000;
+/// Who asked a model once often asks it again at once: it is not evicted in between.
+const GRACE: Millis = 40;
+/// What made room shows in measures of so much later.
+const RELIEF_SHOWS_AFTER: Millis = 900;
+/// After pressure, loads have the shortest context that serves their request for so long.
+const SMALL_AFTER_PRESSURE: Millis = 60_000;
+/// Under pressure a load waits so long, and is then refused, so that another place may serve the request.
+const WAITS_UNDER_PRESSURE: Millis = 5_000;
+/// What the claims may be above the budget before room is made: the server's own size is never quite the same.
+const JITTER: Bytes = Bytes::mib(4);
 /// Decisions that are kept for people.
 const DECISIONS: usize = 64;
 
@@ -68,6 +78,19 @@ pub struct Limits {
     pub strategy: Strategy,
 }
 
+/// What was measured at one moment, all of it together: figures of different moments would count pages twice.
+#[derive(Clone, Debug, Default)]
+pub struct Observation {
+    /// What the server process holds, and dry runs that it has made.
+    pub server: Bytes,
+    /// What machine and control groups can still give.
+    pub available: Bytes,
+    /// The budget, which a control group may have changed.
+    pub budget: Bytes,
+    /// Every worker that lives, the loading ones too.
+    pub workers: Vec<(EngineId, Measured)>,
+}
+
 /// What happened.
 #[derive(Clone, Debug)]
 pub enum PoolEvent {
@@ -83,17 +106,17 @@ pub enum PoolEvent {
     Resized(EngineId, Result<(), String>),
     /// A lease of it was given back.
     Released(EngineId),
-    /// Its worker was measured.
-    Measured(EngineId, Measured),
     /// Its worker has ended, for whatever reason, and its memory is back.
-    Exited(EngineId),
-    /// What the server itself holds, and what machine and control groups have left.
-    Observed {
-        /// The server process.
-        server: Bytes,
-        /// What can still be had.
-        available: Bytes,
+    Exited {
+        /// The engine.
+        engine: EngineId,
+        /// What its next plans are to be higher by, because the kernel killed it for want of memory.
+        raise: Bytes,
+        /// What machine and control groups can give now, if that was looked at.
+        available: Option<Bytes>,
     },
+    /// Everything was measured.
+    Observed(Observation),
     /// The kernel reports that memory is short, or no more.
     Pressure(bool),
     /// Time has passed.
@@ -109,8 +132,10 @@ pub enum Effect {
     Resize(EngineId, u32),
     /// Have the worker give pages back.
     Trim(EngineId),
-    /// Stop the worker.
+    /// Stop the worker, which is idle.
     Stop(EngineId),
+    /// Stop the worker although it is busy: its requests are told why.
+    Kill(EngineId, String),
     /// Hand out a lease; the engine counts as busy from now on.
     Grant(EngineId, Ticket),
     /// Answer that it does not fit.
@@ -119,6 +144,10 @@ pub enum Effect {
     Fail(EngineId, Ticket, Option<String>),
 }
 
+/// Every kind of decision.
+pub const DECISIONS_MADE: [&str; 10] =
+    ["load", "grow", "shrink", "evict", "unload", "trim", "trimmed", "kill", "queue", "refuse"];
+
 /// One thing that was decided, for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Decision {
@@ -126,7 +155,7 @@ pub struct Decision {
     pub at: Millis,
     /// About which engine.
     pub engine: EngineId,
-    /// `load`, `evict`, `unload`, `shrink`, `grow`, `trim`, `queue` or `refuse`.
+    /// One of [`DECISIONS_MADE`].
     pub what: &'static str,
     /// Why.
     pub why: String,
@@ -144,8 +173,13 @@ pub struct Ledger {
     server: Bytes,
     available: Option<Bytes>,
     pressure: bool,
+    /// Short of memory not long ago: loads are as small as they can be.
+    pressed_until: Millis,
+    /// When room was last made for want of memory, until the effect of it was measured.
+    relieved_at: Option<Millis>,
     now: Millis,
     decisions: VecDeque<Decision>,
+    counts: [u64; DECISIONS_MADE.len()],
 }
 
 impl Ledger {
@@ -160,8 +194,11 @@ impl Ledger {
             server: Bytes::ZERO,
             available: None,
             pressure: false,
+            pressed_until: 0,
+            relieved_at: None,
             now: 0,
             decisions: VecDeque::new(),
+            counts: [0; DECISIONS_MADE.len()],
         }
     }
 
@@ -201,9 +238,39 @@ impl Ledger {
         !self.demands.is_empty()
     }
 
+    /// Engines that answer something now.
+    #[must_use]
+    pub fn computing(&self) -> usize {
+        self.engines.iter().filter(|engine| engine.busy > 0).count()
+    }
+
+    /// Whether anything is being loaded.
+    #[must_use]
+    pub fn is_loading(&self) -> bool {
+        self.engines.iter().any(|engine| engine.state == State::Loading)
+    }
+
+    /// When the next keep_alive is over.
+    #[must_use]
+    pub fn next_expiry(&self) -> Option<Millis> {
+        self.engines.iter().filter_map(Engine::expires_at).min()
+    }
+
+    /// What machine and control groups could give when they were last looked at.
+    #[must_use]
+    pub const fn available(&self) -> Option<Bytes> {
+        self.available
+    }
+
     /// The last decisions, newest first.
     pub fn decisions(&self) -> impl Iterator<Item = &Decision> {
         self.decisions.iter().rev()
+    }
+
+    /// How often each of [`DECISIONS_MADE`] was made.
+    #[must_use]
+    pub const fn counts(&self) -> [u64; DECISIONS_MADE.len()] {
+        self.counts
     }
 
     /// What an engine is loaded with, or is being loaded with or resized to.
@@ -249,7 +316,7 @@ impl Ledger {
                 }
             }
             PoolEvent::UnloadAsked(id) => {
-                if let Some(engine) = self.engines.get_mut(id.0) {
+                if let Some(engine) = self.engines.get_mut(id.0).filter(|engine| engine.holds_a_place()) {
                     engine.unload_asked = true;
                 }
             }
@@ -269,17 +336,15 @@ impl Ledger {
                     engine.last_used = now;
                 }
             }
-            PoolEvent::Measured(id, measured) => {
-                if let Some(engine) = self.engines.get_mut(id.0).filter(|engine| engine.holds_a_place()) {
-                    engine.measured = measured;
-                }
+            PoolEvent::Exited { engine, raise, available } => {
+                self.available = available.or(self.available);
+                self.exited(engine, raise, effects);
             }
-            PoolEvent::Exited(id) => self.exited(id, effects),
-            PoolEvent::Observed { server, available } => {
-                self.server = server;
-                self.available = Some(available);
+            PoolEvent::Observed(observation) => self.book(observation),
+            PoolEvent::Pressure(pressure) => {
+                self.pressure = pressure;
+                self.pressed_until = if pressure { self.now + SMALL_AFTER_PRESSURE } else { self.pressed_until };
             }
-            PoolEvent::Pressure(pressure) => self.pressure = pressure,
             PoolEvent::Tick => {}
         }
     }
@@ -296,13 +361,34 @@ impl Ledger {
         engine.trimmed = false;
         engine.keep_alive = want.keep_alive.unwrap_or(engine.spec.keep_alive);
         engine.usual = want.usual;
-        engine.waiting.push(Waiter { ticket, needed: want.needed });
+        engine.waiting.push(Waiter { ticket, needed: want.needed, since: now });
+    }
+
+    fn book(&mut self, observation: Observation) {
+        self.server = observation.server;
+        self.available = Some(observation.available);
+        self.limits.budget = observation.budget;
+        // Only what was measured after a step shows its effect.
+        self.relieved_at = self.relieved_at.filter(|&at| self.now < at + RELIEF_SHOWS_AFTER);
+        for (id, measured) in observation.workers {
+            let Some(engine) = self.engines.get_mut(id.0).filter(|engine| engine.holds_a_place()) else { continue };
+            engine.measured = measured;
+            if let Some(before) = engine.trimmed_from.take_if(|_| self.relieved_at.is_none()) {
+                let back = before.total().less(measured.total());
+                self.note(id, "trimmed", format!("{back} came back, it holds {}", measured.total()));
+            }
+        }
     }
 
     fn resized(&mut self, id: EngineId, outcome: Result<(), String>, effects: &mut Vec<Effect>) {
         let Some(engine) = self.engine_in(id, State::Resizing) else { return };
         engine.state = State::Resident;
         let previous = engine.previous.take();
+        if let (Ok(()), Some(previous)) = (&outcome, &previous) {
+            // What a shrink gave back is not measured yet.
+            let given = engine::own(&previous.plan).less(engine::own(&engine.size.plan));
+            engine.measured.anonymous = engine.measured.anonymous.less(given);
+        }
         if let (Err(reason), Some(previous)) = (outcome, previous) {
             engine.size = previous;
             let size = engine.size.context_tokens;
@@ -313,8 +399,15 @@ impl Ledger {
         }
     }
 
-    fn exited(&mut self, id: EngineId, effects: &mut Vec<Effect>) {
+    fn exited(&mut self, id: EngineId, raise: Bytes, effects: &mut Vec<Effect>) {
         let Some(engine) = self.engines.get_mut(id.0) else { return };
+        engine.unload_asked = false;
+        engine.trimmed_from = None;
+        // Whoever still waits was planned for before: the same load is not tried again as it was.
+        let waiting = engine.waiting.iter_mut().map(|waiter| &mut waiter.needed);
+        for size in waiting.chain([&mut engine.usual]) {
+            size.plan.raise(raise);
+        }
         let was = std::mem::replace(&mut engine.state, State::Absent);
         // Leases on the dead worker are still out; each is given back once, by its guard.
         engine.measured = Measured::default();
@@ -327,9 +420,13 @@ impl Ledger {
 
     fn note(&mut self, engine: EngineId, what: &'static str, why: impl Into<String>) {
         let why = why.into();
+        debug_assert!(DECISIONS_MADE.contains(&what), "{what}");
         // What is tried again and again is one decision.
         if self.decisions.iter().rev().find(|d| d.engine == engine).is_some_and(|d| d.what == what && d.why == why) {
             return;
+        }
+        if let Some(index) = DECISIONS_MADE.iter().position(|made| *made == what) {
+            self.counts[index] += 1;
         }
         if self.decisions.len() == DECISIONS {
             self.decisions.pop_front();

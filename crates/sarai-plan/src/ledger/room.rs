@@ -3,7 +3,7 @@
 use sarai_core::Bytes;
 
 use super::engine::{Engine, Size, State};
-use super::{Effect, EngineId, Ledger, Served, Strategy};
+use super::{Effect, EngineId, JITTER, Ledger, Served, Strategy, WAITS_UNDER_PRESSURE};
 
 /// What is missing for a load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,18 +36,25 @@ impl Yield {
 impl Ledger {
     /// Serves a demand: loads or grows it, makes room for it, lets it wait, or refuses it.
     pub(super) fn serve(&mut self, id: EngineId, effects: &mut Vec<Effect>) -> Served {
+        let least = self.engines[id.0].wanted_size(false);
         if self.engines[id.0].state == State::Resident && self.engines[id.0].busy > 0 {
+            if !self.may_ever_fit(id, &least) {
+                return self.refuse(id, &least, effects);
+            }
             // A context that is in use cannot grow.
             self.note(id, "queue", "a longer context is made when its running answers are done");
             self.engines[id.0].must_drain = true;
             return Served::WaitsForItself;
         }
         if self.pressure {
+            let since = self.engines[id.0].waiting.iter().map(|waiter| waiter.since).min().unwrap_or(self.now);
+            if since + WAITS_UNDER_PRESSURE <= self.now {
+                return self.refuse(id, &least, effects);
+            }
             self.note(id, "queue", "the kernel reports that memory is short");
             return Served::WaitsForRoom;
         }
-        let usual = self.engines[id.0].wanted_size(true);
-        let least = self.engines[id.0].wanted_size(false);
+        let usual = self.engines[id.0].wanted_size(self.now >= self.pressed_until);
         for size in [&usual, &least] {
             if self.lack(id, size, &[]).is_none() {
                 self.start(id, size.clone(), effects);
@@ -67,11 +74,11 @@ impl Ledger {
             self.note(id, "queue", "models that are busy hold its room");
             return Served::WaitsForRoom;
         }
-        self.refuse(id, &least, effects);
-        // Whoever needs less may still be served.
-        let engine = &self.engines[id.0];
-        let more = if engine.state == State::Absent { !engine.waiting.is_empty() } else { engine.must_grow() };
-        if more { self.serve(id, effects) } else { Served::Done }
+        self.refuse(id, &least, effects)
+    }
+
+    fn may_ever_fit(&self, id: EngineId, size: &Size) -> bool {
+        self.lack(id, size, &[]).is_none() || self.yields_for(id, size).is_some() || self.may_fit_soon(id, size)
     }
 
     fn start(&mut self, id: EngineId, size: Size, effects: &mut Vec<Effect>) {
@@ -115,7 +122,8 @@ impl Ledger {
         self.note(id, "shrink", why);
     }
 
-    fn refuse(&mut self, id: EngineId, size: &Size, effects: &mut Vec<Effect>) {
+    /// Refuses whoever needs so much; the others are served if they can be.
+    fn refuse(&mut self, id: EngineId, size: &Size, effects: &mut Vec<Effect>) -> Served {
         let refusal = self.refusal(id, size);
         self.note(id, "refuse", refusal.to_string());
         let engine = &mut self.engines[id.0];
@@ -124,6 +132,9 @@ impl Ledger {
             .partition(|waiter| waiter.needed.context_tokens >= size.context_tokens);
         engine.waiting = rest;
         effects.extend(refused.into_iter().map(|waiter| Effect::Refuse(waiter.ticket, Box::new(refusal.clone()))));
+        let engine = &self.engines[id.0];
+        let more = if engine.state == State::Absent { !engine.waiting.is_empty() } else { engine.must_grow() };
+        if more { self.serve(id, effects) } else { Served::Done }
     }
 
     /// What an engine lacks for this size if these made room.
@@ -219,8 +230,7 @@ impl Ledger {
         };
         let gone: Vec<_> =
             (0..self.engines.len()).filter(|&i| i != id.0 && goes(&self.engines[i])).map(EngineId).collect();
-        // What others hold of the machine may come back too: that is for the next look.
-        matches!(self.lack(id, size, &gone), None | Some(Lack::Machine)) && !gone.is_empty()
+        !gone.is_empty() && self.lack(id, size, &gone).is_none()
     }
 
     /// Whether an engine gives no new leases: it drains to grow, or the demand that waits for room needs its place, and
@@ -230,7 +240,7 @@ impl Ledger {
         if engine.must_drain {
             return true;
         }
-        let Some(head) = self.waits_for_room.filter(|head| *head != id) else { return false };
+        let Some(head) = self.waits_for_room.filter(|head| *head != id && !self.pressure) else { return false };
         self.limits.strategy == Strategy::EvictLru
             && engine.spec.evictable
             && engine.dwells_until() <= self.now
@@ -251,11 +261,12 @@ impl Ledger {
         self.lack(head, &size, &others).is_some()
     }
 
-    /// Gives back what is held beyond the budget, or what the kernel is short of: pages of idle workers first, then
-    /// idle workers, and if a worker grew beyond its plan and nothing else helps, that worker.
+    /// Gives back what is held beyond the budget, or what the kernel is short of, one step at a time, each measured before
+    /// the next: longer contexts than usual, pages of idle workers, idle workers; and if only busy ones are left and
+    /// more is really held than the budget allows, the worker that grew most beyond its plan.
     pub(super) fn relieve(&mut self, effects: &mut Vec<Effect>) {
-        let over = self.claimed() > self.limits.budget;
-        if !over && !self.pressure {
+        let over = self.claimed() > self.limits.budget + JITTER;
+        if !(over || self.pressure) || self.relieved_at.is_some() {
             return;
         }
         if self.engines.iter().any(|engine| matches!(engine.state, State::Stopping | State::Resizing)) {
@@ -266,31 +277,51 @@ impl Ledger {
         } else {
             "the kernel reports that memory is short".to_owned()
         };
+        if self.give_back(&why, effects) {
+            self.relieved_at = Some(self.now);
+        }
+    }
+
+    /// Takes the first step that can be taken.
+    fn give_back(&mut self, why: &str, effects: &mut Vec<Effect>) -> bool {
         let nobody = EngineId(usize::MAX);
         let grown = self.shrinkable(nobody).next();
         if let Some(id) = grown {
-            return self.shrink(id, &why, effects);
+            self.shrink(id, why, effects);
+            return true;
         }
         let untrimmed = self.engines.iter().position(|engine| engine.is_idle() && !engine.trimmed);
         if let Some(index) = untrimmed {
-            self.engines[index].trimmed = true;
+            let engine = &mut self.engines[index];
+            engine.trimmed = true;
+            engine.trimmed_from = Some(engine.measured);
             self.note(EngineId(index), "trim", why);
             effects.push(Effect::Trim(EngineId(index)));
-            return;
+            return true;
         }
-        if let Some(&id) = self.stalest_first(nobody).first() {
-            self.note(id, "evict", why);
-            return self.stop(id, effects);
-        }
-        // Nobody is idle: only what is really held counts against those who are busy.
-        let held = self.engines.iter().map(|engine| engine.measured.total()).sum::<Bytes>() + self.server;
-        let grown = (0..self.engines.len()).filter(|&i| self.engines[i].state == State::Resident);
-        let grown = grown.max_by_key(|&index| self.engines[index].excess());
-        let broken = held > self.limits.budget;
-        if let Some(index) = grown.filter(|&index| broken && self.engines[index].excess() > Bytes::ZERO) {
-            let excess = self.engines[index].excess();
-            self.note(EngineId(index), "evict", format!("it holds {excess} more than was planned, and {why}"));
+        let idle = (0..self.engines.len()).filter(|&i| self.engines[i].is_idle() && self.engines[i].spec.evictable);
+        if let Some(index) = idle.max_by_key(|&index| self.engines[index].staleness(self.now)) {
+            self.note(EngineId(index), "evict", why);
             self.stop(EngineId(index), effects);
+            return true;
         }
+        self.kill_the_outgrown(why, effects)
+    }
+
+    /// Nobody is idle: only what is really held counts against those who are busy.
+    fn kill_the_outgrown(&mut self, why: &str, effects: &mut Vec<Effect>) -> bool {
+        let held = self.engines.iter().map(|engine| engine.measured.total()).sum::<Bytes>() + self.server;
+        let outgrown = |&index: &usize| {
+            let engine = &self.engines[index];
+            let tolerated = JITTER.max(Bytes(engine.size.plan.total().0 / 20));
+            matches!(engine.state, State::Resident | State::Loading) && engine.excess() > tolerated
+        };
+        let worst = (0..self.engines.len()).filter(outgrown).max_by_key(|&index| self.engines[index].excess());
+        let Some(index) = worst.filter(|_| held > self.limits.budget) else { return false };
+        let why = format!("it holds {} more than was planned, and {why}", self.engines[index].excess());
+        self.note(EngineId(index), "kill", why.clone());
+        self.engines[index].state = State::Stopping;
+        effects.push(Effect::Kill(EngineId(index), why));
+        true
     }
 }

@@ -36,7 +36,25 @@ fn ledger(budget_mib: u64, max_concurrent_llms: usize, strategy: Strategy, engin
     Ledger::new(limits, (0..engines).map(spec).collect())
 }
 
+fn exited(engine: EngineId) -> PoolEvent {
+    PoolEvent::Exited { engine, raise: Bytes::ZERO, available: None }
+}
+
+fn own(mib: u64) -> Measured {
+    Measured { anonymous: Bytes::mib(mib), file: Bytes::ZERO }
+}
+
 impl Ledger {
+    /// Everything measured: MiB of the server, MiB left of the machine, and MiB of workers.
+    fn observed(&self, server: u64, available: u64, workers: &[(EngineId, u64)]) -> PoolEvent {
+        PoolEvent::Observed(Observation {
+            server: Bytes::mib(server),
+            available: Bytes::mib(available),
+            budget: self.limits.budget,
+            workers: workers.iter().map(|(id, mib)| (*id, own(*mib))).collect(),
+        })
+    }
+
     fn at_once(&mut self, event: PoolEvent) -> Vec<Effect> {
         let now = self.now;
         self.decide(event, now)
@@ -80,17 +98,20 @@ fn the_number_of_resident_llms_is_limited_apart_from_their_bytes() {
 fn what_was_measured_above_the_plan_counts_and_what_the_server_holds_too() {
     let mut ledger = ledger(100, 2, Strategy::HybridHttpGguf, 2);
     ledger.loaded(A, 1, 40);
-    ledger.at_once(PoolEvent::Measured(A, Measured { anonymous: Bytes::mib(80), file: Bytes::ZERO }));
+    let o = ledger.observed(0, 1000, &[(A, 80)]);
+    ledger.at_once(o);
     let refused = |effects: &[Effect]| matches!(effects, [Effect::Refuse(..)]);
     assert!(refused(&ledger.at_once(PoolEvent::Wanted(B, Ticket(2), want(30)))));
-    ledger.at_once(PoolEvent::Observed { server: Bytes::mib(15), available: Bytes::gib(1.0) });
+    let o = ledger.observed(15, 1000, &[(A, 80)]);
+    ledger.at_once(o);
     assert!(refused(&ledger.at_once(PoolEvent::Wanted(B, Ticket(3), want(10)))));
 }
 
 #[test]
 fn what_others_hold_of_the_machine_is_a_veto() {
     let mut ledger = ledger(1000, 2, Strategy::HybridHttpGguf, 1);
-    ledger.at_once(PoolEvent::Observed { server: Bytes::ZERO, available: Bytes::mib(30) });
+    let o = ledger.observed(0, 30, &[]);
+    ledger.at_once(o);
     let effects = ledger.at_once(PoolEvent::Wanted(A, Ticket(1), want(40)));
     assert!(matches!(&effects[..], [Effect::Refuse(_, refusal)] if refusal.available == Some(Bytes::mib(30))));
 }
@@ -100,8 +121,18 @@ fn evict_lru_stops_an_idle_engine_waits_for_its_end_and_then_loads() {
     let mut ledger = ledger(100, 2, Strategy::EvictLru, 2);
     ledger.loaded(A, 1, 70);
     assert_eq!(ledger.at_once(PoolEvent::Wanted(B, Ticket(2), want(70))), [], "A is busy: it may fit soon");
-    assert_eq!(ledger.at_once(PoolEvent::Released(A)), [Effect::Stop(A)]);
-    assert_eq!(ledger.at_once(PoolEvent::Exited(A)), [Effect::Load(B, 1024)]);
+    assert_eq!(ledger.at_once(PoolEvent::Released(A)), [], "who used it may come back at once");
+    assert_eq!(ledger.decide(PoolEvent::Tick, 40), [Effect::Stop(A)]);
+    assert_eq!(ledger.at_once(exited(A)), [Effect::Load(B, 1024)]);
+}
+
+#[test]
+fn whoever_comes_back_at_once_is_served_before_a_model_is_swapped_for_another() {
+    let mut ledger = ledger(100, 2, Strategy::EvictLru, 2);
+    ledger.loaded(A, 1, 70);
+    ledger.at_once(PoolEvent::Wanted(B, Ticket(2), want(70)));
+    ledger.at_once(PoolEvent::Released(A));
+    assert_eq!(ledger.decide(PoolEvent::Wanted(A, Ticket(3), want(70)), 20), [Effect::Grant(A, Ticket(3))]);
 }
 
 #[test]
@@ -123,9 +154,10 @@ fn an_engine_that_is_used_all_the_time_makes_room_once_it_was_worth_its_load() {
     ledger.decide(PoolEvent::Released(A), 5_000);
     assert_eq!(ledger.decide(PoolEvent::Wanted(A, Ticket(4), want(70)), 5_001), [], "it drains now");
     assert_eq!(ledger.decide(PoolEvent::Released(A), 5_100), [Effect::Stop(A)]);
-    assert_eq!(ledger.decide(PoolEvent::Exited(A), 5_200), [Effect::Load(B, 1024)]);
+    assert_eq!(ledger.decide(exited(A), 5_200), [Effect::Load(B, 1024)]);
     assert_eq!(ledger.decide(PoolEvent::Loaded(B), 6_200), [Effect::Grant(B, Ticket(2))]);
-    assert_eq!(ledger.decide(PoolEvent::Released(B), 6_300), [Effect::Stop(B)], "and A is waited for again");
+    ledger.decide(PoolEvent::Released(B), 6_300);
+    assert_eq!(ledger.decide(PoolEvent::Tick, 6_340), [Effect::Stop(B)], "and A is waited for again");
 }
 
 #[test]
@@ -160,7 +192,7 @@ fn keep_alive_is_a_time_after_the_last_use_and_a_request_may_set_it() {
     ledger.decide(PoolEvent::Released(A), 6_000);
     assert_eq!(ledger.decide(PoolEvent::Tick, 6_499), []);
     assert_eq!(ledger.decide(PoolEvent::Tick, 6_500), [Effect::Stop(A)]);
-    ledger.decide(PoolEvent::Exited(A), 6_600);
+    ledger.decide(exited(A), 6_600);
     ledger.decide(PoolEvent::Wanted(A, Ticket(2), keep(0)), 7_000);
     ledger.decide(PoolEvent::Loaded(A), 7_100);
     assert_eq!(ledger.decide(PoolEvent::Released(A), 7_200), [Effect::Stop(A)]);
@@ -217,7 +249,7 @@ fn a_worker_that_dies_while_it_loads_fails_all_who_wait() {
     ledger.at_once(PoolEvent::Wanted(A, Ticket(1), want(70)));
     ledger.at_once(PoolEvent::Wanted(A, Ticket(2), want(70)));
     let failed = [Effect::Fail(A, Ticket(1), None), Effect::Fail(A, Ticket(2), None)];
-    assert_eq!(ledger.at_once(PoolEvent::Exited(A)), failed);
+    assert_eq!(ledger.at_once(exited(A)), failed);
     assert_eq!(ledger.claimed(), Bytes::ZERO);
 }
 
@@ -227,7 +259,7 @@ fn a_busy_engine_is_unloaded_when_it_is_idle_unless_it_is_wanted_again() {
     ledger.loaded(A, 1, 70);
     assert_eq!(ledger.at_once(PoolEvent::UnloadAsked(A)), []);
     assert_eq!(ledger.at_once(PoolEvent::Released(A)), [Effect::Stop(A)]);
-    ledger.at_once(PoolEvent::Exited(A));
+    ledger.at_once(exited(A));
     ledger.loaded(A, 2, 70);
     ledger.at_once(PoolEvent::UnloadAsked(A));
     ledger.at_once(PoolEvent::Wanted(A, Ticket(3), want(70)));
@@ -239,35 +271,120 @@ fn a_busy_engine_is_unloaded_when_it_is_idle_unless_it_is_wanted_again() {
 fn a_lease_on_a_dead_worker_does_not_free_the_engine_under_its_next_lease() {
     let mut ledger = ledger(100, 2, Strategy::EvictLru, 2);
     ledger.loaded(A, 1, 70);
-    ledger.at_once(PoolEvent::Exited(A));
+    ledger.at_once(exited(A));
     ledger.loaded(A, 2, 70);
     ledger.at_once(PoolEvent::Released(A));
     assert_eq!(ledger.at_once(PoolEvent::Wanted(B, Ticket(3), want(70))), [], "the second lease is still out");
 }
 
 #[test]
-fn more_than_the_budget_is_relieved_by_pages_then_by_idle_workers_then_by_the_one_that_grew() {
+fn more_than_the_budget_is_relieved_step_by_step_and_each_is_measured_before_the_next() {
     let mut ledger = ledger(100, 3, Strategy::HybridHttpGguf, 2);
     ledger.loaded(A, 1, 40);
     ledger.loaded(B, 2, 40);
     ledger.at_once(PoolEvent::Released(B));
-    let grown = |mib| PoolEvent::Measured(A, Measured { anonymous: Bytes::mib(mib), file: Bytes::ZERO });
-    assert_eq!(ledger.at_once(grown(70)), [Effect::Trim(B)]);
-    assert_eq!(ledger.at_once(grown(70)), [Effect::Stop(B)]);
-    assert_eq!(ledger.at_once(PoolEvent::Exited(B)), []);
-    assert_eq!(ledger.at_once(grown(101)), [Effect::Stop(A)]);
-    assert!(ledger.decisions().next().is_some_and(|decision| decision.why.contains("more than was planned")));
+    let grown = |ledger: &Ledger, mib| ledger.observed(0, 1000, &[(A, mib), (B, 40)]);
+    assert_eq!(
+        {
+            let o = grown(&ledger, 70);
+            ledger.decide(o, 1_000)
+        },
+        [Effect::Trim(B)]
+    );
+    assert_eq!(ledger.decide(PoolEvent::Tick, 1_500), [], "what came back is not measured yet");
+    assert_eq!(
+        {
+            let o = grown(&ledger, 70);
+            ledger.decide(o, 2_000)
+        },
+        [Effect::Stop(B)]
+    );
+    assert!(ledger.decisions().any(|decision| decision.what == "trimmed"));
+    assert_eq!(ledger.decide(exited(B), 2_500), []);
+    assert_eq!(
+        {
+            let o = grown(&ledger, 99);
+            ledger.decide(o, 3_500)
+        },
+        [],
+        "within the budget, however much it grew"
+    );
+    let effects = {
+        let o = grown(&ledger, 120);
+        ledger.decide(o, 4_500)
+    };
+    assert!(
+        matches!(&effects[..], [Effect::Kill(A, why)] if why.contains("80 MiB more than was planned")),
+        "{effects:?}"
+    );
 }
 
 #[test]
-fn under_pressure_nothing_is_admitted_and_idle_workers_give_back() {
+fn a_shrink_counts_before_it_is_measured() {
+    let mut ledger = ledger(100, 3, Strategy::HybridHttpGguf, 2);
+    ledger.at_once(PoolEvent::Wanted(A, Ticket(1), longer(40 * 1024, 30)));
+    ledger.at_once(PoolEvent::Loaded(A));
+    ledger.at_once(PoolEvent::Released(A));
+    let o = ledger.observed(0, 1000, &[(A, 69)]);
+    ledger.at_once(o);
+    assert_eq!(ledger.at_once(PoolEvent::Wanted(B, Ticket(2), want(60))), [Effect::Resize(A, 1024)]);
+    assert_eq!(ledger.at_once(PoolEvent::Resized(A, Ok(()))), [Effect::Load(B, 1024)]);
+}
+
+#[test]
+fn growth_that_can_never_fit_is_refused_at_once_and_drains_nobody() {
+    let mut ledger = ledger(52, 2, Strategy::EvictLru, 1);
+    ledger.loaded(A, 1, 50);
+    let effects = ledger.at_once(PoolEvent::Wanted(A, Ticket(2), longer(8192, 50)));
+    assert!(matches!(effects[..], [Effect::Refuse(Ticket(2), _)]), "A is busy: {effects:?}");
+}
+
+#[test]
+fn whoever_waits_for_a_worker_that_the_kernel_killed_is_planned_for_anew() {
+    let mut ledger = ledger(60, 2, Strategy::HybridHttpGguf, 1);
+    ledger.loaded(A, 1, 50);
+    ledger.at_once(PoolEvent::Wanted(A, Ticket(2), longer(2048, 50)));
+    let killed = PoolEvent::Exited { engine: A, raise: Bytes::mib(5), available: None };
+    assert_eq!(ledger.at_once(killed), [Effect::Load(A, 2048)]);
+    assert_eq!(ledger.claimed(), Bytes::mib(51 + 5));
+    let mut again = ledger;
+    again.at_once(PoolEvent::Loaded(A));
+    again.at_once(PoolEvent::Wanted(A, Ticket(3), longer(4096, 50)));
+    let killed = PoolEvent::Exited { engine: A, raise: Bytes::mib(10), available: None };
+    assert!(matches!(again.at_once(killed)[..], [Effect::Refuse(Ticket(3), _)]), "it would be the same again");
+}
+
+#[test]
+fn a_demand_that_others_of_the_machine_keep_out_holds_nobody() {
+    let mut ledger = ledger(1000, 3, Strategy::EvictLru, 2);
+    ledger.loaded(A, 1, 40);
+    {
+        let o = ledger.observed(0, 10, &[(A, 40)]);
+        ledger.decide(o, 60_000)
+    };
+    let effects = ledger.at_once(PoolEvent::Wanted(B, Ticket(2), want(400)));
+    assert!(matches!(effects[..], [Effect::Refuse(Ticket(2), _)]), "{effects:?}");
+    assert_eq!(ledger.at_once(PoolEvent::Wanted(A, Ticket(3), want(40))), [Effect::Grant(A, Ticket(3))]);
+}
+
+#[test]
+fn under_pressure_nothing_is_admitted_idle_workers_give_back_and_loads_are_refused_in_time_for_another_place() {
     let mut ledger = ledger(100, 3, Strategy::HybridHttpGguf, 2);
     ledger.loaded(A, 1, 40);
     ledger.at_once(PoolEvent::Released(A));
-    assert_eq!(ledger.at_once(PoolEvent::Pressure(true)), [Effect::Trim(A)]);
-    assert_eq!(ledger.at_once(PoolEvent::Wanted(B, Ticket(2), want(10))), [Effect::Stop(A)]);
-    ledger.at_once(PoolEvent::Exited(A));
-    assert_eq!(ledger.at_once(PoolEvent::Pressure(false)), [Effect::Load(B, 1024)]);
+    assert_eq!(ledger.decide(PoolEvent::Pressure(true), 1_000), [Effect::Trim(A)]);
+    assert_eq!(ledger.decide(PoolEvent::Wanted(B, Ticket(2), want(10)), 1_100), []);
+    assert_eq!(
+        {
+            let o = ledger.observed(0, 1000, &[(A, 40)]);
+            ledger.decide(o, 2_000)
+        },
+        [Effect::Stop(A)]
+    );
+    ledger.decide(exited(A), 2_500);
+    let mut relieved = ledger.clone();
+    assert_eq!(relieved.decide(PoolEvent::Pressure(false), 3_000), [Effect::Load(B, 1024)]);
+    assert!(matches!(ledger.decide(PoolEvent::Tick, 6_100)[..], [Effect::Refuse(Ticket(2), _)]));
 }
 
 #[derive(Clone, Debug)]
@@ -281,6 +398,8 @@ enum Step {
     Wait(u64),
     FailToResize(usize),
     Pressure(bool),
+    /// Everything is measured; so many percent of each plan are touched.
+    Measure([u64; 4]),
 }
 
 fn steps() -> impl proptest::strategy::Strategy<Value = Vec<Step>> {
@@ -296,6 +415,7 @@ fn steps() -> impl proptest::strategy::Strategy<Value = Vec<Step>> {
         1 => engine().prop_map(Step::FailToResize),
         2 => (0_u64..10_000).prop_map(Step::Wait),
         1 => any::<bool>().prop_map(Step::Pressure),
+        3 => proptest::array::uniform4(0_u64..=100).prop_map(Step::Measure),
     ];
     proptest::collection::vec(step, 0..60)
 }
@@ -340,7 +460,7 @@ impl History {
             }
             Step::Progress(i) => match state(i) {
                 State::Loading => PoolEvent::Loaded(EngineId(i)),
-                State::Stopping => PoolEvent::Exited(EngineId(i)),
+                State::Stopping => exited(EngineId(i)),
                 State::Resizing => PoolEvent::Resized(EngineId(i), Ok(())),
                 State::Absent | State::Resident => return None,
             },
@@ -351,15 +471,28 @@ impl History {
                 self.leases[i] -= 1;
                 PoolEvent::Released(EngineId(i))
             }
-            Step::Die(i) if !matches!(state(i), State::Absent | State::Stopping) => PoolEvent::Exited(EngineId(i)),
+            Step::Die(i) if !matches!(state(i), State::Absent | State::Stopping) => exited(EngineId(i)),
             Step::Unload(i) => PoolEvent::UnloadAsked(EngineId(i)),
             Step::Wait(time) => {
                 self.now += time;
                 PoolEvent::Tick
             }
             Step::Pressure(pressure) => PoolEvent::Pressure(pressure),
+            Step::Measure(percents) => self.measured(percents),
             _ => return None,
         })
+    }
+
+    /// A machine that has just the budget: what workers touched is not available any more.
+    fn measured(&self, percents: [u64; 4]) -> PoolEvent {
+        let rows = self.ledger.rows();
+        let touched = |row: &Row| Bytes(row.planned.0 / 100 * percents[row.engine.0]);
+        let workers = rows.iter().filter(|row| row.state != State::Absent);
+        let workers: Vec<_> =
+            workers.map(|row| (row.engine, Measured { anonymous: touched(row), file: Bytes::ZERO })).collect();
+        let held: Bytes = workers.iter().map(|(_, measured)| measured.anonymous).sum();
+        let available = Bytes::mib(100).less(held);
+        PoolEvent::Observed(Observation { server: Bytes::ZERO, available, budget: Bytes::mib(100), workers })
     }
 
     fn live(&mut self, step: &Step) -> Result<(), TestCaseError> {
@@ -387,6 +520,7 @@ impl History {
                     prop_assert!(!pinned || self.pinned_was_asked_to_go(), "a pinned engine was evicted");
                 }
                 Effect::Resize(id, _) => prop_assert_eq!(self.leases[id.0], 0, "a context in use was resized"),
+                Effect::Kill(id, why) => prop_assert!(false, "{id:?} was killed within the budget: {why}"),
                 Effect::Load(..) | Effect::Trim(_) => {}
             }
         }

@@ -369,7 +369,8 @@ impl Resolver<'_> {
         }
         let evictable = !written.pinned && !written.resident;
         let keep_alive = self.keep_alive(mistakes);
-        if let Some(index) = engines.iter().position(|engine| engine.path == path && engine.is_llm == is_llm) {
+        let projector = written.mmproj_path.as_ref().map(|path| self.folder.join(path));
+        if let Some(index) = engines.iter().position(|engine| is_same_file(&engine.path, &path)) {
             let engine = &mut engines[index];
             engine.label = format!("{}+{}", engine.label, written.name);
             engine.settings.context_tokens = engine.settings.context_tokens.max(settings.context_tokens);
@@ -382,6 +383,8 @@ impl Resolver<'_> {
                 engine.settings.repack = Repack::Off;
             }
             engine.threads = engine.threads.max(written.threads);
+            engine.is_llm |= is_llm;
+            engine.projector = engine.projector.take().or_else(|| projector.clone());
             engine.evictable &= evictable;
             engine.resident |= written.resident;
             engine.keep_alive = longer(engine.keep_alive, keep_alive);
@@ -391,7 +394,7 @@ impl Resolver<'_> {
         engines.push(Engine {
             label: written.name.clone(),
             path,
-            projector: written.mmproj_path.as_ref().map(|path| self.folder.join(path)),
+            projector,
             settings,
             threads: written.threads,
             is_llm,
@@ -402,6 +405,11 @@ impl Resolver<'_> {
         });
         Some(Deployment::Local { engine: EngineId(engines.len() - 1), context_tokens: settings.context_tokens })
     }
+}
+
+/// Whether two paths name one file, through links too.
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    a == b || a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
 }
 
 /// For ever is longer than any time.

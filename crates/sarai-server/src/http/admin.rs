@@ -69,7 +69,8 @@ pub async fn ps(State(app): State<App>) -> Response {
         "budget_bytes": snapshot.limits.budget, "claimed_bytes": snapshot.claimed,
         "free_bytes": snapshot.limits.budget.less(snapshot.claimed),
         "max_concurrent_llms": snapshot.limits.max_concurrent_llms,
-        "server_bytes": snapshot.server,
+        "server_bytes": snapshot.server, "strategy": snapshot.limits.strategy.name(), "pressure": snapshot.is_pressed,
+        "decisions": super::pool::decisions(&app, &snapshot),
         "server": { "anonymous_bytes": server.anonymous, "file_bytes": server.file },
         "workers": workers.collect::<Vec<_>>(), "models": states,
     });

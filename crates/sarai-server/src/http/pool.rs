@@ -42,7 +42,6 @@ fn ledger_body(app: &App, snapshot: &Snapshot) -> Value {
             "failure": snapshot.failures.get(&row.engine),
         })
     });
-    let decisions = snapshot.decisions.iter().map(|decision| decision_body(app, decision, snapshot.now));
     json!({
         "budget_bytes": snapshot.limits.budget, "claimed_bytes": snapshot.claimed,
         "free_bytes": snapshot.limits.budget.less(snapshot.claimed), "server_bytes": snapshot.server,
@@ -52,8 +51,13 @@ fn ledger_body(app: &App, snapshot: &Snapshot) -> Value {
             "limit_bytes": machine::limit(), "available_bytes": snapshot.pressure.available,
             "pressure": snapshot.is_pressed, "full_avg10_percent": snapshot.pressure.full_avg10,
         },
-        "engines": engines.collect::<Vec<_>>(), "decisions": decisions.collect::<Vec<_>>(),
+        "engines": engines.collect::<Vec<_>>(), "decisions": decisions(app, snapshot),
     })
+}
+
+/// The last decisions, newest first.
+pub fn decisions(app: &App, snapshot: &Snapshot) -> Vec<Value> {
+    snapshot.decisions.iter().map(|decision| decision_body(app, decision, snapshot.now)).collect()
 }
 
 fn name(app: &App, engine: EngineId) -> &str {

@@ -26,7 +26,7 @@ enum Version {
 /// What a group holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Memory that no file backs, of the group and all below it.
+    /// Memory that cannot be had back, of the group and all below it: anonymous, in-memory files, the kernel's.
     pub anonymous: Bytes,
     /// The most it may hold.
     pub limit: Option<Bytes>,
@@ -76,11 +76,14 @@ impl Groups {
     pub fn tightest(&self) -> Option<Usage> {
         let usage = |folder: &PathBuf| {
             let limit = self.limit_of(folder)?;
-            let field = match self.version {
-                Version::One => "total_rss",
-                Version::Two => "anon",
+            // Files in memory (tmpfs) and the kernel's own cannot be given back either.
+            let (anonymous, others): (_, &[&str]) = match self.version {
+                Version::One => ("total_rss", &["total_shmem"]),
+                Version::Two => ("anon", &["shmem", "pagetables", "kernel_stack", "slab_unreclaimable"]),
             };
-            let anonymous = Bytes(field_of(&read(folder, "memory.stat")?, field)?);
+            let stat = read(folder, "memory.stat")?;
+            let others = others.iter().filter_map(|field| field_of(&stat, field)).sum::<u64>();
+            let anonymous = Bytes(field_of(&stat, anonymous)?) + Bytes(others);
             Some((limit.less(anonymous), Usage { anonymous, limit: Some(limit) }))
         };
         self.folders.iter().filter_map(usage).min_by_key(|(room, _)| *room).map(|(_, usage)| usage)
@@ -92,7 +95,9 @@ impl Groups {
             Version::One => "memory.oom_control",
             Version::Two => "memory.events",
         };
-        field_of(&read(self.folders.first()?, file)?, "oom_kill")
+        let of_group = self.folders.first().and_then(|folder| field_of(&read(folder, file)?, "oom_kill"));
+        // The root of version 2 has no such file: there, what the kernel killed anywhere counts.
+        of_group.or_else(|| field_of(&read(Path::new("/proc"), "vmstat")?, "oom_kill"))
     }
 
     /// The pressure file of the own group, where the version has one.

@@ -12,8 +12,10 @@ use super::{Machine, cgroup::Groups};
 const STALLED: f64 = 20.0;
 /// And below which it is not any more.
 const RECOVERED: f64 = 5.0;
-/// What must be left of the machine or of the control group, as a share: a thirty-second.
+/// What must be left of the machine, as a share: a thirty-second.
 const LEFT: u64 = 32;
+/// And of the control group. The budget keeps a fiftieth.
+const LEFT_OF_GROUP: u64 = 100;
 
 /// What the kernel says.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -24,6 +26,8 @@ pub struct Reading {
     pub available: Bytes,
     /// What the machine has.
     pub total: Bytes,
+    /// What the tightest control group has left, and its limit.
+    pub group: Option<(Bytes, Bytes)>,
 }
 
 impl Reading {
@@ -36,13 +40,15 @@ impl Reading {
             full_avg10: text.ok().and_then(|text| full_avg10(&text)).unwrap_or(0.0),
             available: machine.available,
             total: machine.total,
+            group: groups.tightest().and_then(|usage| Some((usage.limit?.less(usage.anonymous), usage.limit?))),
         }
     }
 
     /// Whether memory is short, given whether it was.
     pub fn is_short(self, was: bool) -> bool {
         let stalled = self.full_avg10 >= if was { RECOVERED } else { STALLED };
-        stalled || self.available < Bytes(self.total.0 / LEFT)
+        let group_is_full = self.group.is_some_and(|(left, limit)| left < Bytes(limit.0 / LEFT_OF_GROUP));
+        stalled || group_is_full || self.available < Bytes(self.total.0 / LEFT)
     }
 }
 
@@ -59,8 +65,9 @@ mod tests {
     fn stalls_are_read_and_end_later_than_they_begin() {
         let text = "some avg10=50.00 avg60=0.00 avg300=0.00 total=1\nfull avg10=12.34 avg60=0.00 avg300=0.00 total=0\n";
         assert_eq!(full_avg10(text), Some(12.34));
-        let reading = Reading { full_avg10: 12.34, available: Bytes::mib(512), total: Bytes::mib(1024) };
+        let reading = Reading { full_avg10: 12.34, available: Bytes::mib(512), total: Bytes::mib(1024), group: None };
         assert!(!reading.is_short(false) && reading.is_short(true));
         assert!(Reading { available: Bytes::mib(8), ..reading }.is_short(false));
+        assert!(Reading { group: Some((Bytes::mib(2), Bytes::mib(500))), ..reading }.is_short(false));
     }
 }

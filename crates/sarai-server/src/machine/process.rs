@@ -24,6 +24,15 @@ pub fn measure(pid: u32) -> Option<Memory> {
     parse(&text)
 }
 
+/// As [`measure`], at once however large the process is, but with whole file pages instead of shares of them.
+pub fn glance(pid: u32) -> Option<Memory> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    let mut pages = text.split_whitespace().skip(1).map_while(|field| field.parse::<u64>().ok());
+    let (resident, shared) = (pages.next()?, pages.next()?);
+    let bytes = |pages: u64| Bytes(pages * rustix::param::page_size() as u64);
+    Some(Memory { anonymous: bytes(resident.saturating_sub(shared)), file: bytes(shared) })
+}
+
 fn parse(text: &str) -> Option<Memory> {
     let kib = |name: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(name))?;
@@ -40,6 +49,14 @@ mod tests {
     fn anonymous_and_file_pages_are_told_apart() {
         let text = "Rss: 1752 kB\nPss_File:             240 kB\nAnonymous:            112 kB\nAnonHugePages: 0 kB\n";
         assert_eq!(parse(text), Some(Memory { anonymous: Bytes(112 << 10), file: Bytes(240 << 10) }));
+    }
+
+    #[test]
+    fn a_glance_sees_what_a_measure_sees() {
+        let (glance, measure) = (glance(std::process::id()), measure(std::process::id()));
+        let (glance, measure) = (glance.unwrap_or_default(), measure.unwrap_or_default());
+        assert!(glance.anonymous.as_mib() > 0.5 * measure.anonymous.as_mib(), "{glance:?} {measure:?}");
+        assert!(glance.anonymous.as_mib() < 2.0 * measure.anonymous.as_mib() + 1.0, "{glance:?} {measure:?}");
     }
 
     #[test]

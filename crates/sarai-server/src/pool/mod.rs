@@ -3,6 +3,7 @@
 //! Everybody else holds a [`Pool`], which sends messages, and leases, which are guards.
 
 mod lease;
+mod observe;
 mod owner;
 
 use std::collections::HashMap;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use sarai_core::{Bytes, EngineMemory, Error};
-use sarai_plan::ledger::{Decision, Limits, Row};
+use sarai_plan::ledger::{DECISIONS_MADE, Decision, Limits, Row};
 use sarai_plan::{Effect, EngineId, Ticket, Want};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -19,7 +20,6 @@ use tokio::task::JoinHandle;
 use crate::catalog::Catalog;
 use crate::config::MemoryConfig;
 use crate::machine::pressure::Reading;
-use crate::machine::process::Memory;
 use crate::planner::Planner;
 use crate::supervise::child::{Report, Worker};
 
@@ -42,21 +42,12 @@ enum Message {
     Abandoned(Ticket),
     Released(EngineId),
     Report(EngineId, Report),
-    Observed(Box<Observation>),
+    Observed(Box<observe::Seen>),
     Probed(EngineId, Result<EngineMemory, String>),
     Unload(EngineId),
     Snapshot(oneshot::Sender<Snapshot>),
     WhatIf(EngineId, Box<Want>, oneshot::Sender<WhatIf>),
     Stop(oneshot::Sender<()>),
-}
-
-/// What was measured at one moment.
-#[derive(Debug)]
-struct Observation {
-    server: Bytes,
-    available: Bytes,
-    pressure: Reading,
-    workers: Vec<(EngineId, u32, Memory)>,
 }
 
 /// The pool at one moment.
@@ -72,6 +63,10 @@ pub struct Snapshot {
     pub limits: Limits,
     /// The last decisions, newest first.
     pub decisions: Vec<Decision>,
+    /// How often each of `sarai_plan::ledger::DECISIONS_MADE` was made.
+    pub counts: [u64; DECISIONS_MADE.len()],
+    /// Workers that the kernel killed for want of memory.
+    pub oom_kills: u64,
     /// What the kernel says.
     pub pressure: Reading,
     /// Whether that is too little.

@@ -8,73 +8,82 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sarai_core::frame::{LoadSpec, ToWorker};
-use sarai_core::{Bytes, EngineMemory, Error};
+use sarai_core::{Bytes, Error};
 use sarai_plan::estimate::{Repack, Settings};
-use sarai_plan::ledger::{EngineSpec, Limits, Measured, Millis, State};
+use sarai_plan::ledger::{EngineSpec, Limits, Millis};
 use sarai_plan::{Effect, EngineId, Ledger, PoolEvent, Size, Ticket, Want};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Busy, Message, Observation, Parts, Pool, Reply, Snapshot, WhatIf};
+use super::{Busy, Message, Parts, Pool, Reply, Snapshot, WhatIf};
 use crate::catalog::Catalog;
 use crate::config::MemoryConfig;
+use crate::machine;
 use crate::machine::cgroup::Groups;
 use crate::machine::pressure::Reading;
-use crate::machine::{self, process};
+use crate::model_file::ModelFile;
 use crate::planner::Planner;
-use crate::supervise::child::{Ended, Report, Start, Worker, supervise};
-use crate::supervise::probe::probe;
+use crate::supervise::child::{Ended, Report, Start, Stop, Worker, supervise};
 
 /// How often memory is measured while anything is busy; else every tenth time.
 const MEASURE_EVERY: Duration = Duration::from_secs(1);
 /// How often time alone may change something while somebody waits.
-const TICK: Duration = Duration::from_millis(100);
-/// What the server holds at least, so that its first seconds do not look like room.
-const SERVER_AT_LEAST: Bytes = Bytes::mib(24);
-/// A dry run is made once nobody asked for anything for so long.
-const PROBE_AFTER: Duration = Duration::from_secs(5);
+const TICK: Duration = Duration::from_millis(20);
 /// So many deaths within [`QUARANTINE_WINDOW`] close an engine for the rest of it.
 const QUARANTINE_DEATHS: usize = 5;
 const QUARANTINE_WINDOW: Duration = Duration::from_secs(30);
 
 #[derive(Default)]
-struct Slot {
-    stop: Option<oneshot::Sender<()>>,
+pub(super) struct Slot {
+    stop: Option<oneshot::Sender<Stop>>,
+    /// From the start of the process.
+    pub pid: Option<u32>,
     worker: Option<Worker>,
+    /// The file that it was loaded from.
+    pub file: Option<Arc<ModelFile>>,
     /// What it was last loaded with, or resized to.
-    size: Size,
+    pub size: Size,
+    /// Memory of its own at the most, while it had this size.
+    pub most: Bytes,
     threads: Option<u32>,
     load_began: Option<Instant>,
+    resize_began: Option<Instant>,
     deaths: Vec<Instant>,
     failure: Option<String>,
 }
 
 impl Slot {
     /// Asks the worker to end. A sender is kept until the exit is reported: it marks that the worker still lives.
-    fn stop(&mut self) {
+    fn stop(&mut self, why: Stop) {
         if let Some(stop) = self.stop.take() {
             let (kept, _) = oneshot::channel();
-            let _ = stop.send(());
+            let _ = stop.send(why);
             self.stop = Some(kept);
         }
     }
 }
 
 pub(super) struct Owner {
-    ledger: Ledger,
-    catalog: Arc<Catalog>,
-    planner: Planner,
-    groups: Groups,
-    workers: Vec<Slot>,
-    executable: PathBuf,
+    pub ledger: Ledger,
+    pub catalog: Arc<Catalog>,
+    pub planner: Planner,
+    pub memory: MemoryConfig,
+    pub groups: Groups,
+    pub workers: Vec<Slot>,
+    pub executable: PathBuf,
     replies: HashMap<Ticket, Reply>,
     cores: usize,
     began: Instant,
-    last_asked: Instant,
-    pressure: Reading,
-    probing: Option<EngineId>,
-    unprobable: HashSet<EngineId>,
-    stopping: Option<oneshot::Sender<()>>,
-    pool: Pool,
+    pub last_asked: Instant,
+    /// What the server was last measured at.
+    pub server: Bytes,
+    pub pressure: Reading,
+    /// A measure is under way.
+    pub observing: bool,
+    pub probing: Option<EngineId>,
+    pub unprobable: HashSet<EngineId>,
+    oom_kills: u64,
+    pub stopping: Option<oneshot::Sender<()>>,
+    pub pool: Pool,
 }
 
 impl Owner {
@@ -87,20 +96,28 @@ impl Owner {
             keep_alive: engine.keep_alive,
             reload: catalog.file(EngineId(index)).map_or(1000, |file| planner.reload(&file)),
         };
-        let limits = limits(memory);
+        let limits = Limits {
+            budget: budget(memory),
+            max_concurrent_llms: memory.max_concurrent_llms,
+            strategy: memory.strategy,
+        };
         let specs = catalog.engines.iter().enumerate().map(spec).collect();
         Self {
             ledger: Ledger::new(limits, specs),
             workers: catalog.engines.iter().map(|_| Slot::default()).collect(),
             catalog,
             planner,
+            memory,
             groups: Groups::of_this_process(),
             executable,
             replies: HashMap::new(),
             cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             began: Instant::now(),
             last_asked: Instant::now(),
+            server: Bytes::ZERO,
             pressure: Reading::default(),
+            observing: false,
+            oom_kills: 0,
             probing: None,
             unprobable: HashSet::new(),
             stopping: None,
@@ -109,25 +126,25 @@ impl Owner {
     }
 
     pub(super) async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Message>) {
-        let mut tick = tokio::time::interval(TICK);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
-        let mut ticks = 0_u64;
-        let per_measure = u64::try_from(MEASURE_EVERY.as_millis() / TICK.as_millis()).unwrap_or(1);
+        let mut measure = tokio::time::interval(MEASURE_EVERY);
+        measure.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let mut measures = 0_u64;
         loop {
+            let look = self.next_look();
             tokio::select! {
                 message = inbox.recv() => match message {
                     Some(message) => self.handle(message),
                     None => return,
                 },
-                _ = tick.tick() => {
-                    if ticks.is_multiple_of(if self.is_busy() { per_measure } else { 10 * per_measure }) {
+                () = async { tokio::time::sleep(look.unwrap_or_default()).await }, if look.is_some() => {
+                    self.apply(PoolEvent::Tick);
+                }
+                _ = measure.tick() => {
+                    if self.is_busy() || measures.is_multiple_of(10) {
                         self.observe();
                         self.probe_if_idle();
                     }
-                    if self.ledger.is_waiting() || ticks.is_multiple_of(per_measure) {
-                        self.apply(PoolEvent::Tick);
-                    }
-                    ticks += 1;
+                    measures += 1;
                 }
             }
             if self.workers.iter().all(|slot| slot.stop.is_none())
@@ -137,6 +154,15 @@ impl Owner {
                 return;
             }
         }
+    }
+
+    /// When time alone may change something: soon while somebody waits, else when the next keep_alive is over.
+    fn next_look(&self) -> Option<Duration> {
+        if self.ledger.is_waiting() {
+            return Some(TICK);
+        }
+        let next = self.ledger.next_expiry()?;
+        Some(Duration::from_millis(next.saturating_sub(self.now())).max(Duration::from_millis(1)))
     }
 
     fn handle(&mut self, message: Message) {
@@ -155,10 +181,13 @@ impl Owner {
             Message::Probed(engine, outcome) => self.probed(engine, outcome),
             Message::Unload(engine) => self.apply(PoolEvent::UnloadAsked(engine)),
             Message::Snapshot(reply) => drop(reply.send(self.snapshot())),
-            Message::WhatIf(engine, want, reply) => drop(reply.send(self.what_if(engine, *want))),
+            Message::WhatIf(engine, want, reply) => {
+                self.look_again();
+                let _ = reply.send(self.what_if(engine, *want));
+            }
             Message::Stop(reply) => {
                 self.stopping = Some(reply);
-                self.workers.iter_mut().for_each(Slot::stop);
+                self.workers.iter_mut().for_each(|slot| slot.stop(Stop::Idle));
             }
         }
         self.share_cores();
@@ -185,24 +214,17 @@ impl Owner {
         self.apply(PoolEvent::Wanted(engine, ticket, want));
     }
 
-    /// Nothing is loaded, or refused, on figures of a second ago.
-    fn look_again(&mut self) {
-        let available = machine::free();
-        self.apply(PoolEvent::Observed { server: self.ledger.server().max(SERVER_AT_LEAST), available });
-    }
-
     fn reported(&mut self, engine: EngineId, report: Report) {
         match report {
+            Report::Started(pid) => self.workers[engine.0].pid = Some(pid),
             Report::Loaded(worker) => {
                 let slot = &mut self.workers[engine.0];
                 let took = slot.load_began.take().map_or(Duration::ZERO, |began| began.elapsed());
                 tracing::info!(model = self.catalog.engines[engine.0].label, pid = worker.pid, ?took, "loaded");
                 slot.worker = Some(worker);
                 slot.failure = None;
-                if let Ok(file) = self.catalog.file(engine) {
-                    let planner = self.planner.clone();
-                    let took = Millis::try_from(took.as_millis()).unwrap_or(Millis::MAX);
-                    tokio::task::spawn_blocking(move || planner.loaded(&file, took));
+                if let Some(file) = &slot.file {
+                    self.planner.loaded(file, Millis::try_from(took.as_millis()).unwrap_or(Millis::MAX));
                 }
                 self.apply(PoolEvent::Loaded(engine));
                 self.observe();
@@ -215,6 +237,10 @@ impl Owner {
                     worker.info = info;
                 }
                 self.apply(PoolEvent::Resized(engine, failure.map_or(Ok(()), Err)));
+                let slot = &mut self.workers[engine.0];
+                slot.resize_began = None;
+                slot.size = self.ledger.size(engine);
+                slot.most = Bytes::ZERO;
                 self.observe();
             }
             Report::Exited(ended) => self.exited(engine, ended),
@@ -222,29 +248,50 @@ impl Owner {
     }
 
     fn exited(&mut self, engine: EngineId, ended: Ended) {
+        let settings = self.settings_of(engine);
         let slot = &mut self.workers[engine.0];
+        let (file, most, was_loaded) = (slot.file.take(), std::mem::take(&mut slot.most), slot.worker.is_some());
         slot.stop = None;
+        slot.pid = None;
         slot.worker = None;
         slot.threads = None;
         slot.load_began = None;
-        if ended.failure.is_some() {
+        slot.resize_began = None;
+        let failed = ended.failure.is_some();
+        if failed {
             slot.deaths.push(Instant::now());
         }
         slot.failure = ended.failure;
-        if ended.out_of_memory
-            && let Ok(file) = self.catalog.file(engine)
-        {
-            let (planner, settings, size) =
-                (self.planner.clone(), self.catalog.engines[engine.0].settings, self.workers[engine.0].size.clone());
-            tracing::warn!(model = self.label(engine), "its next load is planned a tenth higher");
-            // At once: a load that waits must already see it.
-            planner.killed(&file, &size, settings);
+        let mut raise = Bytes::ZERO;
+        if let Some(file) = file {
+            if ended.out_of_memory {
+                self.oom_kills += 1;
+                raise = self.planner.killed(&file, settings);
+                tracing::warn!(model = self.label(engine), by = %raise, "its next load is planned higher");
+            } else if !failed && was_loaded {
+                self.planner.ended(&file, settings, most);
+            }
         }
-        self.look_again();
-        self.apply(PoolEvent::Exited(engine));
+        self.apply(PoolEvent::Exited { engine, raise, available: Some(machine::free()) });
+        // What lasts is written aside, and not at the next measure only.
+        let planner = self.planner.clone();
+        tokio::task::spawn_blocking(move || planner.flush());
     }
 
-    fn apply(&mut self, event: PoolEvent) {
+    /// Ends a worker that does not come back from a resize.
+    pub(super) fn end_what_hangs(&mut self) {
+        for index in 0..self.workers.len() {
+            let limit = self.catalog.engines[index].load_deadline;
+            let slot = &mut self.workers[index];
+            if slot.resize_began.take_if(|began| began.elapsed() > limit).is_some() {
+                let reason =
+                    format!("its context was not resized within {} s (deadline `load_seconds`)", limit.as_secs());
+                slot.stop(Stop::Because(reason));
+            }
+        }
+    }
+
+    pub(super) fn apply(&mut self, event: PoolEvent) {
         let now = self.now();
         let seen = self.ledger.decisions().next().cloned();
         for effect in self.ledger.decide(event, now) {
@@ -261,7 +308,7 @@ impl Owner {
         Millis::try_from(self.began.elapsed().as_millis()).unwrap_or(Millis::MAX)
     }
 
-    fn label(&self, engine: EngineId) -> String {
+    pub(super) fn label(&self, engine: EngineId) -> String {
         self.catalog.engines[engine.0].label.clone()
     }
 
@@ -271,6 +318,7 @@ impl Owner {
             Effect::Resize(engine, context_tokens) => {
                 let slot = &mut self.workers[engine.0];
                 slot.size = self.ledger.size(engine);
+                slot.resize_began = Some(Instant::now());
                 match &slot.worker {
                     Some(worker) => worker.send(ToWorker::Resize { context_tokens }),
                     None => tracing::error!("an engine without a worker was to be resized"),
@@ -281,7 +329,8 @@ impl Owner {
                     worker.send(ToWorker::Trim);
                 }
             }
-            Effect::Stop(engine) => self.workers[engine.0].stop(),
+            Effect::Stop(engine) => self.workers[engine.0].stop(Stop::Idle),
+            Effect::Kill(engine, why) => self.workers[engine.0].stop(Stop::Because(why)),
             Effect::Grant(engine, ticket) => self.grant(engine, ticket),
             Effect::Refuse(ticket, refusal) => self.answer(ticket, Err(Error::DoesNotFit(refusal))),
             Effect::Fail(engine, ticket, reason) => {
@@ -311,7 +360,7 @@ impl Owner {
     fn load(&mut self, engine: EngineId, context_tokens: u32) {
         if self.stopping.is_some() {
             // Nothing is started any more: those who wait for it are told so.
-            self.apply(PoolEvent::Exited(engine));
+            self.apply(PoolEvent::Exited { engine, raise: Bytes::ZERO, available: None });
             return;
         }
         let config = &self.catalog.engines[engine.0];
@@ -325,6 +374,8 @@ impl Owner {
         let slot = &mut self.workers[engine.0];
         slot.stop = Some(stop);
         slot.load_began = Some(Instant::now());
+        slot.file = self.catalog.file(engine).ok();
+        slot.most = Bytes::ZERO;
         slot.size = self.ledger.size(engine);
         let pool = self.pool.clone();
         tokio::spawn(supervise(start, on_stop, move |report| pool.send(Message::Report(engine, report))));
@@ -338,7 +389,7 @@ impl Owner {
 
     /// Workers that compute at the same time share the cores: two that use them all collapse together.
     fn share_cores(&mut self) {
-        let computing = self.ledger.rows().iter().filter(|row| row.busy > 0).count();
+        let computing = self.ledger.computing();
         for index in 0..self.workers.len() {
             let threads = self.threads_of(EngineId(index), computing);
             let slot = &mut self.workers[index];
@@ -349,103 +400,8 @@ impl Owner {
         }
     }
 
-    fn is_busy(&self) -> bool {
-        self.ledger.is_waiting() || self.ledger.rows().iter().any(|row| row.busy > 0 || row.state == State::Loading)
-    }
-
-    /// Has everything measured, aside.
-    fn observe(&self) {
-        let workers: Vec<_> = (self.workers.iter().enumerate())
-            .filter_map(|(index, slot)| Some((EngineId(index), slot.worker.as_ref()?.pid)))
-            .collect();
-        let (groups, pool) = (self.groups.clone(), self.pool.clone());
-        tokio::task::spawn_blocking(move || {
-            let measured = |(engine, pid)| Some((engine, pid, process::measure(pid)?));
-            pool.send(Message::Observed(Box::new(Observation {
-                server: process::measure(std::process::id()).unwrap_or_default().total(),
-                available: machine::free(),
-                pressure: Reading::now(&groups),
-                workers: workers.into_iter().filter_map(measured).collect(),
-            })));
-        });
-    }
-
-    fn observed(&mut self, observation: &Observation) {
-        let probing = self.probing.map_or(Bytes::ZERO, |engine| self.probe_takes(engine));
-        let server = observation.server.max(SERVER_AT_LEAST) + probing;
-        self.apply(PoolEvent::Observed { server, available: observation.available });
-        self.pressure = observation.pressure;
-        let short = observation.pressure.is_short(self.ledger.is_pressed());
-        if short != self.ledger.is_pressed() {
-            tracing::warn!(short, full_avg10 = self.pressure.full_avg10, available = %self.pressure.available, "memory pressure");
-        }
-        self.apply(PoolEvent::Pressure(short));
-        for &(engine, pid, memory) in &observation.workers {
-            // A worker that came since was not measured.
-            if self.workers[engine.0].worker.as_ref().is_none_or(|worker| worker.pid != pid) {
-                continue;
-            }
-            let measured = Measured { anonymous: memory.anonymous, file: memory.file };
-            self.apply(PoolEvent::Measured(engine, measured));
-            if let Ok(file) = self.catalog.file(engine)
-                && self.ledger.rows()[engine.0].state == State::Resident
-            {
-                let (planner, settings) = (self.planner.clone(), self.catalog.engines[engine.0].settings);
-                let size = self.workers[engine.0].size.clone();
-                tokio::task::spawn_blocking(move || planner.measured(&file, &size, settings, measured));
-            }
-        }
-    }
-
-    /// What a dry run takes: the tables of the vocabulary and a process.
-    fn probe_takes(&self, engine: EngineId) -> Bytes {
-        let Ok(file) = self.catalog.file(engine) else { return Bytes::ZERO };
-        let plan = self.planner.plan(&file, self.catalog.engines[engine.0].settings);
-        // While it reads, the tokenizer is there twice.
-        plan.part("vocabulary") * 2 + plan.part("process") + plan.part("binary")
-    }
-
-    /// Makes the dry run of one engine that has none yet, while nobody asks for anything and there is room.
-    fn probe_if_idle(&mut self) {
-        if self.probing.is_some()
-            || self.is_busy()
-            || self.stopping.is_some()
-            || self.last_asked.elapsed() < PROBE_AFTER
-        {
-            return;
-        }
-        for index in 0..self.catalog.engines.len() {
-            let engine = EngineId(index);
-            let config = &self.catalog.engines[index];
-            let Ok(file) = self.catalog.file(engine) else { continue };
-            let known = self.planner.is_probed(&file, config.settings) || self.unprobable.contains(&engine);
-            if known || self.probe_takes(engine) > self.ledger.free() {
-                continue;
-            }
-            self.probing = Some(engine);
-            let spec = load_spec(config, config.settings, 1);
-            let (executable, pool) = (self.executable.clone(), self.pool.clone());
-            tokio::spawn(async move {
-                let outcome = probe(&executable, spec).await.map(|info| info.memory);
-                pool.send(Message::Probed(engine, outcome));
-            });
-            return;
-        }
-    }
-
-    fn probed(&mut self, engine: EngineId, outcome: Result<EngineMemory, String>) {
-        self.probing = None;
-        match (outcome, self.catalog.file(engine)) {
-            (Ok(memory), Ok(file)) => {
-                let (planner, settings) = (self.planner.clone(), self.catalog.engines[engine.0].settings);
-                tokio::task::spawn_blocking(move || planner.probed(&file, settings, memory));
-            }
-            (Err(reason), _) => {
-                tracing::warn!(model = self.label(engine), reason, "the dry run failed");
-                self.unprobable.insert(engine);
-            }
-            (Ok(_), Err(_)) => {}
-        }
+    pub(super) fn is_busy(&self) -> bool {
+        self.ledger.is_waiting() || self.ledger.computing() > 0 || self.ledger.is_loading()
     }
 
     fn snapshot(&self) -> Snapshot {
@@ -456,6 +412,8 @@ impl Owner {
             server: self.ledger.server(),
             limits: self.ledger.limits(),
             decisions: self.ledger.decisions().cloned().collect(),
+            counts: self.ledger.counts(),
+            oom_kills: self.oom_kills,
             pressure: self.pressure,
             is_pressed: self.ledger.is_pressed(),
             now: self.now(),
@@ -468,17 +426,23 @@ impl Owner {
         let mut ledger = self.ledger.clone();
         let before = ledger.decisions().next().cloned();
         let ticket = Ticket(u64::MAX);
+        let mut available = ledger.available().unwrap_or(Bytes(u64::MAX));
         let mut effects = ledger.decide(PoolEvent::Wanted(engine, ticket, want), self.now());
-        let mut next = 0;
+        // What only a moment's rest keeps from making room does so now.
+        effects.extend(ledger.decide(PoolEvent::Tick, self.now() + 1_000));
+        let (now, mut next) = (self.now() + 1_000, 0);
         while next < effects.len() && next < 64 {
             let event = match effects[next] {
-                Effect::Stop(id) => Some(PoolEvent::Exited(id)),
+                Effect::Stop(id) => {
+                    available += ledger.rows()[id.0].measured.anonymous;
+                    Some(PoolEvent::Exited { engine: id, raise: Bytes::ZERO, available: Some(available) })
+                }
                 Effect::Load(id, _) => Some(PoolEvent::Loaded(id)),
                 Effect::Resize(id, _) => Some(PoolEvent::Resized(id, Ok(()))),
                 _ => None,
             };
             next += 1;
-            effects.extend(event.into_iter().flat_map(|event| ledger.decide(event, self.now())));
+            effects.extend(event.into_iter().flat_map(|event| ledger.decide(event, now)));
         }
         let decisions = ledger.decisions().take_while(|decision| Some(*decision) != before.as_ref()).cloned();
         let mut decisions: Vec<_> = decisions.collect();
@@ -487,19 +451,15 @@ impl Owner {
     }
 }
 
-/// The budget is the least of what was configured, what the machine has and what the control group allows; of the
-/// latter two the kernel's own share is taken off.
-fn limits(memory: MemoryConfig) -> Limits {
+/// The least of what was configured, what the machine has and what the control group allows; of the latter two the
+/// kernel's own share is taken off.
+pub(super) fn budget(memory: MemoryConfig) -> Bytes {
     let of_machine = machine::limit().map(|most| most.less(Bytes::mib(8).max(Bytes(most.0 / 50))));
-    Limits {
-        budget: of_machine.map_or(memory.max_ram, |most| memory.max_ram.min(most)),
-        max_concurrent_llms: memory.max_concurrent_llms,
-        strategy: memory.strategy,
-    }
+    of_machine.map_or(memory.max_ram, |most| memory.max_ram.min(most))
 }
 
 /// The frame that has a worker load an engine.
-fn load_spec(config: &crate::config::Engine, settings: Settings, threads: u32) -> LoadSpec {
+pub(super) fn load_spec(config: &crate::config::Engine, settings: Settings, threads: u32) -> LoadSpec {
     LoadSpec {
         model: config.label.clone(),
         path: config.path.clone(),

@@ -63,12 +63,23 @@ impl Worker {
 /// What the supervisor of a worker tells the pool.
 #[derive(Debug)]
 pub enum Report {
+    /// The process runs, and loads.
+    Started(u32),
     /// The model is loaded.
     Loaded(Worker),
     /// Its context has another size now, or why not.
     Resized(LoadedInfo, Option<String>),
     /// The process has ended.
     Exited(Ended),
+}
+
+/// Why a worker is to end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Nobody needs it.
+    Idle,
+    /// Although it is busy: its requests are told.
+    Because(String),
 }
 
 /// How a worker ended.
@@ -92,7 +103,7 @@ pub struct Start {
 }
 
 /// Runs a worker until it ends, or until `stop` is dropped or sent; reports what happens, `Exited` last.
-pub async fn supervise(start: Start, stop: oneshot::Receiver<()>, report: impl Fn(Report) + Send) {
+pub async fn supervise(start: Start, stop: oneshot::Receiver<Stop>, report: impl Fn(Report) + Send) {
     let model = start.spec.model.clone();
     let groups = Groups::of_this_process();
     let kills = groups.kills();
@@ -171,9 +182,10 @@ type Places = (Routes, Arc<Semaphore>);
 async fn run(
     mut launched: Launched,
     start: &Start,
-    mut stop: oneshot::Receiver<()>,
+    mut stop: oneshot::Receiver<Stop>,
     report: &(impl Fn(Report) + Send),
 ) -> (Option<String>, Option<Places>) {
+    report(Report::Started(launched.pid));
     let slots = Arc::new(Semaphore::new(start.spec.parallel as usize));
     let (commands, to_write) = mpsc::unbounded_channel();
     let (loaded, mut on_loaded) = mpsc::channel(1);
@@ -199,7 +211,7 @@ async fn run(
                 loop {
                     tokio::select! {
                         _ = &mut reading => break Outcome::Died,
-                        _ = &mut stop => break Outcome::Stopped,
+                        reason = &mut stop => break Outcome::of(reason),
                         Some((info, failure)) = on_resized.recv() => report(Report::Resized(info, failure)),
                     }
                 }
@@ -208,7 +220,7 @@ async fn run(
             Ok(None) => Outcome::Died,
             Err(_) => Outcome::Failed(format!("it was not loaded within {} s (deadline `load_seconds`)", start.load_deadline.as_secs())),
         },
-        _ = &mut stop => Outcome::Stopped,
+        reason = &mut stop => Outcome::of(reason),
     };
     // Closing our end asks the worker to go.
     drop(commands);
@@ -227,6 +239,15 @@ enum Outcome {
     Stopped,
     Failed(String),
     Died,
+}
+
+impl Outcome {
+    fn of(stop: Result<Stop, oneshot::error::RecvError>) -> Self {
+        match stop {
+            Ok(Stop::Because(reason)) => Self::Failed(reason),
+            Ok(Stop::Idle) | Err(_) => Self::Stopped,
+        }
+    }
 }
 
 /// A reason with what the child wrote last.

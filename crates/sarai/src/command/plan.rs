@@ -158,7 +158,7 @@ fn configuration(args: &PlanArgs) -> Result<ExitCode, Failure> {
     let files: Vec<_> = config.engines.iter().map(EngineFiles::read).collect();
     let planner = Planner::new(std::sync::Arc::new(State::open(&config.server.state_dir)));
     let present: Vec<_> = files.iter().map(|files| files.as_ref().ok()).collect();
-    let machine = args.ram.map_or_else(|| machine::limit().unwrap_or(Bytes(u64::MAX)), |ram| ram);
+    let machine = args.ram.unwrap_or_else(|| machine::limit().unwrap_or(Bytes(u64::MAX)));
     let budget = config.memory.max_ram.min(of_machine(machine));
     let limits =
         Limits { budget, max_concurrent_llms: config.memory.max_concurrent_llms, strategy: config.memory.strategy };

@@ -24,12 +24,14 @@ pub fn run(args: &PsArgs) -> Result<ExitCode, Failure> {
 fn table(sarai: &Value) -> String {
     let bytes = |value: &Value| Bytes(value.as_u64().unwrap_or(0));
     let mut text = format!(
-        "memory: {} of {} claimed, {} free; at most {} local LLMs; server {}\n\n",
+        "memory: {} of {} claimed (server {}), {} free; strategy {}; at most {} local LLMs{}\n\n",
         bytes(&sarai["claimed_bytes"]),
         bytes(&sarai["budget_bytes"]),
+        bytes(&sarai["server_bytes"]),
         bytes(&sarai["free_bytes"]),
+        sarai["strategy"].as_str().unwrap_or_default(),
         sarai["max_concurrent_llms"],
-        bytes(&sarai["server"]["anonymous_bytes"]) + bytes(&sarai["server"]["file_bytes"]),
+        if sarai["pressure"] == true { "; MEMORY IS SHORT" } else { "" },
     );
     text.push_str(&format!("{:<12} {:<44} {:<14} {}\n", "MODEL", "DEPLOYMENT", "STATE", "REASON"));
     for model in sarai["models"].as_array().into_iter().flatten() {
@@ -60,6 +62,21 @@ fn table(sarai: &Value) -> String {
                 bytes(&worker["file_bytes"]).to_string(),
             ));
         }
+    }
+    text.push_str(&decisions(sarai));
+    text
+}
+
+/// The last decisions, newest first.
+fn decisions(sarai: &Value) -> String {
+    const SHOWN: usize = 8;
+    let all = sarai["decisions"].as_array().filter(|decisions| !decisions.is_empty());
+    let Some(all) = all else { return String::new() };
+    let mut text = format!("\n{:<9} {:<12} {:>5}  {}\n", "DECISION", "MODEL", "AGO", "WHY");
+    for decision in all.iter().take(SHOWN) {
+        let field = |key: &str| decision[key].as_str().unwrap_or_default();
+        let ago = format!("{}s", decision["ago_ms"].as_u64().unwrap_or(0) / 1000);
+        text.push_str(&format!("{:<9} {:<12} {ago:>5}  {}\n", field("what"), field("models"), field("why")));
     }
     text
 }

@@ -106,6 +106,16 @@ impl Gguf {
         self.tensors.iter().map(|(_, shape, kind)| Self::size(shape, *kind).next_multiple_of(32)).sum()
     }
 
+    /// Writes it in two parts, as llama.cpp splits a file.
+    pub fn write_split(mut self, folder: &Path, name: &str) {
+        let rest = self.tensors.split_off(self.tensors.len() / 2);
+        self.key("split.count", 2);
+        self.metadata.extend(2_u16.to_le_bytes());
+        self.write(&folder.join(format!("{name}-00001-of-00002.gguf")));
+        let second = Self { tensors: rest, ..Self::new(&self.architecture) };
+        second.write(&folder.join(format!("{name}-00002-of-00002.gguf")));
+    }
+
     /// Writes the header, and a hole for the data.
     pub fn write(&self, path: &Path) {
         let mut file = b"GGUF".to_vec();
