@@ -41,6 +41,9 @@ pub struct LoadSpec {
     pub flash_attention: bool,
     /// Whether eligible weights are copied into the layout that computes fastest.
     pub repack: bool,
+    /// Bytes of the file, from and to, that nothing reads once the model is loaded, because they were copied.
+    #[serde(default)]
+    pub idle: Vec<(u64, u64)>,
 }
 
 /// What a worker says of the model it loaded.

@@ -38,7 +38,7 @@ pub fn run(spec: &LoadSpec, commands: &Receiver<ToWorker>, frames: &mut FrameWri
     let templates = ChatTemplates::from_model(&loaded, None).map_err(|error| error.to_string())?;
     let mut spec = spec.clone();
     let mut context = model::context(&spec, &backend, &loaded)?;
-    model::release_mapping(&spec.path);
+    model::release_idle(&spec);
     send(frames, &FromWorker::Loaded(info(&context)))?;
     loop {
         let mut engine = Engine::new(&spec, &loaded, &templates, context);

@@ -211,23 +211,36 @@ const MAPPED_AT_ONCE: u64 = 2 << 20;
 /// faster layout and whose rows come in eights, experts too; embeddings are only looked up in, unless they are the
 /// output as well: then the copy comes on top. What lies between tensors that are used stays mapped with them.
 fn repacked(header: &Header, repack: Repack) -> (Bytes, Bytes) {
-    let takes = |tensor: &Tensor| {
-        let multiplied = tensor.shape.len() == 2 || (tensor.shape.len() == 3 && tensor.name.contains("_exps"));
-        let rows = tensor.shape.get(1).is_some_and(|rows| rows % 8 == 0);
-        multiplied && rows && repack.takes(tensor.kind) && tensor.name.ends_with(".weight")
-    };
-    let looked_up = |tensor: &Tensor| {
-        ["token_embd.", "position_embd.", "token_types.", "per_layer_token_embd."]
-            .iter()
-            .any(|name| tensor.name.starts_with(name))
-    };
+    let takes = |tensor: &Tensor| is_repacked(tensor, repack);
+    let looked_up = is_looked_up;
     let copied: Bytes =
         header.tensors.iter().filter(|tensor| takes(tensor) && !looked_up(tensor)).map(|tensor| tensor.bytes).sum();
     let has_output = header.tensors.iter().any(|tensor| tensor.name == "output.weight");
     let answers = !Layers::of(header).encoder;
     let tied = header.tensors.iter().find(|tensor| tensor.name == "token_embd.weight" && takes(tensor));
     let tied = tied.filter(|_| answers && !has_output).map_or(Bytes::ZERO, |tensor| tensor.bytes);
-    let mut idle = Bytes::ZERO;
+    // A split file is never given back in part, but the kernel is free to take what is idle of it.
+    let idle = idle_ranges(header, takes, looked_up);
+    let idle = idle.iter().map(|(from, to)| Bytes(to - from)).sum();
+    (copied + tied, idle)
+}
+
+/// Bytes of the file that nothing reads once its repacked tensors are copied, in whole pieces of what the kernel maps
+/// at once. Of a split file there is no telling which part an offset belongs to.
+#[must_use]
+pub fn idle_pieces(header: &Header, repack: Repack) -> Vec<(u64, u64)> {
+    if header.int("split.count").is_some_and(|parts| parts > 1) {
+        return Vec::new();
+    }
+    idle_ranges(header, |tensor| is_repacked(tensor, repack), is_looked_up)
+}
+
+fn idle_ranges(
+    header: &Header,
+    takes: impl Fn(&Tensor) -> bool,
+    looked_up: impl Fn(&Tensor) -> bool,
+) -> Vec<(u64, u64)> {
+    let mut idle = Vec::new();
     let mut run: Option<(u64, u64)> = None;
     for tensor in header.tensors.iter().chain([&END]) {
         let (start, end) = (tensor.offset, tensor.offset.saturating_add(tensor.bytes.0));
@@ -236,13 +249,28 @@ fn repacked(header: &Header, repack: Repack) -> (Bytes, Bytes) {
             Some((from, to)) if unused && start >= to => Some((from, end)),
             Some((from, to)) => {
                 let (first, last) = (from.next_multiple_of(MAPPED_AT_ONCE), to / MAPPED_AT_ONCE * MAPPED_AT_ONCE);
-                idle += Bytes(last.saturating_sub(first));
+                if first < last {
+                    idle.push((first, last));
+                }
                 unused.then_some((start, end))
             }
             None => unused.then_some((start, end)),
         };
     }
-    (copied + tied, idle)
+    idle
+}
+
+/// Whether a matrix is copied: its type has a faster layout and its rows come in eights.
+fn is_repacked(tensor: &Tensor, repack: Repack) -> bool {
+    let multiplied = tensor.shape.len() == 2 || (tensor.shape.len() == 3 && tensor.name.contains("_exps"));
+    let rows = tensor.shape.get(1).is_some_and(|rows| rows % 8 == 0);
+    multiplied && rows && repack.takes(tensor.kind) && tensor.name.ends_with(".weight")
+}
+
+/// Whether a tensor is an embedding, of which single rows are read.
+fn is_looked_up(tensor: &Tensor) -> bool {
+    let tables = ["token_embd.", "position_embd.", "token_types.", "per_layer_token_embd."];
+    tables.iter().any(|name| tensor.name.starts_with(name))
 }
 
 /// Ends the last run of tensors.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use sarai_core::frame::{LoadSpec, ToWorker};
 use sarai_core::{Bytes, Error};
-use sarai_plan::estimate::{Repack, Settings};
+use sarai_plan::estimate::{Repack, Settings, idle_pieces};
 use sarai_plan::ledger::{EngineSpec, Limits, Millis};
 use sarai_plan::{Effect, EngineId, Ledger, PoolEvent, Size, Ticket, Want};
 use tokio::sync::{mpsc, oneshot};
@@ -365,11 +365,11 @@ impl Owner {
         }
         let config = &self.catalog.engines[engine.0];
         let settings = Settings { context_tokens, ..config.settings };
-        let start = Start {
-            executable: self.executable.clone(),
-            spec: load_spec(config, settings, self.threads_of(engine, 1)),
-            load_deadline: config.load_deadline,
-        };
+        let mut spec = load_spec(config, settings, self.threads_of(engine, 1));
+        if let Ok(file) = self.catalog.file(engine) {
+            spec.idle = idle_pieces(&file.header, settings.repack);
+        }
+        let start = Start { executable: self.executable.clone(), spec, load_deadline: config.load_deadline };
         let (stop, on_stop) = oneshot::channel();
         let slot = &mut self.workers[engine.0];
         slot.stop = Some(stop);
@@ -470,5 +470,6 @@ pub(super) fn load_spec(config: &crate::config::Engine, settings: Settings, thre
         kv: settings.kv,
         flash_attention: settings.flash_attention,
         repack: settings.repack != Repack::Off,
+        idle: Vec::new(),
     }
 }
