@@ -143,6 +143,8 @@ class Server:
             lines += [f"  {name}:", "    backend: gguf_native", f"    gguf_path: {tools['models']}/{file}"]
             lines += [
                 f"    context_length: {context}",
+                "    parallel: 4",
+                "    shared_context: true",
                 "    deadlines:",
                 "      load_seconds: 290",
                 "      queue_seconds: 290",

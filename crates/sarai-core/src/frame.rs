@@ -31,6 +31,9 @@ pub struct LoadSpec {
     pub context_tokens: u32,
     /// Sequences that are computed at the same time.
     pub parallel: u32,
+    /// Whether all sequences together hold what one may hold.
+    #[serde(default)]
+    pub shared_context: bool,
     /// Tokens of a prompt that one step computes at most.
     pub ubatch_tokens: u32,
     /// Threads when the worker is alone.

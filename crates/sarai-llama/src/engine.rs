@@ -4,6 +4,7 @@
 //! budget allows, so that a long prompt does not freeze running answers. Commands are taken between steps:
 //! a cancelled generation stops within one.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
@@ -67,6 +68,23 @@ fn send(frames: &mut FrameWriter, frame: &FromWorker) -> Result<(), String> {
     frames.send(frame).map_err(|error| error.to_string())
 }
 
+/// A generation that has not begun.
+struct Waiting {
+    id: u64,
+    request: GenerateRequest,
+    prompt: Vec<LlamaToken>,
+    context_tokens: usize,
+    since: Instant,
+}
+
+impl Waiting {
+    /// Cells that it may need.
+    fn reserves(&self) -> usize {
+        let answer = self.request.max_tokens.map_or(usize::MAX, |most| most as usize);
+        self.prompt.len().saturating_add(answer).min(self.context_tokens)
+    }
+}
+
 /// Why an engine stops serving.
 enum Outcome {
     /// The server is gone.
@@ -84,6 +102,10 @@ struct Engine<'model> {
     ubatch_tokens: usize,
     batch: LlamaBatch,
     sequences: Vec<Sequence>,
+    /// Generations that wait for cells, where sequences share them; the oldest first.
+    waiting: VecDeque<Waiting>,
+    /// Whether all sequences together hold what one may hold.
+    shared: bool,
     uses: u64,
     path: PathBuf,
     resize: Option<u32>,
@@ -106,6 +128,8 @@ impl<'model> Engine<'model> {
             ubatch_tokens,
             batch: LlamaBatch::new(ubatch_tokens, 1),
             sequences: (0..spec.parallel).map(|_| Sequence::default()).collect(),
+            waiting: VecDeque::new(),
+            shared: spec.shared_context,
             uses: 0,
             path: spec.path.clone(),
             resize: None,
@@ -120,7 +144,9 @@ impl<'model> Engine<'model> {
             if let Some(context_tokens) = self.resize {
                 return Outcome::Resize(context_tokens);
             }
-            if let Err(error) = self.step(frames).and_then(|()| frames.flush()) {
+            if let Err(error) =
+                self.begin_waiting(frames).and_then(|()| self.step(frames)).and_then(|()| frames.flush())
+            {
                 log::warn(&format!("the worker ends: {error:#}"));
                 return Outcome::End;
             }
@@ -128,7 +154,7 @@ impl<'model> Engine<'model> {
     }
 
     fn is_idle(&self) -> bool {
-        self.sequences.iter().all(|sequence| sequence.generation.is_none())
+        self.waiting.is_empty() && self.sequences.iter().all(|sequence| sequence.generation.is_none())
     }
 
     /// Takes all commands that are there, and waits for one while nothing runs; false when the server is gone.
@@ -157,11 +183,15 @@ impl<'model> Engine<'model> {
 
     fn obey(&mut self, command: ToWorker, frames: &mut FrameWriter) -> anyhow::Result<()> {
         match command {
-            ToWorker::Generate { id, context_tokens, request } => match self.begin(id, context_tokens, &request) {
-                Ok(()) => Ok(()),
+            ToWorker::Generate { id, context_tokens, request } => match self.render(id, context_tokens, *request) {
+                Ok(waiting) => {
+                    self.waiting.push_back(waiting);
+                    Ok(())
+                }
                 Err(error) => frames.send(&FromWorker::Failed { id, error }),
             },
             ToWorker::Cancel { id } => {
+                self.waiting.retain(|waiting| waiting.id != id);
                 for sequence in &mut self.sequences {
                     sequence.generation.take_if(|generation| generation.id == id);
                 }
@@ -185,18 +215,76 @@ impl<'model> Engine<'model> {
         }
     }
 
-    fn begin(&mut self, id: u64, context_tokens: u32, request: &GenerateRequest) -> Result<(), Error> {
-        let started = Instant::now();
+    fn render(&self, id: u64, context_tokens: u32, request: GenerateRequest) -> Result<Waiting, Error> {
+        let since = Instant::now();
         let context_tokens = self.context_tokens.min(context_tokens as usize);
-        let tokens = prompt::render(self.model, self.templates, request)?;
-        let prompt_tokens = tokens.len();
-        if prompt_tokens >= context_tokens {
+        let prompt = prompt::render(self.model, self.templates, &request)?;
+        if prompt.len() >= context_tokens {
             return Err(Error::ContextOverflow {
                 model: self.name.clone(),
-                prompt_tokens: u32::try_from(prompt_tokens).unwrap_or(u32::MAX),
+                prompt_tokens: u32::try_from(prompt.len()).unwrap_or(u32::MAX),
                 context_tokens: u32::try_from(context_tokens).unwrap_or(u32::MAX),
             });
         }
+        Ok(Waiting { id, request, prompt, context_tokens, since })
+    }
+
+    /// Begins what waits, in the order of arrival, as far as there are cells.
+    fn begin_waiting(&mut self, frames: &mut FrameWriter) -> anyhow::Result<()> {
+        while let Some(waiting) = self.waiting.pop_front() {
+            let id = waiting.id;
+            match self.has_cells_for(&waiting) {
+                Ok(true) => {}
+                Ok(false) => {
+                    self.waiting.push_front(waiting);
+                    break;
+                }
+                Err(error) => {
+                    frames.queue(&FromWorker::Failed { id, error })?;
+                    continue;
+                }
+            }
+            if let Err(error) = self.begin(waiting) {
+                frames.queue(&FromWorker::Failed { id, error })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a generation has the cells that it may need. Where sequences share them, those of idle ones are given up
+    /// for it, the least recently used first; those that running answers may still need are not.
+    fn has_cells_for(&mut self, waiting: &Waiting) -> Result<bool, Error> {
+        if !self.shared {
+            return Ok(true);
+        }
+        let running = self.sequences.iter().filter_map(|sequence| sequence.generation.as_ref());
+        let reserved: usize = running.map(Generation::reserves).sum();
+        let needed = waiting.reserves();
+        if reserved + needed > self.context_tokens {
+            return Ok(false);
+        }
+        let chosen = self.choose_sequence(&waiting.prompt)?;
+        loop {
+            let idle = |(index, sequence): &(usize, &Sequence)| *index != chosen && sequence.generation.is_none();
+            let idle = || self.sequences.iter().enumerate().filter(idle);
+            let kept: usize = idle().map(|(_, sequence)| sequence.cached.len()).sum();
+            if reserved + needed + kept <= self.context_tokens {
+                return Ok(true);
+            }
+            let oldest = idle().filter(|(_, sequence)| !sequence.cached.is_empty());
+            let Some(oldest) = oldest.min_by_key(|(_, sequence)| sequence.last_used).map(|(index, _)| index) else {
+                return Ok(true);
+            };
+            let sequence = u32::try_from(oldest).map_err(|error| Error::Internal(error.to_string()))?;
+            let cleared = self.context.clear_kv_cache_seq(Some(sequence), None, None);
+            cleared.map_err(|error| Error::Internal(error.to_string()))?;
+            self.sequences[oldest].cached.clear();
+        }
+    }
+
+    fn begin(&mut self, waiting: Waiting) -> Result<(), Error> {
+        let Waiting { id, request, prompt: tokens, context_tokens, since: started } = waiting;
+        let request = &request;
         let mut sampler = prompt::sampler(self.model, context_tokens, request)?;
         for &token in &tokens {
             sampler.accept(token, false);

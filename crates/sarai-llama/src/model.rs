@@ -91,13 +91,17 @@ fn context_params(spec: &LoadSpec) -> LlamaContextParams {
     };
     let flash = if spec.flash_attention { LlamaFlashAttnType::Enabled } else { LlamaFlashAttnType::Disabled };
     LlamaContextParams::default()
-        .with_n_ctx(NonZeroU32::new(spec.context_tokens.saturating_mul(spec.parallel)))
+        .with_n_ctx(NonZeroU32::new(spec.context_tokens.saturating_mul(if spec.shared_context {
+            1
+        } else {
+            spec.parallel
+        })))
         .with_n_seq_max(spec.parallel)
         .with_n_batch(step_tokens(spec))
         .with_n_ubatch(step_tokens(spec))
         .with_n_outputs_max(spec.parallel)
         .with_swa_full(false)
-        .with_kv_unified(false)
+        .with_kv_unified(spec.shared_context)
         .with_flash_attn_type(flash)
         .with_cache_type_k(kv)
         .with_cache_type_v(kv)

@@ -37,6 +37,11 @@ pub struct Generation {
 }
 
 impl Generation {
+    /// Cells that it may need.
+    pub fn reserves(&self) -> usize {
+        self.prompt.len().saturating_add(self.max_tokens as usize).min(self.context_tokens)
+    }
+
     /// What it took in tokens.
     pub fn usage(&self) -> Usage {
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);

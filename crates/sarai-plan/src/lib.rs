@@ -8,7 +8,9 @@ pub mod gguf;
 pub mod layers;
 pub mod ledger;
 pub mod projector;
+mod scratch;
 pub mod system;
+mod weights;
 
 pub use estimate::{Plan, Repack, Settings, largest_context};
 pub use gguf::{GgufError, Header};

@@ -118,6 +118,9 @@ pub struct PlanArgs {
     /// Sequences computed at the same time
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     pub parallel: u32,
+    /// All sequences together hold what one may hold
+    #[arg(long)]
+    pub shared_context: bool,
     /// Type of the KV cache: f16, q8_0 or q4_0
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = parse_kv)]
     pub kv: KvType,

@@ -103,6 +103,31 @@ async fn a_smaller_context_never_reloads_and_a_longer_one_grows_in_the_same_work
 }
 
 #[tokio::test]
+async fn sequences_that_share_a_context_take_no_more_than_one_and_wait_for_each_others_cells() {
+    let (config, _folder) = two_models("  max_ram_gb: 2", "    parallel: 3\n    shared_context: true\n");
+    let sarai = Sarai::start(&config);
+    let ask = |n: usize| {
+        let prompt = format!("Story {n}: {}", "one two three four five six seven eight ".repeat(25));
+        generate(&sarai, "a", json!({ "prompt": prompt, "options": { "num_predict": 60 } }))
+    };
+    let alone: Vec<_> =
+        [ask(1).await, ask(2).await, ask(3).await].iter().map(|answer| answer.json()["response"].clone()).collect();
+    // Each may need about 280 of the 512 cells: two at a time do not fit, and nobody is refused for it.
+    let together = futures_util::future::join_all((1..=3).map(ask)).await;
+    for (answer, alone) in together.iter().zip(&alone) {
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        assert_eq!(&answer.json()["response"], alone);
+    }
+    // Short ones run side by side.
+    let short = futures_util::future::join_all((0..3).map(|_| generate(&sarai, "a", json!({})))).await;
+    assert!(short.iter().all(|answer| answer.status == 200));
+    let ledger = ledger(&sarai).await;
+    let kv =
+        engine(&ledger, "a")["planned"].as_array().unwrap().iter().find(|part| part["name"] == "kv").unwrap().clone();
+    assert_eq!(kv["bytes"], 30 * 3 * (64 + 64) * 2 * 512, "that of one sequence");
+}
+
+#[tokio::test]
 async fn growth_that_does_not_fit_is_refused_with_numbers_and_the_model_goes_on() {
     let (config, _folder) = two_models("  max_ram_gb: 0.22", "");
     let sarai = Sarai::start(&config);

@@ -356,6 +356,7 @@ impl Resolver<'_> {
         let settings = Settings {
             context_tokens: written.context_length.unwrap_or(defaults.context_tokens),
             parallel: written.parallel.unwrap_or(defaults.parallel),
+            shared_context: written.shared_context.unwrap_or(defaults.shared_context),
             ubatch_tokens: written.ubatch.unwrap_or(defaults.ubatch_tokens),
             kv: written.kv.unwrap_or(defaults.kv),
             flash_attention: written.flash_attention.unwrap_or(defaults.flash_attention),
@@ -375,6 +376,7 @@ impl Resolver<'_> {
             engine.label = format!("{}+{}", engine.label, written.name);
             engine.settings.context_tokens = engine.settings.context_tokens.max(settings.context_tokens);
             engine.settings.parallel += settings.parallel;
+            engine.settings.shared_context |= settings.shared_context;
             engine.settings.ubatch_tokens = engine.settings.ubatch_tokens.max(settings.ubatch_tokens);
             // Of two types, the one that loses less.
             engine.settings.kv = engine.settings.kv.min(settings.kv);

@@ -465,6 +465,7 @@ pub(super) fn load_spec(config: &crate::config::Engine, settings: Settings, thre
         path: config.path.clone(),
         context_tokens: settings.context_tokens,
         parallel: settings.parallel,
+        shared_context: settings.shared_context,
         ubatch_tokens: settings.ubatch_tokens,
         threads,
         kv: settings.kv,

@@ -69,6 +69,7 @@ impl FilePlan {
         let settings = Settings {
             context_tokens: args.ctx,
             parallel: args.parallel,
+            shared_context: args.shared_context,
             ubatch_tokens: args.ubatch,
             kv: args.kv,
             flash_attention: args.flash_attn,
@@ -142,6 +143,7 @@ fn dry_run(path: &Path, settings: Settings) -> Result<EngineMemory, String> {
         path: path.to_owned(),
         context_tokens: settings.context_tokens,
         parallel: settings.parallel,
+        shared_context: settings.shared_context,
         ubatch_tokens: settings.ubatch_tokens,
         threads: 1,
         kv: settings.kv,
