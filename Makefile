@@ -33,8 +33,8 @@ bench: build models ollama
 
 # Every model that is here and a small file of each architecture: plan, dry run and measure over a grid of settings.
 bench-memory: build models sketches
-	python3 scripts/bench_memory.py $(SARAI_MODELS)/*.gguf \
-		$(filter-out $(SARAI_CACHE)/sketches/mmproj% %bert-MIX.gguf %embedding-MIX.gguf,$(wildcard $(SARAI_CACHE)/sketches/*.gguf))
+	python3 scripts/bench_memory.py $(MEMORY) $(SARAI_MODELS)/*.gguf \
+		$$(ls $(SARAI_CACHE)/sketches/*.gguf | grep -v -e mmproj -e bert -e embedding)
 
 # Three models in less memory than they ask for, beside Ollama and llama.cpp's router under the same limits.
 # LLAMA_SERVER names the latter's binary; docs/memory.md says how to get one.
