@@ -24,7 +24,7 @@ PARTS = ["weights mapped", "weights repacked", "kv", "state", "compute"]
 class Worker:
     """A worker process, spoken to in its own frames."""
 
-    def __init__(self, binary, path, settings):
+    def __init__(self, binary, path, settings, idle):
         ours, theirs = socket.socketpair()
         command = [binary, "worker", "llama", "bench"]
         self.process = subprocess.Popen(command, stdin=theirs, stderr=subprocess.DEVNULL)
@@ -40,6 +40,7 @@ class Worker:
             "kv": settings["kv"],
             "flash_attention": settings["flash_attn"] == "on",
             "repack": settings["repack"] == "on",
+            "idle": idle,
         }
         self.send({"load": spec})
         self.loaded = self.receive()
@@ -87,19 +88,33 @@ class Worker:
                 break
             words *= 4
         target = int(settings["ctx"] * 0.97 / per_word)
-        prompts = [" ".join(itertools.islice(self.words(n), target)) for n in range(1, settings["parallel"] + 1)]
-        for n, prompt in enumerate(prompts):
+        while True:
+            longest, overflow = self.fill_with(target, settings)
+            if not overflow:
+                return longest
+            # Words of other seeds have more tokens.
+            target = int(target * 0.97 * settings["ctx"] / overflow)
+
+    def fill_with(self, words, settings):
+        """Prompts of so many words at once; returns the longest in tokens, and the tokens of one that was too long."""
+        for n in range(1, settings["parallel"] + 1):
+            prompt = " ".join(itertools.islice(self.words(n), words))
             self.generate(100 + n, prompt, settings["ctx"])
-        waiting, longest = len(prompts), 0
+        waiting, longest, overflow = settings["parallel"], 0, 0
         while waiting:
             frame = self.receive()
             if "failed" in frame:
-                raise RuntimeError(frame["failed"]["error"])
+                error = frame["failed"]["error"]
+                if "context_overflow" not in error:
+                    raise RuntimeError(error)
+                overflow = max(overflow, error["context_overflow"]["prompt_tokens"])
+                waiting -= 1
+                continue
             event = frame["event"]["event"]
             if "done" in event:
                 waiting -= 1
                 longest = max(longest, event["done"]["usage"]["prompt_tokens"])
-        return longest
+        return longest, overflow
 
     @staticmethod
     def words(seed):
@@ -149,7 +164,7 @@ def planned(binary, path, settings):
     probe = plan["probe"]
     if "failed" in probe:
         raise RuntimeError(probe["failed"])
-    return parts, {name: value / MIB for name, value in probe.items()}
+    return parts, {name: value / MIB for name, value in probe.items()}, plan["idle_pieces"]
 
 
 def grid(quick):
@@ -191,11 +206,11 @@ def main():
             name = os.path.basename(path).removesuffix(".gguf").removesuffix("-MIX")[:22]
             label = "{ctx}x{parallel} {kv} repack={repack} fa={flash_attn}".format(**settings)
             try:
-                parts, probe = planned(arguments.binary, path, settings)
+                parts, probe, idle = planned(arguments.binary, path, settings)
             except RuntimeError as reason:
                 print(f"{name:<22} {label:<26} llama.cpp does not allow it: {str(reason)[:80]}")
                 continue
-            worker = Worker(arguments.binary, path, settings)
+            worker = Worker(arguments.binary, path, settings, idle)
             watchdog = threading.Timer(600, worker.process.kill)
             watchdog.start()
             try:

@@ -14,7 +14,7 @@ use crate::weights::repacked;
 pub use crate::weights::{Repack, idle_pieces};
 
 /// Anonymous memory of a worker before it loads anything: libraries, tables, thread stacks, allocator.
-const BARE_PROCESS: Bytes = Bytes::kib(3_000);
+const BARE_PROCESS: Bytes = Bytes::kib(4_500);
 /// File pages of the binary that a worker keeps in memory, as its proportional share.
 const BINARY: Bytes = Bytes::kib(9_700);
 /// llama.cpp computes in multiples of so many cells.

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use sarai_core::frame::LoadSpec;
 use sarai_core::{Bytes, EngineMemory, Part};
-use sarai_plan::estimate::{PARTS, Plan, Repack, Settings, largest_context};
+use sarai_plan::estimate::{PARTS, Plan, Repack, Settings, idle_pieces, largest_context};
 use sarai_plan::ledger::Limits;
 use sarai_plan::system::{Answers, Component, Place, Route, Scenario, System};
 use sarai_plan::{EngineId, Header};
@@ -123,7 +123,8 @@ impl FilePlan {
     fn body(&self) -> Value {
         json!({
             "file": self.file.path, "architecture": self.file.header.architecture(),
-            "parts": self.plan.parts, "formula": self.formula.parts, "total_bytes": self.plan.total(), "free_bytes": self.free,
+            "parts": self.plan.parts, "formula": self.formula.parts,
+            "idle_pieces": idle_pieces(&self.file.header, self.settings.repack), "total_bytes": self.plan.total(), "free_bytes": self.free,
             "largest_context_tokens": self.largest, "notes": self.plan.notes,
             "probe": self.probe.as_ref().map(|probe| match probe {
                 Ok(memory) => json!(memory),
