@@ -4,7 +4,6 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use sarai_core::Bytes;
 use sarai_plan::{GgufError, Header};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
@@ -78,11 +77,6 @@ impl ModelFile {
     pub fn is_unchanged(&self) -> bool {
         let meta = std::fs::metadata(&self.path);
         meta.is_ok_and(|meta| meta.len() == self.first_size && meta.modified().is_ok_and(|time| time == self.modified))
-    }
-
-    /// What a load maps at most.
-    pub fn bytes(&self) -> Bytes {
-        Bytes(self.size)
     }
 }
 

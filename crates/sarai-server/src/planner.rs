@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use sarai_core::{Bytes, EngineMemory};
+use sarai_plan::Size;
 use sarai_plan::estimate::{BINARY_PAGES, Plan, Settings, WEIGHTS};
 use sarai_plan::ledger::{Measured, Millis};
-use sarai_plan::{Size, largest_context};
 
 use crate::model_file::ModelFile;
 use crate::state::{Learned, State};
@@ -113,10 +113,11 @@ impl Planner {
     }
 
     /// A worker ended well: what it held at the most replaces what was known, so that one that grew once is not held
-    /// against its file for ever.
+    /// against its file for ever. What the kernel killed for is kept: a worker may end well and have touched little.
     pub fn ended(&self, file: &ModelFile, settings: Settings, most: Bytes) {
         let key = usage_key(file, settings);
-        if self.state.get(&key).anonymous > most {
+        let known = self.state.get(&key);
+        if known.oom_kills == 0 && known.anonymous > most {
             self.learn(&key, |learned| learned.anonymous = most);
         }
     }
@@ -143,11 +144,6 @@ impl Planner {
     /// Keeps what a load took.
     pub fn loaded(&self, file: &ModelFile, took: Millis) {
         self.state.learn(&file.identity, |learned| learned.load_ms = took.max(1));
-    }
-
-    /// The longest context that fits in `free`, by the formula.
-    pub fn largest_context(&self, file: &ModelFile, settings: Settings, free: Bytes) -> Option<u32> {
-        largest_context(&file.header, settings, None, free)
     }
 
     fn probe_key(&self, file: &ModelFile, settings: Settings) -> String {

@@ -118,6 +118,11 @@ impl Growing {
         (response.status().as_u16(), response.text().await.unwrap())
     }
 
+    async fn unload(&self, model: &str) {
+        let body = json!({ "model": model, "keep_alive": 0 }).to_string();
+        self.client.post(format!("{}/api/generate", self.url)).body(body).send().await.unwrap();
+    }
+
     async fn ledger(&self) -> Value {
         let response = self.client.get(format!("{}/api/pool/ledger", self.url)).send().await.unwrap();
         serde_json::from_str(&response.text().await.unwrap()).unwrap()
@@ -201,6 +206,13 @@ async fn a_worker_that_the_kernel_kills_is_known_as_such_and_planned_higher_and_
     assert_eq!(status, 200, "{text}");
     let after = planned(&server.ledger().await);
     assert!(after >= before + before / 11, "{before} planned before, {after} after");
+    // A worker that ends well afterwards does not make it forgotten.
+    server.unload("lfm2").await;
+    server.until("it is unloaded", |ledger| ledger["engines"][0]["state"] == "absent").await;
+    assert_eq!(server.ask("lfm2").await.0, 200);
+    let again = server.ledger().await;
+    let state = std::fs::read_to_string(server.folder.path().join("state/learned.json")).unwrap();
+    assert!(planned(&again) >= before + before / 11, "{before} planned before, {again:#} after; {state}");
 }
 
 #[tokio::test]

@@ -366,15 +366,14 @@ impl Owner {
         let config = &self.catalog.engines[engine.0];
         let settings = Settings { context_tokens, ..config.settings };
         let mut spec = load_spec(config, settings, self.threads_of(engine, 1));
-        if let Ok(file) = self.catalog.file(engine) {
-            spec.idle = idle_pieces(&file.header, settings.repack);
-        }
+        let file = self.catalog.file(engine).ok();
+        spec.idle = file.as_ref().map(|file| idle_pieces(&file.header, settings.repack)).unwrap_or_default();
         let start = Start { executable: self.executable.clone(), spec, load_deadline: config.load_deadline };
         let (stop, on_stop) = oneshot::channel();
         let slot = &mut self.workers[engine.0];
         slot.stop = Some(stop);
         slot.load_began = Some(Instant::now());
-        slot.file = self.catalog.file(engine).ok();
+        slot.file = file;
         slot.most = Bytes::ZERO;
         slot.size = self.ledger.size(engine);
         let pool = self.pool.clone();
