@@ -39,7 +39,7 @@ pub fn run_worker(socket: OwnedFd) -> anyhow::Result<()> {
 fn prefer_as_victim() {
     let file = "/proc/self/oom_score_adj";
     let inherited = std::fs::read_to_string(file).ok().and_then(|text| text.trim().parse::<i32>().ok()).unwrap_or(0);
-    if let Err(error) = std::fs::write(file, (inherited + 500).min(1000).to_string()) {
+    if let Err(error) = std::fs::write(file, (inherited.max(0) + 500).min(1000).to_string()) {
         log::warn(&format!("oom_score_adj stays as it is: {error}"));
     }
 }

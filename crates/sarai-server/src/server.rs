@@ -60,6 +60,7 @@ impl Server {
     /// # Errors
     /// The address cannot be listened on. Missing files and hosts are no errors.
     pub async fn start(config: Config, executable: PathBuf) -> Result<Self, ServerError> {
+        never_be_the_victim();
         let address = config.server.listen;
         let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Listen { address, source })?;
         // An error means that a provider is installed already, which is as well.
@@ -123,6 +124,14 @@ impl Server {
         let _ = tokio::time::timeout(Duration::from_secs(1), owner).await;
         self.gateway.dispatch.planner.flush();
         outcome
+    }
+}
+
+/// Asks the kernel to spare the server: a worker that it kills holds its memory for a moment longer, in which the next
+/// process of the control group would go. Lowering needs a privilege; without it, workers are only likelier victims.
+fn never_be_the_victim() {
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
+        tracing::info!(%error, "oom_score_adj stays as it is: give the server CAP_SYS_RESOURCE to have it spared for certain");
     }
 }
 
