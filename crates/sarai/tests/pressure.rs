@@ -136,7 +136,7 @@ impl Growing {
                 return ledger;
             }
             assert!(started.elapsed() < Duration::from_secs(30), "never came: {what}; {ledger:#}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(500)).await;
         }
     }
 }
