@@ -1,8 +1,8 @@
 //! Continuous batching over the sequences of one model.
 //!
 //! Each step computes one token of every running answer, then as much of the waiting prompts as its token
-//! budget allows, so that a long prompt does not freeze running answers. Commands are taken between steps:
-//! a cancelled generation stops within one.
+//! budget allows, so that a long prompt does not freeze running answers or short prompts. Commands are taken
+//! between steps: a cancelled generation stops within one.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -357,8 +357,28 @@ impl<'model> Engine<'model> {
         Ok(())
     }
 
+    /// One token of every answer, then prompts: half of the room for the oldest, the rest for the shortest first.
     fn fill_batch(&mut self) -> anyhow::Result<()> {
         self.batch.clear();
+        let answers = self.add_answers()?;
+        let mut room = self.ubatch_tokens - answers;
+        if answers > 0 {
+            room = room.min(PROMPT_TOKENS_BESIDE_ANSWERS);
+        }
+        let has_prompt = |&index: &usize| self.sequences[index].prompt_left() > 0;
+        let mut prompts: Vec<_> = (0..self.sequences.len()).filter(has_prompt).collect();
+        prompts.sort_by_key(|&index| self.sequences[index].age());
+        if let Some(&oldest) = prompts.first() {
+            room -= self.add_prompt(oldest, room.div_ceil(2))?;
+        }
+        prompts.sort_by_key(|&index| self.sequences[index].prompt_left());
+        for index in prompts {
+            room -= self.add_prompt(index, room)?;
+        }
+        Ok(())
+    }
+
+    fn add_answers(&mut self) -> anyhow::Result<usize> {
         let mut answers = 0;
         for (index, sequence) in (0..).zip(&mut self.sequences) {
             let Some(generation) = &mut sequence.generation else { continue };
@@ -370,29 +390,25 @@ impl<'model> Engine<'model> {
                 answers += 1;
             }
         }
-        let mut room = self.ubatch_tokens - answers;
-        if answers > 0 {
-            room = room.min(PROMPT_TOKENS_BESIDE_ANSWERS);
-        }
-        for (index, sequence) in (0..).zip(&mut self.sequences) {
-            let Some(generation) = &mut sequence.generation else { continue };
-            let done = sequence.cached.len();
-            if generation.output_row.is_some() || done >= generation.prompt.len() {
-                continue;
+        Ok(answers)
+    }
+
+    /// Adds so many tokens of a prompt at most; returns how many.
+    fn add_prompt(&mut self, index: usize, room: usize) -> anyhow::Result<usize> {
+        let sequence = &mut self.sequences[index];
+        let Some(generation) = &mut sequence.generation else { return Ok(0) };
+        let done = sequence.cached.len();
+        let until = generation.prompt.len().min(done + room);
+        for position in done..until {
+            let token = generation.prompt[position];
+            let last = position + 1 == generation.prompt.len();
+            if last {
+                generation.output_row = Some(self.batch.n_tokens());
             }
-            let until = generation.prompt.len().min(done + room);
-            for position in done..until {
-                let token = generation.prompt[position];
-                let last = position + 1 == generation.prompt.len();
-                if last {
-                    generation.output_row = Some(self.batch.n_tokens());
-                }
-                self.batch.add(token, i32::try_from(position)?, &[index], last)?;
-                sequence.cached.push(token);
-            }
-            room -= until - done;
+            self.batch.add(token, i32::try_from(position)?, &[i32::try_from(index)?], last)?;
+            sequence.cached.push(token);
         }
-        Ok(())
+        Ok(until.saturating_sub(done))
     }
 
     /// Samples the next token of one sequence, sends its text, and ends the generation where it ends.

@@ -14,17 +14,21 @@ mod prompt;
 mod sequence;
 
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 
 use sarai_core::frame::{FromWorker, ToWorker};
 
 pub use probe::run_probe;
+
+/// How much rather the kernel takes a worker than the server, in thousandths of all memory.
+const WORKER_SCORE: i32 = 500;
 
 /// Runs a worker on its end of the socket pair until the server closes it.
 ///
 /// # Errors
 /// The first frame is missing or is not a load; failures after that are reported as frames.
 pub fn run_worker(socket: OwnedFd) -> anyhow::Result<()> {
-    prefer_as_victim();
+    prefer_as_victim(WORKER_SCORE);
     let (commands, mut frames) = channel::open(socket)?;
     let Ok(ToWorker::Load(spec)) = commands.recv() else {
         anyhow::bail!("the first frame of a worker must be a load");
@@ -35,11 +39,21 @@ pub fn run_worker(socket: OwnedFd) -> anyhow::Result<()> {
     }
 }
 
+/// Does nothing until the server closes its end: the kernel may take this process where it would take the server.
+///
+/// # Errors
+/// The socket cannot be read.
+pub fn run_spare(socket: OwnedFd) -> anyhow::Result<()> {
+    prefer_as_victim(WORKER_SCORE / 2);
+    std::io::copy(&mut UnixStream::from(socket), &mut std::io::sink())?;
+    Ok(())
+}
+
 /// Asks the kernel to take this process before the server that started it, whose value it inherited.
-fn prefer_as_victim() {
+fn prefer_as_victim(by: i32) {
     let file = "/proc/self/oom_score_adj";
     let inherited = std::fs::read_to_string(file).ok().and_then(|text| text.trim().parse::<i32>().ok()).unwrap_or(0);
-    if let Err(error) = std::fs::write(file, (inherited.max(0) + 500).min(1000).to_string()) {
+    if let Err(error) = std::fs::write(file, (inherited.max(0) + by).min(1000).to_string()) {
         log::warn(&format!("oom_score_adj stays as it is: {error}"));
     }
 }

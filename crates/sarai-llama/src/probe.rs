@@ -9,14 +9,14 @@ use llama_cpp_4::llama_backend::LlamaBackend;
 use sarai_core::frame::{FromWorker, LoadSpec, LoadedInfo, ToWorker};
 
 use crate::model::{self, Allocation};
-use crate::{channel, log, prefer_as_victim};
+use crate::{WORKER_SCORE, channel, log, prefer_as_victim};
 
 /// Answers one load as a dry run.
 ///
 /// # Errors
 /// The first frame is missing or is not a load.
 pub fn run_probe(socket: OwnedFd) -> anyhow::Result<()> {
-    prefer_as_victim();
+    prefer_as_victim(WORKER_SCORE);
     let (commands, mut frames) = channel::open(socket)?;
     let Ok(ToWorker::Load(spec)) = commands.recv() else {
         anyhow::bail!("the first frame of a probe must be a load");

@@ -76,6 +76,17 @@ pub struct Sequence {
 }
 
 impl Sequence {
+    /// Tokens of the running generation's prompt that are not computed yet.
+    pub fn prompt_left(&self) -> usize {
+        let generation = self.generation.as_ref();
+        generation.map_or(0, |generation| generation.prompt.len().saturating_sub(self.cached.len()))
+    }
+
+    /// When the running generation came, as a number that grows.
+    pub fn age(&self) -> u64 {
+        self.generation.as_ref().map_or(u64::MAX, |generation| generation.id)
+    }
+
     /// How many tokens of this prompt are in the cache, from the start.
     pub fn shared_prefix(&self, prompt: &[LlamaToken]) -> usize {
         self.cached.iter().zip(prompt).take_while(|(cached, wanted)| cached == wanted).count()

@@ -22,6 +22,7 @@ use crate::http::{App, router};
 use crate::planner::Planner;
 use crate::pool::{Parts, Pool};
 use crate::state::State;
+use crate::supervise::spare::spare_the_server;
 
 /// How long the workers together may take to end; those that still live are killed with their handles.
 const END_WORKERS: Duration = Duration::from_secs(5);
@@ -52,6 +53,8 @@ pub struct Server {
     gateway: Gateway,
     pool: (Pool, JoinHandle<()>),
     config: Config,
+    /// Keeps a process that the kernel may take in our place; ends with the server.
+    spare: Option<JoinHandle<()>>,
 }
 
 impl Server {
@@ -60,7 +63,7 @@ impl Server {
     /// # Errors
     /// The address cannot be listened on. Missing files and hosts are no errors.
     pub async fn start(config: Config, executable: PathBuf) -> Result<Self, ServerError> {
-        never_be_the_victim();
+        let spare = spare_the_server(executable.clone());
         let address = config.server.listen;
         let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Listen { address, source })?;
         // An error means that a provider is installed already, which is as well.
@@ -80,7 +83,7 @@ impl Server {
             catalog,
             admission: Arc::new(Admission::new(limits.max_in_flight, limits.max_queued, limits.queue)),
         };
-        Ok(Self { listener, gateway, pool, config })
+        Ok(Self { listener, gateway, pool, config, spare })
     }
 
     /// The address it listens on.
@@ -119,19 +122,12 @@ impl Server {
             }
         };
         resident.abort();
+        self.spare.inspect(JoinHandle::abort);
         let (pool, owner) = self.pool;
         let _ = tokio::time::timeout(END_WORKERS, pool.stop()).await;
         let _ = tokio::time::timeout(Duration::from_secs(1), owner).await;
         self.gateway.dispatch.planner.flush();
         outcome
-    }
-}
-
-/// Asks the kernel to spare the server: a worker that it kills holds its memory for a moment longer, in which the next
-/// process of the control group would go. Lowering needs a privilege; without it, workers are only likelier victims.
-fn never_be_the_victim() {
-    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
-        tracing::info!(%error, "oom_score_adj stays as it is: give the server CAP_SYS_RESOURCE to have it spared for certain");
     }
 }
 

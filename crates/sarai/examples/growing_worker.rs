@@ -26,8 +26,10 @@ fn main() {
 
 fn worker(kind: &str) {
     let socket = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
-    if kind == "probe" {
-        return sarai_llama::run_probe(socket).unwrap();
+    match kind {
+        "probe" => return sarai_llama::run_probe(socket).unwrap(),
+        "spare" => return sarai_llama::run_spare(socket).unwrap(),
+        _ => {}
     }
     std::thread::spawn(grow_when_told);
     sarai_llama::run_worker(socket).unwrap();

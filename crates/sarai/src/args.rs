@@ -67,6 +67,11 @@ pub enum WorkerKind {
         /// Shown by `ps` of the system.
         label: Option<String>,
     },
+    /// nothing: the kernel may take it in the server's place
+    Spare {
+        /// Shown by `ps` of the system.
+        label: Option<String>,
+    },
 }
 
 /// Which configuration.

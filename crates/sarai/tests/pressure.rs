@@ -136,7 +136,7 @@ impl Growing {
                 return ledger;
             }
             assert!(started.elapsed() < Duration::from_secs(30), "never came: {what}; {ledger:#}");
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 }
@@ -200,8 +200,10 @@ async fn a_worker_that_the_kernel_kills_is_known_as_such_and_planned_higher_and_
     let ledger = ledger.await;
     server.grow_no_more();
     assert!(cage.kills() >= 1, "{ledger:#}");
-    let state = std::fs::read_to_string(server.folder.path().join("state/learned.json")).unwrap();
-    assert!(state.contains("\"oom_kills\": 1"), "{state}");
+    // It is written aside.
+    let learned = server.folder.path().join("state/learned.json");
+    let is_written = |_: &Value| std::fs::read_to_string(&learned).is_ok_and(|text| text.contains("\"oom_kills\": 1"));
+    server.until("the kill is written down", is_written).await;
     let (status, text) = server.ask("lfm2").await;
     assert_eq!(status, 200, "{text}");
     let after = planned(&server.ledger().await);

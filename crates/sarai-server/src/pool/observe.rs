@@ -13,6 +13,7 @@ use crate::machine;
 use crate::machine::pressure::Reading;
 use crate::machine::process::{self, Memory};
 use crate::supervise::probe::probe;
+use crate::supervise::spare;
 
 /// What the server holds at least, so that its first seconds do not look like room.
 const SERVER_AT_LEAST: Bytes = Bytes::mib(24);
@@ -42,7 +43,7 @@ impl Owner {
         tokio::task::spawn_blocking(move || {
             let measured = |(id, pid, context)| Some((id, pid, context, process::measure(pid)?));
             pool.send(Message::Observed(Box::new(Seen {
-                server: process::measure(std::process::id()).unwrap_or_default().total(),
+                server: process::measure(std::process::id()).unwrap_or_default().total() + spare::TAKES,
                 available: machine::free(),
                 budget: budget(memory),
                 pressure: Reading::now(&groups),

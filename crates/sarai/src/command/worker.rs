@@ -11,6 +11,7 @@ pub fn run(kind: &WorkerKind) -> ExitCode {
     let work = match kind {
         WorkerKind::Llama { .. } => sarai_llama::run_worker,
         WorkerKind::Probe { .. } => sarai_llama::run_probe,
+        WorkerKind::Spare { .. } => sarai_llama::run_spare,
     };
     let socket = std::io::stdin().as_fd().try_clone_to_owned();
     let outcome = socket.map_err(anyhow::Error::from).and_then(work);
