@@ -9,7 +9,7 @@ pub mod ollama;
 pub mod openai;
 mod sampling;
 
-use sarai_core::GenerateRequest;
+use sarai_core::{Event, GenerateRequest};
 
 /// How the client wants its answer delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +18,15 @@ pub struct Delivery {
     pub stream: bool,
     /// OpenAI's `stream_options.include_usage`.
     pub include_usage: bool,
+}
+
+/// One time that an answer broke off and went on elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resumed {
+    /// Who went on: `model@place`.
+    pub by: String,
+    /// Why the former one did not.
+    pub reason: String,
 }
 
 /// A parsed request: which model, what to generate, and how to deliver it.
@@ -33,6 +42,17 @@ pub struct Parsed {
     pub ignored: Vec<String>,
 }
 
+/// What one line of a remote host's stream says.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RemoteLine {
+    /// Nothing to pass on.
+    Empty,
+    /// A step of the answer.
+    Text(String),
+    /// The last step: text that came with it, and the end.
+    Done(Option<String>, Event),
+}
+
 /// Who answered, and what was lost on the way; part of every answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Served {
@@ -40,6 +60,9 @@ pub struct Served {
     pub by: String,
     /// Why the first choice did not answer, if it did not.
     pub fallback_reason: Option<String>,
-    /// Request options that the deployment cannot follow.
+    /// What the answer lacks: request options that the deployment cannot follow, or `model:NAME` where another model
+    /// answers.
     pub degraded: Vec<String>,
+    /// Where it broke off and went on, in order.
+    pub resumed: Vec<Resumed>,
 }

@@ -26,6 +26,7 @@ fn served() -> Served {
         by: "solar@gguf_native".into(),
         fallback_reason: Some("solar@ollama_http(h): host h cannot be reached (refused)".into()),
         degraded: vec!["logit_bias".into()],
+        resumed: Vec::new(),
     }
 }
 
@@ -51,6 +52,16 @@ fn openai_answers_and_chunks() {
         ];
         golden(&format!("openai_{name}_chunks"), &Value::from(chunks.into_iter().flatten().collect::<Vec<_>>()));
     }
+    let resumed = sarai_api::Resumed { by: "solar@gguf_native".into(), reason: "host h cut the stream".into() };
+    let resumed = Served { resumed: vec![resumed], ..served() };
+    let writer = ChunkWriter {
+        kind: openai::Kind::Chat,
+        id: "id-1".into(),
+        created: 1_700_000_000,
+        model: "solar".into(),
+        include_usage: false,
+    };
+    golden("openai_chat_resumed", &writer.finish(FinishReason::Stop, &resumed, &timings()));
     golden("openai_models", &openai::models(vec![openai::model("solar", 0)]));
     golden("openai_error", &openai::error_body("no", "invalid_request_error", Some("n"), None));
 }
@@ -135,6 +146,7 @@ fn a_request_to_an_ollama_host_sets_only_what_was_asked_for() {
         max_tokens: None,
         format: sarai_core::Format::Text,
         residence: sarai_core::Residence::default(),
+        given: String::new(),
     };
     let (path, body) = ollama::chat_request("solar", None, &request);
     assert_eq!(path, "/api/chat");
@@ -143,13 +155,16 @@ fn a_request_to_an_ollama_host_sets_only_what_was_asked_for() {
         sarai_core::Residence { context_tokens: Some(8192), keep_alive: Some(sarai_core::KeepAlive::Forever) };
     let (_, body) = ollama::chat_request("solar", Some(2048), &GenerateRequest { residence, ..request.clone() });
     assert_eq!((&body["options"]["num_ctx"], &body["keep_alive"]), (&json!(8192), &json!(-1)));
+    let (path, body) = openai::remote::request("solar", &request);
+    golden("openai_remote_chat", &json!({ "path": path, "body": body }));
     let raw = GenerateRequest { prompt: Prompt::Raw("The sky".into()), max_tokens: Some(4), ..request };
     assert_eq!(ollama::chat_request("solar", Some(2048), &raw).0, "/api/generate");
 }
 
 #[test]
 fn lines_of_an_ollama_host_become_events() {
-    use ollama::{RemoteLine, parse_line};
+    use ollama::parse_line;
+    use sarai_api::RemoteLine;
     let done = br#"{"message":{"content":"!"},"done":true,"done_reason":"length","eval_count":3,"prompt_eval_count":12,"load_duration":20000000}"#;
     let Ok(RemoteLine::Done(Some(text), Event::Done { finish, usage, timings })) = parse_line(done) else { panic!() };
     assert_eq!(

@@ -51,6 +51,9 @@ pub enum RemoteCause {
         status: u16,
         /// What it said, shortened.
         message: String,
+        /// When it wants to be asked again, in seconds.
+        #[serde(default)]
+        retry_after: Option<u64>,
     },
     /// It reported an error inside a stream.
     #[error("reported an error: {0}")]

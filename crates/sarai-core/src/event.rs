@@ -10,6 +10,13 @@ use serde::{Deserialize, Serialize};
 pub enum Event {
     /// More text: whole characters, never empty.
     Text(String),
+    /// The answer broke off, and goes on from the same character elsewhere.
+    Resumed {
+        /// Who goes on: `model@place`.
+        by: String,
+        /// Why the former one did not.
+        reason: String,
+    },
     /// The clean end; nothing follows.
     Done {
         /// Why the answer ended.

@@ -142,6 +142,10 @@ pub struct GenerateRequest {
     /// How the model is to be resident.
     #[serde(default)]
     pub residence: Residence,
+    /// The beginning of the answer, where it was given elsewhere and broke off: only what follows it is generated, and
+    /// its tokens count as generated ones.
+    #[serde(default)]
+    pub given: String,
 }
 
 #[cfg(test)]

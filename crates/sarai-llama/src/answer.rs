@@ -16,13 +16,23 @@ pub struct AnswerText {
     stops: Vec<String>,
     bytes: Vec<u8>,
     held: String,
+    /// Bytes at the beginning of `held` that were sent already.
+    sent: usize,
 }
 
 impl AnswerText {
     /// An empty answer that ends at any of these texts.
     pub fn new(stops: &[String]) -> Self {
         let stops = stops.iter().filter(|stop| !stop.is_empty()).cloned().collect();
-        Self { stops, bytes: Vec::new(), held: String::new() }
+        Self { stops, bytes: Vec::new(), held: String::new(), sent: 0 }
+    }
+
+    /// An answer whose beginning was sent already; a stop text may begin in there.
+    pub fn after(given: &str, stops: &[String]) -> Self {
+        let mut answer = Self::new(stops);
+        let _ = answer.push(given.as_bytes());
+        answer.sent = answer.held.len();
+        answer
     }
 
     /// Adds the bytes of one token.
@@ -32,17 +42,27 @@ impl AnswerText {
         self.held.push_str(&whole);
         if let Some(at) = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
             self.held.truncate(at);
-            return Pushed::Stopped(std::mem::take(&mut self.held));
+            let text = std::mem::take(&mut self.held);
+            return Pushed::Stopped(self.unsent(text));
         }
         let free = self.held.len() - self.possible_stop_bytes();
         let rest = self.held.split_off(free);
-        Pushed::Text(std::mem::replace(&mut self.held, rest))
+        let text = std::mem::replace(&mut self.held, rest);
+        Pushed::Text(self.unsent(text))
+    }
+
+    /// What of a text from the beginning of `held` was not sent yet.
+    fn unsent(&mut self, mut text: String) -> String {
+        let sent = self.sent.min(text.len());
+        self.sent -= sent;
+        text.split_off(sent)
     }
 
     /// Returns what was held back, at the end of an answer that no stop text ended.
     pub fn finish(mut self) -> String {
-        self.held.push_str(&String::from_utf8_lossy(&self.bytes));
-        self.held
+        let mut text = std::mem::take(&mut self.held);
+        text.push_str(&String::from_utf8_lossy(&self.bytes));
+        self.unsent(text)
     }
 
     /// The length of the longest tail that is the beginning of a stop text.
@@ -110,6 +130,17 @@ mod tests {
         assert_eq!(answer.push(b"TEP"), Pushed::Text("STEP".into()));
         assert_eq!(answer.push(b"ST"), Pushed::Text(String::new()));
         assert_eq!(answer.finish(), "ST");
+    }
+
+    #[test]
+    fn a_stop_text_may_begin_in_what_was_sent_and_nothing_is_sent_twice() {
+        let mut answer = AnswerText::after("one ST", &stops(&["STOP"]));
+        assert_eq!(answer.push(b"O"), Pushed::Text(String::new()));
+        assert_eq!(answer.push(b"P two"), Pushed::Stopped(String::new()));
+        let mut answer = AnswerText::after("one ST", &stops(&["STOP"]));
+        assert_eq!(answer.push(b"ART"), Pushed::Text("ART".into()));
+        assert_eq!(AnswerText::after("one ST", &stops(&["STOP"])).finish(), "");
+        assert_eq!(AnswerText::after("one", &[]).push(b" two"), Pushed::Text(" two".into()));
     }
 
     #[test]

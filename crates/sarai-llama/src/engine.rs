@@ -22,7 +22,7 @@ use crate::answer::{AnswerText, Pushed};
 use crate::channel::FrameWriter;
 use crate::log;
 use crate::model::{self, Allocation, step_tokens};
-use crate::prompt;
+use crate::prompt::{self, Rendered};
 use crate::sequence::{Generation, Sequence};
 
 /// Prompt tokens per step while other answers run: bounds the gap between their tokens.
@@ -72,7 +72,7 @@ fn send(frames: &mut FrameWriter, frame: &FromWorker) -> Result<(), String> {
 struct Waiting {
     id: u64,
     request: GenerateRequest,
-    prompt: Vec<LlamaToken>,
+    prompt: Rendered,
     context_tokens: usize,
     since: Instant,
 }
@@ -81,7 +81,7 @@ impl Waiting {
     /// Cells that it may need.
     fn reserves(&self) -> usize {
         let answer = self.request.max_tokens.map_or(usize::MAX, |most| most as usize);
-        self.prompt.len().saturating_add(answer).min(self.context_tokens)
+        (self.prompt.tokens.len() - self.prompt.given).saturating_add(answer).min(self.context_tokens)
     }
 }
 
@@ -219,10 +219,10 @@ impl<'model> Engine<'model> {
         let since = Instant::now();
         let context_tokens = self.context_tokens.min(context_tokens as usize);
         let prompt = prompt::render(self.model, self.templates, &request)?;
-        if prompt.len() >= context_tokens {
+        if prompt.tokens.len() >= context_tokens {
             return Err(Error::ContextOverflow {
                 model: self.name.clone(),
-                prompt_tokens: u32::try_from(prompt.len()).unwrap_or(u32::MAX),
+                prompt_tokens: u32::try_from(prompt.tokens.len()).unwrap_or(u32::MAX),
                 context_tokens: u32::try_from(context_tokens).unwrap_or(u32::MAX),
             });
         }
@@ -263,7 +263,7 @@ impl<'model> Engine<'model> {
         if reserved + needed > self.context_tokens {
             return Ok(false);
         }
-        let chosen = self.choose_sequence(&waiting.prompt)?;
+        let chosen = self.choose_sequence(&waiting.prompt.tokens)?;
         loop {
             let idle = |(index, sequence): &(usize, &Sequence)| *index != chosen && sequence.generation.is_none();
             let idle = || self.sequences.iter().enumerate().filter(idle);
@@ -283,7 +283,7 @@ impl<'model> Engine<'model> {
     }
 
     fn begin(&mut self, waiting: Waiting) -> Result<(), Error> {
-        let Waiting { id, request, prompt: tokens, context_tokens, since: started } = waiting;
+        let Waiting { id, request, prompt: Rendered { tokens, given }, context_tokens, since: started } = waiting;
         let request = &request;
         let mut sampler = prompt::sampler(self.model, context_tokens, request)?;
         for &token in &tokens {
@@ -296,8 +296,9 @@ impl<'model> Engine<'model> {
         self.sequences[index].generation = Some(Generation {
             id,
             sampler,
-            answer: AnswerText::new(&request.stop),
+            answer: AnswerText::after(&request.given, &request.stop),
             prompt: tokens,
+            given,
             cached,
             context_tokens,
             generated: 0,
@@ -418,8 +419,9 @@ impl<'model> Engine<'model> {
         let Some(generation) = &mut sequence.generation else { return Ok(()) };
         let Some(row) = generation.output_row else { return Ok(()) };
         generation.first_token.get_or_insert_with(Instant::now);
-        if generation.max_tokens == 0 {
-            return self.end(index, FinishReason::Length, frames);
+        if let Some(finish) = generation.limit(0).filter(|_| generation.generated == 0) {
+            // No token is wanted, or all that are were given elsewhere.
+            return self.end(index, finish, frames);
         }
         let token = match generation.sampler.sample(&mut self.context, row, false) {
             Ok(token) => token,

@@ -9,16 +9,20 @@ use sarai_core::{Error, Format, GenerateRequest, Message, Prompt, Sampling};
 /// Both APIs' -100 bans a token; for llama.cpp that is minus infinity, which JSON frames cannot carry.
 const BANNED: f32 = -100.0;
 
-/// Renders and tokenises the prompt; the result is never empty.
+/// A prompt in tokens.
+pub struct Rendered {
+    /// The prompt, never empty, and the beginning of the answer where it was given elsewhere.
+    pub tokens: Vec<LlamaToken>,
+    /// How many of them are the answer's.
+    pub given: usize,
+}
+
+/// Renders and tokenises the prompt, and the beginning of the answer.
 ///
 /// # Errors
 /// The template refuses the messages, or the text cannot be tokenised.
-pub fn render(
-    model: &LlamaModel,
-    templates: &ChatTemplates,
-    request: &GenerateRequest,
-) -> Result<Vec<LlamaToken>, Error> {
-    let tokens = match &request.prompt {
+pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateRequest) -> Result<Rendered, Error> {
+    let mut tokens = match &request.prompt {
         Prompt::Raw(text) => {
             model.str_to_token_with_special(text, AddBos::Always, Special::Tokenize).map_err(internal)?
         }
@@ -32,7 +36,13 @@ pub fn render(
     if tokens.is_empty() {
         return Err(Error::invalid("prompt", "the prompt is empty: send at least one token of text"));
     }
-    Ok(tokens)
+    let given = if request.given.is_empty() {
+        Vec::new()
+    } else {
+        model.str_to_token_with_special(&request.given, AddBos::Never, Special::Plaintext).map_err(internal)?
+    };
+    tokens.extend(&given);
+    Ok(Rendered { tokens, given: given.len() })
 }
 
 fn chat_params(messages: &[Message]) -> ChatApplyParams {

@@ -18,6 +18,8 @@ pub struct Generation {
     pub answer: AnswerText,
     /// All tokens of the prompt.
     pub prompt: Vec<LlamaToken>,
+    /// Tokens at its end that are the beginning of the answer, given elsewhere.
+    pub given: usize,
     /// Tokens of the prompt that were in the cache already.
     pub cached: usize,
     /// Tokens generated.
@@ -39,16 +41,16 @@ pub struct Generation {
 impl Generation {
     /// Cells that it may need.
     pub fn reserves(&self) -> usize {
-        self.prompt.len().saturating_add(self.max_tokens as usize).min(self.context_tokens)
+        (self.prompt.len() - self.given).saturating_add(self.max_tokens as usize).min(self.context_tokens)
     }
 
     /// What it took in tokens.
     pub fn usage(&self) -> Usage {
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         Usage {
-            prompt_tokens: count(self.prompt.len()),
-            cached_tokens: count(self.cached),
-            completion_tokens: self.generated,
+            prompt_tokens: count(self.prompt.len() - self.given),
+            cached_tokens: count(self.cached.min(self.prompt.len() - self.given)),
+            completion_tokens: count(self.given).saturating_add(self.generated),
         }
     }
 
@@ -60,7 +62,8 @@ impl Generation {
 
     /// Why it must end now, if it must.
     pub fn limit(&self, in_cache: usize) -> Option<FinishReason> {
-        (self.generated >= self.max_tokens || in_cache >= self.context_tokens).then_some(FinishReason::Length)
+        (self.usage().completion_tokens >= self.max_tokens || in_cache >= self.context_tokens)
+            .then_some(FinishReason::Length)
     }
 }
 

@@ -15,7 +15,7 @@ use crate::model_file::{ModelFile, hex};
 #[derive(Debug)]
 pub struct Catalog {
     /// Public models, in the order of the file.
-    pub models: Vec<Model>,
+    pub models: Vec<Arc<Model>>,
     /// By [`EngineId`].
     pub engines: Arc<[Engine]>,
     files: Mutex<HashMap<EngineId, Arc<ModelFile>>>,
@@ -24,14 +24,18 @@ pub struct Catalog {
 impl Catalog {
     /// The models of a configuration.
     pub fn new(config: &Config) -> Self {
-        Self { models: config.models.clone(), engines: config.engines.clone().into(), files: Mutex::default() }
+        Self {
+            models: config.models.iter().cloned().map(Arc::new).collect(),
+            engines: config.engines.clone().into(),
+            files: Mutex::default(),
+        }
     }
 
     /// Finds a model by name or alias; Ollama's clients may add `:latest`.
     ///
     /// # Errors
     /// [`Error::UnknownModel`] with the names that exist.
-    pub fn find(&self, name: &str) -> Result<&Model, Error> {
+    pub fn find(&self, name: &str) -> Result<&Arc<Model>, Error> {
         let named = |wanted: &str| {
             self.models.iter().find(|model| model.name == wanted || model.aliases.iter().any(|alias| alias == wanted))
         };
@@ -61,7 +65,7 @@ impl Catalog {
     pub fn facts(&self, model: &Model) -> ModelFacts {
         let local = model.deployments.iter().find_map(|deployment| match deployment {
             Deployment::Local { engine, .. } => self.file(*engine).ok(),
-            Deployment::Ollama { .. } => None,
+            Deployment::Remote(_) => None,
         });
         let Some(file) = local else {
             // Clients show the first digits of a digest, so there must be some.

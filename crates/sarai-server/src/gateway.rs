@@ -10,7 +10,7 @@ use sarai_core::{Error, Event, Residence};
 use crate::admission::Admission;
 use crate::catalog::Catalog;
 use crate::config::{Deployment, Model, ModelRole};
-use crate::dispatch::{Answer, Dispatch, Whole};
+use crate::dispatch::{Answer, Dispatch, Manner};
 
 /// The entrance for every request, whatever its API.
 #[derive(Clone, Debug)]
@@ -24,19 +24,24 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// Answers a request; the events own its permit.
+    /// Answers a request; the events own its permit. `strict` refuses what would be degraded.
     ///
     /// # Errors
     /// Whatever keeps it from beginning.
-    pub async fn answer(&self, parsed: Parsed) -> Result<Answer, Error> {
+    pub async fn answer(&self, parsed: Parsed, strict: bool) -> Result<Answer, Error> {
         let model = self.chat_model(&parsed.model)?;
+        if strict && !parsed.ignored.is_empty() {
+            let ignored = parsed.ignored.join("`, `");
+            let message = format!("x-sarai-strict is set, and `{ignored}` is not followed here: leave it out");
+            return Err(Error::InvalidRequest { message, param: parsed.ignored.first().cloned() });
+        }
         let arrived = Instant::now();
         let permit = self.admission.admit().await?;
         let queued = arrived.elapsed();
         let mut request = parsed.request;
         request.sampling = request.sampling.or(&model.sampling);
-        let whole = if parsed.delivery.stream { Whole::No } else { Whole::Yes };
-        let mut answer = self.dispatch.answer(model, &request, whole).await?;
+        let manner = Manner { whole: !parsed.delivery.stream, strict };
+        let mut answer = self.dispatch.answer(model, request, manner).await?;
         answer.served.degraded.extend(parsed.ignored);
         let events = answer.events.map(move |event| {
             let _held = &permit;
@@ -75,7 +80,7 @@ impl Gateway {
         Ok(())
     }
 
-    fn chat_model(&self, name: &str) -> Result<&Model, Error> {
+    fn chat_model(&self, name: &str) -> Result<&Arc<Model>, Error> {
         let model = self.catalog.find(name)?;
         let purpose = match model.role {
             ModelRole::Chat => return Ok(model),

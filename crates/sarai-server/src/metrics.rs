@@ -11,6 +11,7 @@ use sarai_core::Bytes;
 use sarai_plan::EngineId;
 use sarai_plan::ledger::DECISIONS_MADE;
 
+use crate::health::{Known, State};
 use crate::pool::Snapshot;
 
 /// What the text is.
@@ -28,8 +29,13 @@ struct Decision {
 
 type PerEngine = Family<Labels, Gauge<u64, AtomicU64>>;
 
-/// Writes the pool as metrics.
-pub fn render(snapshot: &Snapshot, name: impl Fn(EngineId) -> String) -> String {
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Place {
+    deployment: String,
+}
+
+/// Writes the pool and the hosts (`model@place`, and what is known of it) as metrics.
+pub fn render(snapshot: &Snapshot, name: impl Fn(EngineId) -> String, hosts: &[(String, Known)]) -> String {
     let mut registry = Registry::with_prefix("sarai");
     let mut total = |name: &str, help: &str, bytes: Bytes| {
         let gauge: Gauge<u64, AtomicU64> = Gauge::default();
@@ -68,6 +74,15 @@ pub fn render(snapshot: &Snapshot, name: impl Fn(EngineId) -> String) -> String 
             family.get_or_create(&labels).set(value);
         }
     }
+    let open = Family::<Place, Gauge<u64, AtomicU64>>::default();
+    let outstanding = Family::<Place, Gauge<u64, AtomicU64>>::default();
+    for (deployment, known) in hosts {
+        let place = Place { deployment: deployment.clone() };
+        open.get_or_create(&place).set(u64::from(known.state != State::Closed));
+        outstanding.get_or_create(&place).set(known.outstanding as u64);
+    }
+    registry.register("breaker_open", "1 while a host's deployment is left alone", open);
+    registry.register("host_outstanding", "Requests that the host answers for us", outstanding);
     let decisions = Family::<Decision, Counter>::default();
     for (what, count) in DECISIONS_MADE.iter().zip(snapshot.counts) {
         decisions.get_or_create(&Decision { what: (*what).to_owned() }).inc_by(count);

@@ -13,11 +13,12 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
 use crate::admission::Admission;
-use crate::backend::ollama::Hosts;
+use crate::backend::remote::Hosts;
 use crate::catalog::Catalog;
 use crate::config::Config;
-use crate::dispatch::Dispatch;
+use crate::dispatch::{Dispatch, warm_fallbacks};
 use crate::gateway::Gateway;
+use crate::health::Health;
 use crate::http::{App, router};
 use crate::planner::Planner;
 use crate::pool::{Parts, Pool};
@@ -41,6 +42,9 @@ pub enum ServerError {
     /// The HTTP client for remotes cannot be made.
     #[error("the HTTP client cannot be set up ({0})")]
     Client(#[from] reqwest::Error),
+    /// The drill's model is not in the configuration.
+    #[error("no model is called `{0}`: name one of the configuration")]
+    NoModel(String),
     /// Serving ended by itself.
     #[error("serving failed ({0})")]
     Serve(std::io::Error),
@@ -55,6 +59,8 @@ pub struct Server {
     config: Config,
     /// Keeps a process that the kernel may take in our place; ends with the server.
     spare: Option<JoinHandle<()>>,
+    /// Loads fallbacks of hosts that are away; ends with the server.
+    warming: JoinHandle<()>,
 }
 
 impl Server {
@@ -70,7 +76,8 @@ impl Server {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let hosts = Hosts::new(config.models.iter().map(|model| model.deadlines.connect))?;
         let catalog = Arc::new(Catalog::new(&config));
-        let planner = Planner::new(Arc::new(State::open(&config.server.state_dir)));
+        let state = Arc::new(State::open(&config.server.state_dir));
+        let planner = Planner::new(Arc::clone(&state));
         let pool = Pool::start(Parts {
             catalog: Arc::clone(&catalog),
             planner: planner.clone(),
@@ -78,12 +85,15 @@ impl Server {
             executable,
         });
         let limits = &config.server;
+        let (health, opened) = Health::new(&config, hosts.clone(), state);
+        let dispatch = Dispatch { catalog: Arc::clone(&catalog), planner, pool: pool.0.clone(), hosts, health };
+        let warming = tokio::spawn(warm_fallbacks(dispatch.clone(), opened));
         let gateway = Gateway {
-            dispatch: Dispatch { catalog: Arc::clone(&catalog), planner, pool: pool.0.clone(), hosts },
+            dispatch,
             catalog,
             admission: Arc::new(Admission::new(limits.max_in_flight, limits.max_queued, limits.queue)),
         };
-        Ok(Self { listener, gateway, pool, config, spare })
+        Ok(Self { listener, gateway, pool, config, spare, warming })
     }
 
     /// The address it listens on.
@@ -122,6 +132,7 @@ impl Server {
             }
         };
         resident.abort();
+        self.warming.abort();
         self.spare.inspect(JoinHandle::abort);
         let (pool, owner) = self.pool;
         let _ = tokio::time::timeout(END_WORKERS, pool.stop()).await;

@@ -25,6 +25,8 @@ pub struct Learned {
     pub oom_kills: u32,
     /// What the last load took, in milliseconds.
     pub load_ms: u64,
+    /// Of a host: gaps between tokens that were seen, and the longest usual one in milliseconds.
+    pub gaps: (u32, u64),
     /// Counts up with each use.
     used: u64,
 }

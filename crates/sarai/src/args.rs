@@ -37,6 +37,8 @@ pub enum Command {
     Check(CheckArgs),
     /// Say what a GGUF file takes; without one, what the whole configuration takes, also when hosts fail
     Plan(PlanArgs),
+    /// Play every fault of a remote host against a configuration, and show what clients would see
+    Drill(DrillArgs),
     /// Have a model loaded, and wait until it is
     Load(ModelArgs),
     /// Have a model unloaded once it is idle
@@ -163,6 +165,34 @@ fn parse_switch(text: &str) -> Result<bool, String> {
         "off" | "false" | "0" => Ok(false),
         _ => Err(format!("`{text}` is not on or off")),
     }
+}
+
+/// Arguments of `drill`.
+#[derive(Debug, clap::Args)]
+pub struct DrillArgs {
+    /// Which configuration.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// The model whose host fails; the first that has a host, if not named
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<String>,
+    /// Deadline of the first token during the drill
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = parse_seconds)]
+    pub first_token_seconds: f64,
+    /// Deadline between two tokens during the drill
+    #[arg(long, value_name = "SECONDS", default_value_t = 2.0, value_parser = parse_seconds)]
+    pub gap_seconds: f64,
+    /// Tokens that each request asks for
+    #[arg(long, value_name = "TOKENS", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub max_tokens: u32,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse().ok().filter(|seconds: &f64| (0.1..=3600.0).contains(seconds));
+    seconds.ok_or_else(|| format!("`{text}` is no number of seconds from 0.1 to 3600"))
 }
 
 /// Arguments of `load` and `unload`.

@@ -16,6 +16,7 @@ fn main() -> ExitCode {
         Command::Worker { kind } => return command::worker::run(&kind),
         Command::Serve(serve) => command::serve::run(&serve),
         Command::Check(check) => command::check::run(&check),
+        Command::Drill(drill) => command::drill::run(&drill),
         Command::Plan(plan) => command::plan::run(&plan),
         Command::Load(load) => command::load::load(&load),
         Command::Unload(unload) => command::load::unload(&unload),

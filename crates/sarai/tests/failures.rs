@@ -32,8 +32,46 @@ fn kill(pid: u64) {
 }
 
 #[tokio::test]
-async fn a_worker_killed_in_mid_answer_gives_an_error_event_at_once_and_the_next_request_is_served() {
+async fn a_worker_killed_in_mid_answer_is_started_again_and_the_answer_goes_on() {
     let sarai = Sarai::start(&config());
+    let body = || {
+        chat(
+            "lfm2",
+            "Write a long story.",
+            json!({ "stream": true, "max_tokens": 120, "stream_options": { "include_usage": true } }),
+        )
+    };
+    let whole = sarai.post("/v1/chat/completions", body()).await;
+    let response = sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body()).send().await.unwrap();
+    let mut chunks = response.bytes_stream();
+    let mut seen = Vec::new();
+    while seen.iter().filter(|&&byte| byte == b'\n').count() < 40 {
+        seen.extend_from_slice(&chunks.next().await.unwrap().unwrap());
+    }
+    kill(sarai.worker_pids().await[0]);
+    while let Some(chunk) = chunks.next().await {
+        seen.extend_from_slice(&chunk.unwrap());
+    }
+    let resumed =
+        support::Answer { status: 200, headers: whole.headers.clone(), text: String::from_utf8(seen).unwrap() };
+    let text = |answer: &support::Answer| -> String {
+        answer
+            .sse()
+            .iter()
+            .filter_map(|event| event["choices"][0]["delta"]["content"].as_str().map(str::to_owned))
+            .collect()
+    };
+    assert_eq!(text(&resumed), text(&whole), "as if nothing had happened");
+    assert_eq!(
+        resumed.sse().last().unwrap()["usage"]["completion_tokens"],
+        whole.sse().last().unwrap()["usage"]["completion_tokens"]
+    );
+    assert!(resumed.text.contains("\"resumed\""), "and it says so: {}", resumed.text);
+}
+
+#[tokio::test]
+async fn where_nobody_may_resume_a_killed_worker_gives_an_error_event_at_once_and_the_next_request_is_served() {
+    let sarai = Sarai::start(&config().replace("parallel: 2", "parallel: 2, resume: never"));
     for api in ["/v1/chat/completions", "/api/chat"] {
         let body = if api == "/api/chat" {
             json!({ "model": "lfm2", "messages": [{ "role": "user", "content": "Write a long story." }] }).to_string()

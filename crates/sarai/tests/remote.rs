@@ -90,6 +90,8 @@ async fn a_host_that_is_down_at_start_is_used_when_it_is_up_and_the_local_fallba
     assert!(down.json()["sarai"]["fallback_reason"].as_str().unwrap().contains("cannot be reached"));
     assert_eq!(sarai.ps().await["models"][0]["deployments"][0]["state"], "down");
     ollama.run();
+    let answers_again = |ps: &serde_json::Value| ps["models"][0]["deployments"][0]["breaker"] == "closed";
+    sarai.until("it is noticed without traffic", answers_again).await;
     let up = ask(true).await;
     assert!(served_by(&up).starts_with("solar@ollama_http"), "{:?}", up.headers);
     assert_eq!(sarai.ps().await["models"][0]["deployments"][0]["state"], "up");
@@ -98,11 +100,12 @@ async fn a_host_that_is_down_at_start_is_used_when_it_is_up_and_the_local_fallba
     assert_eq!((killed.status, served_by(&killed)), (200, "solar@gguf_native"));
     assert!(killed.text.ends_with("data: [DONE]\n\n"));
     ollama.run();
+    sarai.until("it is noticed again", answers_again).await;
     assert!(served_by(&ask(false).await).starts_with("solar@ollama_http"), "used again without a restart");
 }
 
 #[tokio::test]
-async fn a_host_killed_before_its_first_token_hands_over_and_one_killed_after_it_ends_with_an_error() {
+async fn a_host_killed_before_its_first_token_hands_over_and_one_killed_after_it_is_resumed() {
     let mut ollama = Ollama::start();
     let sarai = Sarai::start(&config(&ollama.url));
     // A cold host sends nothing while it loads: there is time to kill it before its first token.
@@ -114,17 +117,37 @@ async fn a_host_killed_before_its_first_token_hands_over_and_one_killed_after_it
     assert_eq!((answer.status, served_by(&answer)), (200, "solar@gguf_native"), "{}", answer.text);
     let reason = answer.header("x-sarai-fallback-reason").unwrap();
     assert!(!reason.contains("refused"), "it was killed while it worked: {reason}");
-    ollama.run();
-    let long = chat("solar", "Write a long story.", json!({ "stream": true, "max_tokens": 1500 }));
-    let response = sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(long).send().await.unwrap();
-    let mut chunks = response.bytes_stream();
-    let mut seen = chunks.next().await.unwrap().unwrap().to_vec();
-    ollama.kill();
-    while let Some(Ok(chunk)) = chunks.next().await {
-        seen.extend_from_slice(&chunk);
+    for (policy, is_resumed) in [("same_model", true), ("never", false)] {
+        ollama.run();
+        let config =
+            config(&ollama.url).replace("model_name: solar\n", &format!("model_name: solar\n    resume: {policy}\n"));
+        let sarai = Sarai::start(&config);
+        let long = chat(
+            "solar",
+            "Write a long story.",
+            json!({ "stream": true, "max_tokens": 300, "stream_options": { "include_usage": true } }),
+        );
+        let response = sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(long).send().await.unwrap();
+        assert!(response.headers()["x-sarai-served-by"].to_str().unwrap().starts_with("solar@ollama_http"));
+        let mut chunks = response.bytes_stream();
+        let mut seen = chunks.next().await.unwrap().unwrap().to_vec();
+        ollama.kill();
+        while let Some(Ok(chunk)) = chunks.next().await {
+            seen.extend_from_slice(&chunk);
+        }
+        let seen = String::from_utf8(seen).unwrap();
+        assert_eq!(seen.contains("\"error\""), !is_resumed, "{seen}");
+        assert_eq!(seen.ends_with("data: [DONE]\n\n"), is_resumed, "a clean end only where it is one: {seen}");
+        if is_resumed {
+            let answer = support::Answer { status: 200, headers: reqwest::header::HeaderMap::new(), text: seen };
+            let events = answer.sse();
+            let end = events.iter().find(|event| event["sarai"].is_object()).unwrap();
+            assert_eq!(end["sarai"]["resumed"][0]["by"], "solar@gguf_native", "{end}");
+            let usage = &events.last().unwrap()["usage"];
+            let length = end["choices"][0]["finish_reason"] == "length";
+            assert!(!length || usage["completion_tokens"] == 300, "counted over both: {usage}");
+        }
     }
-    let seen = String::from_utf8(seen).unwrap();
-    assert!(seen.contains("\"error\"") && !seen.contains("[DONE]"), "never a clean end: {seen}");
 }
 
 #[tokio::test]
@@ -190,7 +213,9 @@ async fn every_fault_before_the_first_token_leads_to_the_fallback_with_its_reaso
 #[tokio::test]
 async fn an_answer_cut_after_its_first_token_ends_with_an_error_in_both_apis() {
     let cut = "HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\nconnection: close\r\n\r\n{\"message\":{\"role\":\"assistant\",\"content\":\"half an\"},\"done\":false}\n";
-    let sarai = Sarai::start(&config(&faulty_host(cut, false)));
+    let config =
+        config(&faulty_host(cut, false)).replace("model_name: solar\n", "model_name: solar\n    resume: never\n");
+    let sarai = Sarai::start(&config);
     let streamed = sarai.post("/v1/chat/completions", chat("solar", "Hi", json!({ "stream": true }))).await;
     let events = streamed.sse();
     assert_eq!(events.last().unwrap()["error"]["code"], "cut", "{}", streamed.text);
@@ -198,8 +223,84 @@ async fn an_answer_cut_after_its_first_token_ends_with_an_error_in_both_apis() {
     let whole = sarai.post("/v1/chat/completions", chat("solar", "Hi", json!({}))).await;
     assert_eq!((whole.status, served_by(&whole)), (200, "solar@gguf_native"), "nothing was sent yet: {}", whole.text);
     assert!(whole.header("x-sarai-fallback-reason").unwrap().contains("cut the stream"));
+    // Twice in a row is enough: the breaker is open, and who asks now is served elsewhere.
+    let breaker = sarai.ps().await["models"][0]["deployments"][0]["breaker"].clone();
+    assert_ne!(breaker, "closed");
+    let sarai = Sarai::start(&config);
     let lines = sarai.post("/api/chat", ollama_body(true, 5).to_string()).await.lines();
     assert!(lines.last().unwrap()["error"].as_str().unwrap().contains("cut the stream"));
+}
+
+#[tokio::test]
+async fn an_answer_cut_after_its_first_token_goes_on_from_the_same_character_in_both_apis() {
+    let cut = "HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\nconnection: close\r\n\r\n{\"message\":{\"role\":\"assistant\",\"content\":\"The three colours are red, gre\"},\"done\":false}\n";
+    let sarai = Sarai::start(&config(&faulty_host(cut, false)));
+    let streamed =
+        sarai.post("/v1/chat/completions", chat("solar", "Name three colours.", json!({ "stream": true }))).await;
+    let text = |events: &[serde_json::Value]| -> String {
+        events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect()
+    };
+    let said = text(&streamed.sse());
+    assert!(said.starts_with("The three colours are red, gre") && said.len() > 32, "{said}");
+    assert!(streamed.text.ends_with("data: [DONE]\n\n"), "{}", streamed.text);
+    let sarai = Sarai::start(&config(&faulty_host(cut, false)));
+    let lines = sarai.post("/api/chat", ollama_body(true, 12).to_string()).await.lines();
+    let end = lines.last().unwrap();
+    assert_eq!((&end["done"], &end["sarai"]["resumed"][0]["by"]), (&json!(true), &json!("solar@gguf_native")), "{end}");
+    let said: String = lines.iter().filter_map(|line| line["message"]["content"].as_str()).collect();
+    assert!(said.starts_with("The three colours are red, gre"), "{said}");
+    assert!(end["eval_count"].as_u64().unwrap() <= 12, "the limit counts over both: {end}");
+}
+
+#[tokio::test]
+async fn a_constrained_answer_is_never_resumed() {
+    let cut = "HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\nconnection: close\r\n\r\n{\"message\":{\"role\":\"assistant\",\"content\":\"{\\\"a\"},\"done\":false}\n";
+    let sarai = Sarai::start(&config(&faulty_host(cut, false)));
+    let body = chat("solar", "Hi", json!({ "stream": true, "response_format": { "type": "json_object" } }));
+    let streamed = sarai.post("/v1/chat/completions", body).await;
+    assert_eq!(streamed.sse().last().unwrap()["error"]["code"], "cut", "{}", streamed.text);
+}
+
+#[tokio::test]
+async fn strict_requests_are_refused_rather_than_degraded() {
+    let ollama = Ollama::start();
+    let sarai = Sarai::start(&config(&ollama.url).replace("    fallback: gguf_native\n", ""));
+    let body = chat("solar", "Hi", json!({ "logit_bias": { "5": 1 } }));
+    let ask = async |strict: &'static str| {
+        let request = sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body.clone());
+        support::Answer::of(request.header("x-sarai-strict", strict).send().await.unwrap()).await
+    };
+    let degraded = ask("false").await;
+    assert_eq!((degraded.status, degraded.header("x-sarai-degraded")), (200, Some("logit_bias")), "{}", degraded.text);
+    let refused = ask("true").await;
+    assert_eq!(refused.status, 503, "{}", refused.text);
+    assert!(refused.text.contains("logit_bias"), "{}", refused.text);
+    assert_eq!(ask("maybe").await.status, 400);
+}
+
+#[tokio::test]
+async fn hosts_of_one_model_share_the_load_and_another_model_answers_when_all_are_gone() {
+    let (a, b) = (Ollama::start(), Ollama::start());
+    let config = format!(
+        "models:\n  solar: {{ backend: ollama_http, urls: [\"{}\", \"{}\"], fallback_models: [lfm2] }}\n  lfm2: {{ backend: gguf_native, gguf_path: {} }}\n",
+        a.url,
+        b.url,
+        smollm2()
+    );
+    let sarai = Sarai::start(&config);
+    let body = || chat("solar", "Count to ten.", json!({ "max_tokens": 40 }));
+    let together = futures_util::future::join_all((0..4).map(|_| sarai.post("/v1/chat/completions", body()))).await;
+    let mut by: Vec<_> = together.iter().map(|answer| served_by(answer).to_owned()).collect();
+    assert!(together.iter().all(|answer| answer.status == 200), "{together:?}");
+    by.sort();
+    assert!(by[0] == by[1] && by[1] != by[2] && by[2] == by[3], "two at each: {by:?}");
+    let first = served_by(&sarai.post("/v1/chat/completions", body()).await).to_owned();
+    let second = served_by(&sarai.post("/v1/chat/completions", body()).await).to_owned();
+    assert_eq!(first, second, "a conversation stays with its host while that has time");
+    drop((a, b));
+    let other = sarai.post("/v1/chat/completions", body()).await;
+    assert_eq!((other.status, served_by(&other)), (200, "lfm2@gguf_native"), "{}", other.text);
+    assert_eq!(other.header("x-sarai-degraded"), Some("model:lfm2"));
 }
 
 #[tokio::test]

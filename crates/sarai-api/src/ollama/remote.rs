@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::keep_alive;
+use crate::RemoteLine;
 
 /// The path and the body that ask an Ollama host for this. Options that are not set are left to the host; a prompt
 /// that does not fit its context is to be refused, not cut.
@@ -67,19 +68,8 @@ fn options(request: &GenerateRequest, context_tokens: Option<u32>) -> Value {
 }
 
 /// A float as the client wrote it: 0.7, not the 0.699999988079071 that widening an f32 gives.
-fn float(value: f32) -> Value {
+pub(crate) fn float(value: f32) -> Value {
     value.to_string().parse::<f64>().map_or(Value::Null, Value::from)
-}
-
-/// What one line of a host's stream says.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RemoteLine {
-    /// Nothing to pass on.
-    Empty,
-    /// A step of the answer.
-    Text(String),
-    /// The last step: text that came with it, and the end.
-    Done(Option<String>, Event),
 }
 
 #[derive(Deserialize)]

@@ -197,8 +197,15 @@ impl Common {
         let (sampling, stop) = sampling.options.map(|Object(sampling)| sampling).unwrap_or_default().meant(100.0)?;
         // Ollama: 0 and -1 are without limit, -2 until the context is full; all end here with the context.
         let max_tokens = options.num_predict.filter(|&n| n > 0).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
-        let request =
-            GenerateRequest { prompt, sampling, stop, max_tokens, format: format_of(self.format)?, residence };
+        let request = GenerateRequest {
+            prompt,
+            sampling,
+            stop,
+            max_tokens,
+            format: format_of(self.format)?,
+            residence,
+            given: String::new(),
+        };
         let delivery = Delivery { stream: self.stream.unwrap_or(true), include_usage: true };
         Ok(OllamaRequest::Generate(Box::new(Parsed { model: self.model, request, delivery, ignored })))
     }

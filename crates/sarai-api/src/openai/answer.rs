@@ -114,7 +114,7 @@ fn usage_of(usage: &Usage) -> Value {
 /// The field `sarai` of an answer: who served it, and where the time went in milliseconds.
 pub(crate) fn extension(served: &Served, timings: &Timings) -> Value {
     let ms = |duration: std::time::Duration| (duration.as_secs_f64() * 1e6).round() / 1e3;
-    json!({
+    let mut extension = json!({
         "served_by": served.by,
         "fallback_reason": served.fallback_reason,
         "degraded": served.degraded,
@@ -122,7 +122,12 @@ pub(crate) fn extension(served: &Served, timings: &Timings) -> Value {
             "queue": ms(timings.queue), "load": ms(timings.load),
             "prefill": ms(timings.prefill), "decode": ms(timings.decode),
         },
-    })
+    });
+    if !served.resumed.is_empty() {
+        let resumed = served.resumed.iter().map(|resumed| json!({ "by": resumed.by, "reason": resumed.reason }));
+        extension["resumed"] = resumed.collect();
+    }
+    extension
 }
 
 /// One entry of `GET /v1/models`.

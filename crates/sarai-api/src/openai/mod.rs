@@ -1,6 +1,7 @@
 //! OpenAI's `/v1` API: chat completions, completions, models, errors.
 
 mod answer;
+pub mod remote;
 mod request;
 
 pub(crate) use answer::extension;

@@ -174,6 +174,7 @@ impl Common {
             max_tokens,
             format: format_of(self.response_format),
             residence: Residence::default(),
+            given: String::new(),
         };
         let include_usage = self.stream_options.and_then(|Object(options)| options.include_usage).unwrap_or(false);
         let delivery = Delivery { stream: self.stream.unwrap_or(false), include_usage };

@@ -1,7 +1,7 @@
 //! Kinds of places that serve a model.
 
 pub mod local;
-pub mod ollama;
+pub mod remote;
 
 use std::pin::Pin;
 

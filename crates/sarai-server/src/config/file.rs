@@ -7,7 +7,7 @@ use saphyr::{LoadableYamlNode, MarkedYamlOwned};
 use sarai_core::{KvType, Sampling};
 use sarai_plan::Strategy;
 
-use super::resolve::ModelRole;
+use super::resolve::{ModelRole, Resume};
 use super::tree::Section;
 use super::{Environment, Mistake};
 
@@ -32,8 +32,16 @@ pub struct File {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
     OllamaHttp,
+    OpenAiHttp,
     GgufNative,
     Builtin,
+}
+
+impl Backend {
+    /// Whether it is another machine's.
+    pub fn is_remote(self) -> bool {
+        matches!(self, Self::OllamaHttp | Self::OpenAiHttp)
+    }
 }
 
 /// One entry under `models:`.
@@ -66,6 +74,10 @@ pub struct WrittenModel {
     pub load: Option<Duration>,
     pub first_token: Option<Duration>,
     pub gap: Option<Duration>,
+    pub api_key: Option<String>,
+    pub max_outstanding: Option<u32>,
+    pub fallback_models: Vec<String>,
+    pub resume: Option<Resume>,
 }
 
 impl WrittenModel {
@@ -143,14 +155,15 @@ fn read_model(
 ) -> WrittenModel {
     let local = ("gguf_native", Backend::GgufNative);
     let remote = ("ollama_http", Backend::OllamaHttp);
+    let openai = ("openai_http", Backend::OpenAiHttp);
     let roles = [("chat", ModelRole::Chat), ("embedding", ModelRole::Embedding), ("router", ModelRole::Router)];
-    let backend = model.word("backend", &[remote, local, ("builtin", Backend::Builtin)], mistakes);
+    let backend = model.word("backend", &[remote, openai, local, ("builtin", Backend::Builtin)], mistakes);
     if model.written_at("backend").is_none() {
-        mistakes.push(model.mistake("backend", "is missing: use `ollama_http` or `gguf_native`"));
+        mistakes.push(model.mistake("backend", "is missing: use `ollama_http`, `openai_http` or `gguf_native`"));
     }
-    let keys = ["url", "urls", "aliases", "gguf_path", "kv_type", "keep_alive"].into_iter();
+    let keys = ["url", "urls", "aliases", "gguf_path", "kv_type", "keep_alive", "fallback_models"].into_iter();
     let lines = keys.filter_map(|key| Some((key, model.written_at(key)?))).collect();
-    let fallback = model.word("fallback", &[local, remote], mistakes);
+    let fallback = model.word("fallback", &[local, remote, openai], mistakes);
     let mut urls = model.texts("url", mistakes);
     urls.extend(model.texts("urls", mistakes));
     let mut written = WrittenModel {
@@ -185,6 +198,10 @@ fn read_model(
         load: None,
         first_token: None,
         gap: None,
+        api_key: model.text("api_key", mistakes).map(|key| environment.expand(&key)),
+        max_outstanding: model.count("max_outstanding", 1, 10_000, mistakes),
+        fallback_models: model.texts("fallback_models", mistakes),
+        resume: model.word("resume", &Resume::ALL.map(|resume| (resume.name(), resume)), mistakes),
     };
     if let Some(mut deadlines) = model.section("deadlines", mistakes) {
         written.connect = deadlines.seconds("connect_seconds", mistakes);

@@ -12,7 +12,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 pub use env::Environment;
-pub use resolve::{Config, Deployment, Engine, MemoryConfig, Model, ModelRole, ServerConfig};
+pub use resolve::{Api, Config, Deployment, Engine, MemoryConfig, Model, ModelRole, Remote, Resume, ServerConfig};
 
 /// One mistake.
 #[derive(Clone, Debug, PartialEq, Eq)]

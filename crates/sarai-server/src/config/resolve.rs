@@ -17,6 +17,9 @@ use super::file::{Backend, File, WrittenModel};
 /// Where Ollama listens unless told otherwise.
 const DEFAULT_OLLAMA_URL: &str = "http://127.0.0.1:11434";
 
+/// A server without a GPU answers two at a time best.
+const DEFAULT_OUTSTANDING: usize = 2;
+
 /// The whole configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -88,20 +91,45 @@ pub struct Model {
     pub sampling: Sampling,
     /// Per phase.
     pub deadlines: Deadlines,
+    /// Whether the file says how long a gap may be; else it is learned.
+    pub gap_is_set: bool,
+    /// Models that answer when no deployment of this one does.
+    pub fallback_models: Vec<String>,
+    /// Who may go on with an answer that broke off.
+    pub resume: Resume,
+}
+
+/// Who may go on with an answer that broke off after its first token.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Resume {
+    /// Deployments of the same model.
+    #[default]
+    SameModel,
+    /// `fallback_models` too.
+    Any,
+    /// Nobody: it ends with an error.
+    Never,
+}
+
+impl Resume {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::SameModel, Self::Any, Self::Never];
+
+    /// The word in the configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::SameModel => "same_model",
+            Self::Any => "any",
+            Self::Never => "never",
+        }
+    }
 }
 
 /// One place that serves a model.
 #[derive(Clone, Debug)]
 pub enum Deployment {
-    /// An Ollama host.
-    Ollama {
-        /// Base URL without a trailing slash.
-        url: String,
-        /// The model's name there.
-        model_name: String,
-        /// `num_ctx`, if the configuration sets it.
-        context_tokens: Option<u32>,
-    },
+    /// A model on another machine.
+    Remote(Remote),
     /// A worker of this server.
     Local {
         /// Which one.
@@ -109,6 +137,49 @@ pub enum Deployment {
         /// Tokens that this model may use of its sequence; the engine's may be longer for another model.
         context_tokens: u32,
     },
+}
+
+/// Which API a host speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Api {
+    /// Ollama's.
+    Ollama,
+    /// OpenAI's.
+    OpenAi,
+}
+
+impl Api {
+    /// The backend's name in the configuration.
+    pub const fn backend(self) -> &'static str {
+        match self {
+            Self::Ollama => "ollama_http",
+            Self::OpenAi => "openai_http",
+        }
+    }
+}
+
+/// A model on a host.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Remote {
+    /// Which API the host speaks.
+    pub api: Api,
+    /// Base URL without a trailing slash; of OpenAI's API with its `/v1`.
+    pub url: String,
+    /// The model's name there.
+    pub model_name: String,
+    /// `num_ctx`, if the configuration sets it.
+    pub context_tokens: Option<u32>,
+    /// Sent as a bearer token.
+    pub api_key: Option<String>,
+    /// Requests that the host answers for us at the same time; further ones wait here.
+    pub max_outstanding: usize,
+}
+
+impl std::fmt::Debug for Remote {
+    /// Without the key: it must not come into a log.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} on {} ({})", self.model_name, self.url, self.api.backend())
+    }
 }
 
 /// A GGUF file and how it is loaded; models that name the same file share it.
@@ -171,6 +242,7 @@ pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &
     };
     let mut config = Config { server, memory, models: Vec::new(), engines: Vec::new() };
     check_names(&file.models, mistakes);
+    check_fallbacks(&file.models, mistakes);
     for written in &file.models {
         let model = Resolver { written, folder, environment }.model(&mut config.engines, mistakes);
         config.models.push(model);
@@ -249,6 +321,19 @@ fn check_names(models: &[WrittenModel], mistakes: &mut Vec<Mistake>) {
     }
 }
 
+fn check_fallbacks(models: &[WrittenModel], mistakes: &mut Vec<Mistake>) {
+    for model in models {
+        for name in &model.fallback_models {
+            let found = models.iter().any(|other| other.name == *name && other.name != model.name);
+            if !found {
+                let message = format!("`{name}` is no other model of this file: name one below `models:`");
+                let key = format!("models.{}.fallback_models", model.name);
+                mistakes.push(Mistake { line: Some(model.line_of("fallback_models")), key, message });
+            }
+        }
+    }
+}
+
 struct Resolver<'a> {
     written: &'a WrittenModel,
     folder: &'a Path,
@@ -277,7 +362,8 @@ impl Resolver<'_> {
         let mut deployments = Vec::new();
         for backend in self.order(mistakes) {
             match backend {
-                Backend::OllamaHttp => deployments.extend(self.remotes(mistakes)),
+                Backend::OllamaHttp => deployments.extend(self.remotes(Api::Ollama, mistakes)),
+                Backend::OpenAiHttp => deployments.extend(self.remotes(Api::OpenAi, mistakes)),
                 Backend::GgufNative => deployments.extend(self.local(engines, &deadlines, mistakes)),
                 Backend::Builtin => {}
             }
@@ -289,6 +375,9 @@ impl Resolver<'_> {
             deployments,
             sampling: written.sampling.clone(),
             deadlines,
+            gap_is_set: written.gap.is_some(),
+            fallback_models: written.fallback_models.clone(),
+            resume: written.resume.unwrap_or_default(),
         }
     }
 
@@ -302,31 +391,40 @@ impl Resolver<'_> {
         order.dedup();
         let prefer_http = format!("{}_PREFER_HTTP", variable_name(&self.written.name));
         match env_flag(self.environment, &prefer_http, mistakes) {
-            Some(true) => order.sort_by_key(|&backend| backend != Backend::OllamaHttp),
-            Some(false) => order.sort_by_key(|&backend| backend == Backend::OllamaHttp),
+            Some(true) => order.sort_by_key(|&backend| !backend.is_remote()),
+            Some(false) => order.sort_by_key(|&backend| backend.is_remote()),
             None => {}
         }
         order
     }
 
-    fn remotes(&self, mistakes: &mut Vec<Mistake>) -> Vec<Deployment> {
+    fn remotes(&self, api: Api, mistakes: &mut Vec<Mistake>) -> Vec<Deployment> {
         let written = self.written;
         let name = format!("{}_MODEL_NAME", variable_name(&written.name));
         let model_name = self.environment.get(&name).map(str::to_owned).or_else(|| written.model_name.clone());
         let model_name = model_name.unwrap_or_else(|| written.name.clone());
-        let urls = match self.environment.get("OLLAMA_BASE_URL") {
+        let urls = match self.environment.get("OLLAMA_BASE_URL").filter(|_| api == Api::Ollama) {
             Some(url) => vec![url.to_owned()],
-            None if written.urls.is_empty() => vec![DEFAULT_OLLAMA_URL.to_owned()],
+            None if written.urls.is_empty() && api == Api::Ollama => vec![DEFAULT_OLLAMA_URL.to_owned()],
             None => written.urls.clone(),
         };
+        if urls.is_empty() {
+            let message = "is missing: name the server that `openai_http` asks, such as http://192.168.1.50:8000/v1";
+            mistakes.push(self.mistake("url", message));
+        }
         for url in written.urls.iter().filter(|url| !is_url(url)) {
             let key = if written.lines.contains_key("url") { "url" } else { "urls" };
             mistakes.push(self.mistake(key, format!("`{url}` is not a URL: use one such as {DEFAULT_OLLAMA_URL}")));
         }
-        let deployment = |url: String| Deployment::Ollama {
-            url: url.trim_end_matches('/').to_owned(),
-            model_name: model_name.clone(),
-            context_tokens: written.context_length,
+        let deployment = |url: String| {
+            Deployment::Remote(Remote {
+                api,
+                url: url.trim_end_matches('/').to_owned(),
+                model_name: model_name.clone(),
+                context_tokens: written.context_length,
+                api_key: written.api_key.clone(),
+                max_outstanding: written.max_outstanding.map_or(DEFAULT_OUTSTANDING, |most| most as usize),
+            })
         };
         urls.into_iter().map(deployment).collect()
     }

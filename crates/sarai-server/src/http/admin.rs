@@ -13,7 +13,7 @@ use sarai_plan::EngineId;
 use serde_json::{Value, json};
 
 use super::{App, json_response};
-use crate::config::{Deployment, Model};
+use crate::config::{Deployment, Model, Remote};
 use crate::dispatch::label;
 use crate::machine::process::{Memory, measure};
 use crate::pool::Snapshot;
@@ -95,20 +95,20 @@ type HostStates = HashMap<String, Result<Vec<String>, RemoteCause>>;
 
 /// Asks every remote host for its models, all at once.
 async fn host_states(app: &App) -> HostStates {
-    let mut urls: Vec<(&str, Duration)> = Vec::new();
+    let mut remotes: Vec<(&Remote, Duration)> = Vec::new();
     for model in &app.gateway.catalog.models {
         for deployment in &model.deployments {
-            if let Deployment::Ollama { url, .. } = deployment
-                && !urls.iter().any(|(known, _)| known == url)
+            if let Deployment::Remote(remote) = deployment
+                && !remotes.iter().any(|(known, _)| known.url == remote.url)
             {
-                urls.push((url, model.deadlines.connect));
+                remotes.push((remote, model.deadlines.connect));
             }
         }
     }
-    let asked = urls.into_iter().map(|(url, connect)| async move {
-        let models = tokio::time::timeout(ASK_HOST, app.gateway.dispatch.hosts.models(url, connect)).await;
+    let asked = remotes.into_iter().map(|(remote, connect)| async move {
+        let models = tokio::time::timeout(ASK_HOST, app.gateway.dispatch.hosts.models(remote, connect)).await;
         let late = || RemoteCause::Unreachable(format!("no answer within {} s", ASK_HOST.as_secs()));
-        (url.to_owned(), models.unwrap_or_else(|_| Err(late())))
+        (remote.url.clone(), models.unwrap_or_else(|_| Err(late())))
     });
     join_all(asked).await.into_iter().collect()
 }
@@ -118,9 +118,15 @@ fn model_state(app: &App, model: &Model, snapshot: Option<&Snapshot>, hosts: &Ho
     for deployment in &model.deployments {
         let (state, reason) = match deployment {
             Deployment::Local { engine, .. } => local_state(app, *engine, snapshot),
-            Deployment::Ollama { url, model_name, .. } => remote_state(url, model_name, hosts),
+            Deployment::Remote(remote) => remote_state(&remote.url, &remote.model_name, hosts),
         };
-        deployments.push(json!({ "deployment": label(model, deployment), "state": state, "reason": reason }));
+        let mut row = json!({ "deployment": label(model, deployment), "state": state, "reason": reason });
+        if let Deployment::Remote(remote) = deployment {
+            let known = app.gateway.dispatch.health.of(remote);
+            row["breaker"] = known.state.name().into();
+            row["outstanding"] = known.outstanding.into();
+        }
+        deployments.push(row);
     }
     let usable = |state: &Value| {
         ["resident", "loading", "resizing", "absent", "stopping", "up"].iter().any(|s| state["state"] == *s)

@@ -61,6 +61,19 @@ pub fn router(app: App) -> Router {
         .with_state(app)
 }
 
+/// Whether the client wants no degraded answer: `x-sarai-strict: true`.
+///
+/// # Errors
+/// The header says something else.
+fn is_strict(headers: &HeaderMap) -> Result<bool, Error> {
+    match headers.get("x-sarai-strict").map(|value| value.to_str().unwrap_or_default().to_ascii_lowercase()) {
+        None => Ok(false),
+        Some(text) if text == "true" || text == "1" => Ok(true),
+        Some(text) if text == "false" || text == "0" => Ok(false),
+        Some(text) => Err(Error::invalid("x-sarai-strict", format!("x-sarai-strict is `{text}`: use true or false"))),
+    }
+}
+
 /// The headers that say who served an answer.
 fn served_headers(served: &Served) -> HeaderMap {
     let mut headers = HeaderMap::new();

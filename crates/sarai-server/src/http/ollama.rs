@@ -6,12 +6,12 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use sarai_api::ollama::{self, End, Kind, LineWriter, OllamaRequest};
-use sarai_api::{Parsed, Served};
+use sarai_api::{Parsed, Resumed, Served};
 use sarai_core::{Error, Event};
 use serde_json::{Map, Value, json};
 
 use super::error::{Failure, ollama_body};
-use super::{App, body, json_response, served_headers, stream};
+use super::{App, body, is_strict, json_response, served_headers, stream};
 use crate::config::Deployment;
 
 /// `POST /api/chat`.
@@ -44,7 +44,7 @@ pub async fn show(State(app): State<App>, request: Request) -> Result<Response, 
         let model = catalog.find(&name)?;
         let file = model.deployments.iter().find_map(|deployment| match deployment {
             Deployment::Local { engine, .. } => catalog.file(*engine).ok(),
-            Deployment::Ollama { .. } => None,
+            Deployment::Remote(_) => None,
         });
         let mut info = Map::new();
         for (key, value) in file.iter().flat_map(|file| &file.header.metadata) {
@@ -74,8 +74,9 @@ async fn answer(
         let line = LineWriter { kind, model }.without_text(SystemTime::now(), reason);
         Ok(json_response(HeaderMap::new(), &line))
     };
+    let strict = is_strict(request.headers())?;
     match parse(&body::read(request, &app).await?)? {
-        OllamaRequest::Generate(parsed) => generated(app, kind, *parsed).await,
+        OllamaRequest::Generate(parsed) => generated(app, kind, *parsed, strict).await,
         OllamaRequest::Load { model, residence } => {
             app.gateway.load(&model, residence).await?;
             without_text(model, "load")
@@ -87,10 +88,10 @@ async fn answer(
     }
 }
 
-async fn generated(app: App, kind: Kind, parsed: Parsed) -> Result<Response, Error> {
+async fn generated(app: App, kind: Kind, parsed: Parsed, strict: bool) -> Result<Response, Error> {
     let delivery = parsed.delivery;
     let writer = LineWriter { kind, model: parsed.model.clone() };
-    let answer = app.gateway.answer(parsed).await?;
+    let answer = app.gateway.answer(parsed, strict).await?;
     let mut headers = served_headers(&answer.served);
     if !delivery.stream {
         let whole = stream::collect(answer.events).await?;
@@ -98,14 +99,18 @@ async fn generated(app: App, kind: Kind, parsed: Parsed) -> Result<Response, Err
         return Ok(json_response(headers, &writer.done(SystemTime::now(), &whole.text, &end)));
     }
     headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/x-ndjson"));
-    let served = answer.served;
-    let body = stream::body(answer.events, app.stall, None, move |event| encode(&writer, &served, event).into());
+    let mut served = answer.served;
+    let body = stream::body(answer.events, app.stall, None, move |event| encode(&writer, &mut served, event).into());
     Ok((headers, body).into_response())
 }
 
-fn encode(writer: &LineWriter, served: &Served, event: Result<Event, Error>) -> String {
+fn encode(writer: &LineWriter, served: &mut Served, event: Result<Event, Error>) -> String {
     let now = SystemTime::now();
     let line = match event {
+        Ok(Event::Resumed { by, reason }) => {
+            served.resumed.push(Resumed { by, reason });
+            return String::new();
+        }
         Ok(Event::Text(text)) => writer.text(now, &text),
         Ok(Event::Done { finish, usage, timings }) => {
             writer.done(now, "", &End { finish, usage: &usage, timings: &timings, served })

@@ -8,12 +8,12 @@ use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use sarai_api::openai::{self, ChunkWriter, Kind};
-use sarai_api::{Parsed, Served};
+use sarai_api::{Parsed, Resumed, Served};
 use sarai_core::{Error, Event};
 use serde_json::Value;
 
 use super::error::{Failure, openai_body};
-use super::{App, body, json_response, served_headers, stream};
+use super::{App, body, is_strict, json_response, served_headers, stream};
 
 /// `POST /v1/chat/completions`.
 pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, Failure> {
@@ -43,6 +43,7 @@ async fn answer(
     kind: Kind,
     parse: fn(&[u8]) -> Result<Parsed, Error>,
 ) -> Result<Response, Error> {
+    let strict = is_strict(request.headers())?;
     let parsed = parse(&body::read(request, &app).await?)?;
     let delivery = parsed.delivery;
     let writer = ChunkWriter {
@@ -52,7 +53,7 @@ async fn answer(
         model: parsed.model.clone(),
         include_usage: delivery.include_usage,
     };
-    let answer = app.gateway.answer(parsed).await?;
+    let answer = app.gateway.answer(parsed, strict).await?;
     let mut headers = served_headers(&answer.served);
     if !delivery.stream {
         let whole = stream::collect(answer.events).await?;
@@ -62,13 +63,17 @@ async fn answer(
     headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-cache"));
     let first = writer.role().map(|chunk| Bytes::from(sse(&chunk)));
-    let served = answer.served;
-    let body = stream::body(answer.events, app.stall, first, move |event| encode(&writer, &served, event).into());
+    let mut served = answer.served;
+    let body = stream::body(answer.events, app.stall, first, move |event| encode(&writer, &mut served, event).into());
     Ok((headers, body).into_response())
 }
 
-fn encode(writer: &ChunkWriter, served: &Served, event: Result<Event, Error>) -> String {
+fn encode(writer: &ChunkWriter, served: &mut Served, event: Result<Event, Error>) -> String {
     match event {
+        Ok(Event::Resumed { by, reason }) => {
+            served.resumed.push(Resumed { by, reason });
+            String::new()
+        }
         Ok(Event::Text(text)) => sse(&writer.text(&text)),
         Ok(Event::Done { finish, usage, timings }) => {
             let mut end = sse(&writer.finish(finish, served, &timings));

@@ -1,5 +1,7 @@
 //! What the pool holds, why, and what it would do: `/api/pool/*`, `/models/load` and `/models/unload`, `/metrics`.
 
+use std::sync::Arc;
+
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
@@ -11,8 +13,9 @@ use serde_json::{Value, json};
 
 use super::error::{Failure, refusal_body};
 use super::{App, body, json_response};
-use crate::config::Deployment;
+use crate::config::{Deployment, Model};
 use crate::dispatch::label;
+use crate::health::Known;
 use crate::machine;
 use crate::metrics;
 use crate::pool::{Snapshot, WhatIf};
@@ -94,7 +97,7 @@ async fn what_if(app: &App, name: &str, residence: Residence) -> Result<Value, E
     let mut deployments = Vec::new();
     for deployment in &model.deployments {
         let mut row = match deployment {
-            Deployment::Ollama { .. } => json!({ "verdict": "remote" }),
+            Deployment::Remote(_) => json!({ "verdict": "remote" }),
             Deployment::Local { engine, context_tokens } => {
                 match dispatch.want(*engine, *context_tokens, residence).await {
                     Err(error) => json!({ "verdict": "unavailable", "reason": error.to_string() }),
@@ -166,9 +169,21 @@ pub async fn unload(State(app): State<App>, request: Request) -> Result<Response
     unloaded.await.map(|()| json_response(HeaderMap::new(), &json!({ "success": true }))).map_err(Failure::OpenAi)
 }
 
+/// What is known of every remote deployment.
+fn hosts(app: &App) -> Vec<(String, Known)> {
+    let health = &app.gateway.dispatch.health;
+    let models = app.gateway.catalog.models.iter();
+    let deployments = models.flat_map(|model| model.deployments.iter().map(move |deployment| (model, deployment)));
+    let known = |(model, deployment): (&Arc<Model>, &Deployment)| match deployment {
+        Deployment::Remote(remote) => Some((label(model, deployment), health.of(remote))),
+        Deployment::Local { .. } => None,
+    };
+    deployments.filter_map(known).collect()
+}
+
 /// `GET /metrics`, in Prometheus's text format.
 pub async fn metrics(State(app): State<App>) -> Result<Response, Failure> {
     let snapshot = snapshot(&app).await.map_err(Failure::OpenAi)?;
-    let text = metrics::render(&snapshot, |engine| name(&app, engine).to_owned());
+    let text = metrics::render(&snapshot, |engine| name(&app, engine).to_owned(), &hosts(&app));
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
 }

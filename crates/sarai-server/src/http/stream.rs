@@ -82,13 +82,19 @@ impl<F: FnMut(Result<Event, Error>) -> Bytes + Unpin> Stream for Pieces<F> {
             return Poll::Ready(Some(Ok(piece)));
         }
         let mut reading = lock(&this.reading);
-        let polled = match &mut reading.events {
-            Some(events) => events.poll_next_unpin(context),
-            // The connection is broken off, so that what came through does not look like all of it.
-            None => return Poll::Ready(Some(Err(io::ErrorKind::TimedOut.into()))),
-        };
-        reading.unread_since = polled.is_ready().then(Instant::now);
-        polled.map(|event| event.map(|event| Ok((this.encode)(event))))
+        loop {
+            let polled = match &mut reading.events {
+                Some(events) => events.poll_next_unpin(context),
+                // The connection is broken off, so that what came through does not look like all of it.
+                None => return Poll::Ready(Some(Err(io::ErrorKind::TimedOut.into()))),
+            };
+            reading.unread_since = polled.is_ready().then(Instant::now);
+            let piece = polled.map(|event| event.map(&mut this.encode));
+            // Some events are nothing to send, and an empty piece would end the body.
+            if !matches!(&piece, Poll::Ready(Some(bytes)) if bytes.is_empty()) {
+                return piece.map(|bytes| bytes.map(Ok));
+            }
+        }
     }
 }
 
@@ -113,6 +119,8 @@ pub async fn collect(mut events: EventStream) -> Result<Whole, Error> {
     while let Some(event) = events.next().await {
         match event? {
             Event::Text(more) => text.push_str(&more),
+            // Whole answers are not resumed: they are asked for anew.
+            Event::Resumed { .. } => {}
             Event::Done { finish, usage, timings } => return Ok(Whole { text, finish, usage, timings }),
         }
     }

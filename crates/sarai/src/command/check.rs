@@ -13,7 +13,7 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode, Failure> {
     let mut text = format!("{}: no mistakes\n", args.config.config.display());
     for model in &config.models {
         let places = model.deployments.iter().map(|deployment| match deployment {
-            Deployment::Ollama { url, model_name, .. } => format!("{model_name} on {url}"),
+            Deployment::Remote(remote) => format!("{} on {}", remote.model_name, remote.url),
             Deployment::Local { engine, .. } => {
                 let path = &config.engines[engine.0].path;
                 let missing = if path.exists() { "" } else { " (not there yet)" };

@@ -2,6 +2,7 @@
 
 pub mod check;
 mod client;
+pub mod drill;
 pub mod load;
 pub mod plan;
 pub mod ps;

@@ -206,7 +206,7 @@ fn system<'a>(config: &Config, files: &[Option<&'a EngineFiles>], planner: &Plan
         resident: engine.resident,
     };
     let place = |deployment: &Deployment| match deployment {
-        Deployment::Ollama { url, .. } => Place::Remote(url.clone()),
+        Deployment::Remote(remote) => Place::Remote(remote.url.clone()),
         Deployment::Local { engine, .. } => Place::Local(*engine),
     };
     let route = |model: &config::Model| Route {

@@ -1,0 +1,228 @@
+//! Towards an OpenAI-compatible server: a core request as its JSON, and its SSE lines as core events.
+
+use sarai_core::{Event, FinishReason, Format, GenerateRequest, Prompt, RemoteCause, Sampling, Timings, Usage};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::RemoteLine;
+use crate::ollama::float;
+
+/// The path below the base URL, and the body that asks for this. What is not set is left to the server.
+#[must_use]
+pub fn request(model: &str, request: &GenerateRequest) -> (&'static str, Value) {
+    let mut body = json!({ "model": model, "stream": true, "stream_options": { "include_usage": true } });
+    let path = match &request.prompt {
+        Prompt::Chat(messages) => {
+            let message = |m: &sarai_core::Message| json!({ "role": m.role.as_str(), "content": m.content });
+            body["messages"] = messages.iter().map(message).collect();
+            "/chat/completions"
+        }
+        Prompt::Raw(text) => {
+            body["prompt"] = text.as_str().into();
+            "/completions"
+        }
+    };
+    let sampling = &request.sampling;
+    let mut set = |key: &str, value: Option<Value>| {
+        if let Some(value) = value {
+            body[key] = value;
+        }
+    };
+    set("temperature", sampling.temperature.map(float));
+    set("top_p", sampling.top_p.map(float));
+    set("seed", sampling.seed.map(Value::from));
+    set("presence_penalty", sampling.presence_penalty.map(float));
+    set("frequency_penalty", sampling.frequency_penalty.map(float));
+    set("max_tokens", request.max_tokens.map(Value::from));
+    set("stop", (!request.stop.is_empty()).then(|| request.stop.clone().into()));
+    let bias = sampling.logit_bias.iter().map(|(token, bias)| (token.to_string(), float(*bias)));
+    set("logit_bias", (!sampling.logit_bias.is_empty()).then(|| Value::Object(bias.collect())));
+    // Beyond OpenAI's own: llama.cpp's server, vLLM and others know these, and they are sent only if they are set.
+    set("top_k", sampling.top_k.map(Value::from));
+    set("min_p", sampling.min_p.map(float));
+    set("typical_p", sampling.typical_p.map(float));
+    set("repeat_penalty", sampling.repeat_penalty.map(float));
+    set("repeat_last_n", sampling.repeat_last_n.map(Value::from));
+    match &request.format {
+        Format::Text => {}
+        Format::Json => body["response_format"] = json!({ "type": "json_object" }),
+        Format::Schema(schema) => {
+            let schema: Value = serde_json::from_str(schema).unwrap_or_default();
+            let named = json!({ "name": "answer", "schema": schema, "strict": true });
+            body["response_format"] = json!({ "type": "json_schema", "json_schema": named });
+        }
+    }
+    (path, body)
+}
+
+/// Request options that OpenAI's API does not have, so that a server may ignore them.
+#[must_use]
+pub fn unknown_to_openai(sampling: &Sampling) -> Vec<String> {
+    let options = [
+        ("top_k", sampling.top_k.is_some()),
+        ("min_p", sampling.min_p.is_some()),
+        ("typical_p", sampling.typical_p.is_some()),
+        ("repeat_penalty", sampling.repeat_penalty.is_some()),
+        ("repeat_last_n", sampling.repeat_last_n.is_some()),
+    ];
+    options.into_iter().filter(|(_, is_set)| *is_set).map(|(name, _)| name.to_owned()).collect()
+}
+
+/// Reads the lines of one stream; the end is put together from several.
+#[derive(Debug, Default)]
+pub struct SseReader {
+    finish: Option<FinishReason>,
+    usage: Option<Usage>,
+    texts: u32,
+}
+
+#[derive(Deserialize)]
+struct Chunk {
+    error: Option<Value>,
+    choices: Option<Vec<Choice>>,
+    usage: Option<WireUsage>,
+}
+
+#[derive(Deserialize)]
+struct Choice {
+    delta: Option<Delta>,
+    text: Option<String>,
+    finish_reason: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Delta {
+    content: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct WireUsage {
+    #[serde(default)]
+    prompt_tokens: u32,
+    #[serde(default)]
+    completion_tokens: u32,
+    prompt_tokens_details: Option<WireDetails>,
+}
+
+#[derive(Deserialize)]
+struct WireDetails {
+    cached_tokens: Option<u32>,
+}
+
+impl SseReader {
+    /// Reads one line. Comments and other fields of an event are nothing to pass on.
+    ///
+    /// # Errors
+    /// The line is not of a stream of chunks, or it reports an error.
+    pub fn line(&mut self, line: &[u8]) -> Result<RemoteLine, RemoteCause> {
+        let line = line.trim_ascii();
+        let garbled = || RemoteCause::Garbled(String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned());
+        let Some(data) = line.strip_prefix(b"data:") else {
+            let is_sse =
+                line.is_empty() || [&b":"[..], b"event:", b"id:", b"retry:"].iter().any(|p| line.starts_with(p));
+            return if is_sse { Ok(RemoteLine::Empty) } else { Err(garbled()) };
+        };
+        let data = data.trim_ascii();
+        if data == b"[DONE]" {
+            return self.end().map(|end| RemoteLine::Done(None, end)).ok_or(RemoteCause::Cut);
+        }
+        let chunk: Chunk = serde_json::from_slice(data).map_err(|_| garbled())?;
+        if let Some(error) = chunk.error {
+            let message = error["message"].as_str().map_or_else(|| error.to_string(), str::to_owned);
+            return Err(RemoteCause::Reported(message));
+        }
+        if let Some(usage) = chunk.usage {
+            self.usage = Some(Usage {
+                prompt_tokens: usage.prompt_tokens,
+                cached_tokens: usage.prompt_tokens_details.and_then(|details| details.cached_tokens).unwrap_or(0),
+                completion_tokens: usage.completion_tokens,
+            });
+        }
+        let Some(choice) = chunk.choices.ok_or_else(garbled)?.into_iter().next() else { return Ok(RemoteLine::Empty) };
+        match choice.finish_reason.as_deref() {
+            None => {}
+            Some("length") => self.finish = Some(FinishReason::Length),
+            Some("stop" | "eos") => self.finish = Some(FinishReason::Stop),
+            Some(other) => return Err(RemoteCause::Reported(format!("finish_reason `{other}`"))),
+        }
+        let text = choice.delta.and_then(|delta| delta.content).or(choice.text).filter(|text| !text.is_empty());
+        self.texts += u32::from(text.is_some());
+        Ok(text.map_or(RemoteLine::Empty, RemoteLine::Text))
+    }
+
+    /// The end, if the stream has said its finish reason; without usage, pieces of text count as tokens.
+    #[must_use]
+    pub fn end(&self) -> Option<Event> {
+        let usage = self.usage.unwrap_or(Usage { completion_tokens: self.texts, ..Usage::default() });
+        self.finish.map(|finish| Event::Done { finish, usage, timings: Timings::default() })
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    fn read(lines: &[&str]) -> (Vec<RemoteLine>, Option<RemoteCause>, SseReader) {
+        let mut reader = SseReader::default();
+        let mut seen = Vec::new();
+        for line in lines {
+            match reader.line(line.as_bytes()) {
+                Ok(RemoteLine::Empty) => {}
+                Ok(line) => seen.push(line),
+                Err(cause) => return (seen, Some(cause), reader),
+            }
+        }
+        (seen, None, reader)
+    }
+
+    const HI: &str = r#"data: {"choices":[{"index":0,"delta":{"content":"Hi"},"finish_reason":null}]}"#;
+    const STOP: &str = r#"data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}"#;
+    const USAGE: &str = r#"data: {"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":1}}"#;
+
+    #[test]
+    fn a_stream_ends_with_its_finish_reason_and_usage() {
+        let (seen, failure, _) = read(&[": keep-alive", "", HI, "", STOP, USAGE, "data: [DONE]"]);
+        assert_eq!(failure, None);
+        assert_eq!(seen[0], RemoteLine::Text("Hi".into()));
+        let usage = Usage { prompt_tokens: 5, cached_tokens: 0, completion_tokens: 1 };
+        let end = Event::Done { finish: FinishReason::Stop, usage, timings: Timings::default() };
+        assert_eq!(seen[1], RemoteLine::Done(None, end));
+    }
+
+    #[test]
+    fn done_without_a_finish_reason_is_a_cut_stream() {
+        assert_eq!(read(&[HI, "data: [DONE]"]).1, Some(RemoteCause::Cut));
+        assert_eq!(read(&[HI]).2.end(), None);
+        assert!(read(&[HI, STOP]).2.end().is_some(), "some servers send no [DONE]");
+    }
+
+    #[test]
+    fn what_is_no_chunk_is_garbled_and_an_error_is_reported() {
+        assert!(matches!(read(&["<html>"]).1, Some(RemoteCause::Garbled(_))));
+        assert!(matches!(read(&["data: {\"half\":"]).1, Some(RemoteCause::Garbled(_))));
+        let error = r#"data: {"error":{"message":"out of memory","code":500}}"#;
+        assert_eq!(read(&[HI, error]).1, Some(RemoteCause::Reported("out of memory".into())));
+    }
+
+    #[test]
+    fn only_what_is_set_is_sent() {
+        let request = GenerateRequest {
+            prompt: Prompt::Raw("Once".into()),
+            sampling: Sampling { temperature: Some(0.7), ..Sampling::default() },
+            stop: Vec::new(),
+            max_tokens: Some(4),
+            format: Format::Json,
+            residence: sarai_core::Residence::default(),
+            given: String::new(),
+        };
+        let (path, body) = super::request("m", &request);
+        assert_eq!(path, "/completions");
+        let keys: Vec<_> = body.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(
+            keys,
+            ["model", "stream", "stream_options", "prompt", "temperature", "max_tokens", "response_format"]
+        );
+        assert_eq!(body["temperature"], 0.7);
+    }
+}

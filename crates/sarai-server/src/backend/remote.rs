@@ -1,0 +1,301 @@
+//! A host that speaks Ollama's or OpenAI's API, over HTTP with kept-alive connections.
+//!
+//! It is asked to stream, always: bytes are its proof of life. Nothing here is retried.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::{Stream, StreamExt, stream};
+use reqwest::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
+use reqwest::{Client, RequestBuilder, Response, StatusCode};
+use sarai_api::openai::remote::SseReader;
+use sarai_api::{RemoteLine, ollama, openai};
+use sarai_core::{Error, Event, GenerateRequest, KeepAlive, RemoteCause};
+
+use super::EventStream;
+use crate::config::{Api, Remote};
+
+/// The longest line that a host may send, in bytes.
+const MAX_LINE_BYTES: usize = 1 << 20;
+/// How long the end of a body may follow its end mark.
+const END_OF_BODY: Duration = Duration::from_secs(1);
+/// How long it is waited for before the end mark is passed on.
+const END_IS_THERE: Duration = Duration::from_millis(2);
+/// How much of an error body is read, in bytes.
+const MAX_ERROR_BYTES: usize = 4 << 10;
+
+/// The HTTP clients, one per connect deadline, each with its pool of connections.
+#[derive(Clone, Debug, Default)]
+pub struct Hosts {
+    clients: HashMap<Duration, Client>,
+}
+
+impl Hosts {
+    /// Clients for these connect deadlines.
+    ///
+    /// # Errors
+    /// The TLS set-up of the machine is unusable.
+    pub fn new(deadlines: impl IntoIterator<Item = Duration>) -> Result<Self, reqwest::Error> {
+        let mut clients = HashMap::new();
+        for connect in deadlines {
+            let client = Client::builder().no_proxy().tcp_nodelay(true).connect_timeout(connect).build()?;
+            clients.insert(connect, client);
+        }
+        Ok(Self { clients })
+    }
+
+    fn client(&self, connect: Duration) -> Client {
+        self.clients.get(&connect).cloned().unwrap_or_default()
+    }
+
+    /// Asks a host for its models; used to show its state.
+    ///
+    /// # Errors
+    /// Why it cannot be used now.
+    pub async fn models(&self, remote: &Remote, connect: Duration) -> Result<Vec<String>, RemoteCause> {
+        let (path, list, name) = match remote.api {
+            Api::Ollama => ("/api/tags", "models", "name"),
+            Api::OpenAi => ("/models", "data", "id"),
+        };
+        let request = with_key(self.client(connect).get(format!("{}{path}", remote.url)), remote);
+        let response = request.timeout(connect + Duration::from_secs(3)).send().await;
+        let response = response.map_err(|error| unreachable(&error))?;
+        if !response.status().is_success() {
+            return Err(refused(response, "").await);
+        }
+        let body = response.bytes().await.map_err(|_| RemoteCause::Cut)?;
+        let listed: serde_json::Value =
+            serde_json::from_slice(&body).map_err(|_| RemoteCause::Garbled(format!("{path} is not JSON")))?;
+        let models = listed[list].as_array().into_iter().flatten();
+        Ok(models.filter_map(|model| model[name].as_str()).map(str::to_owned).collect())
+    }
+
+    /// Has a host load a model. OpenAI's API has no word for it: there, it is loaded by its first request.
+    ///
+    /// # Errors
+    /// [`Error::Remote`].
+    pub async fn load(&self, place: &Place<'_>, keep_alive: Option<KeepAlive>) -> Result<(), Error> {
+        let Remote { api: Api::Ollama, url, model_name, .. } = place.remote else { return Ok(()) };
+        let remote = |cause| Error::Remote { host: url.clone(), cause };
+        let mut body = serde_json::json!({ "model": model_name, "stream": false });
+        if let Some(context_tokens) = place.context_tokens {
+            body["options"] = serde_json::json!({ "num_ctx": context_tokens });
+        }
+        if let Some(time) = keep_alive {
+            body["keep_alive"] = sarai_api::ollama::keep_alive::to_wire(time);
+        }
+        let post = self.client(place.connect).post(format!("{url}/api/generate")).body(body.to_string());
+        let response = post.send().await.map_err(|error| remote(unreachable(&error)))?;
+        if response.status().is_success() { Ok(()) } else { Err(remote(refused(response, model_name).await)) }
+    }
+
+    /// Starts a generation on a host.
+    ///
+    /// # Errors
+    /// [`Error::Remote`], or [`Error::InvalidRequest`] where the host says the request is wrong.
+    pub async fn open(&self, place: &Place<'_>, request: &GenerateRequest) -> Result<EventStream, Error> {
+        let Remote { api, url, model_name, .. } = place.remote;
+        let remote = |cause| Error::Remote { host: url.clone(), cause };
+        let (path, body) = match api {
+            Api::Ollama => ollama::chat_request(model_name, place.context_tokens, request),
+            Api::OpenAi => openai::remote::request(model_name, request),
+        };
+        let post = with_key(self.client(place.connect).post(format!("{url}{path}")), place.remote);
+        let post = post.header(CONTENT_TYPE, "application/json").body(body.to_string());
+        let response = post.send().await.map_err(|error| remote(unreachable(&error)))?;
+        match response.status() {
+            status if status.is_success() => {
+                speaks(*api, response.headers()).map_err(remote)?;
+                Ok(events(*api, url.clone(), response.bytes_stream()))
+            }
+            StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::UNPROCESSABLE_ENTITY => {
+                match refused(response, model_name).await {
+                    RemoteCause::Status { message, .. } => Err(Error::InvalidRequest {
+                        message: format!("host {url} refuses the request: {message}"),
+                        param: None,
+                    }),
+                    other => Err(remote(other)),
+                }
+            }
+            _ => Err(remote(refused(response, model_name).await)),
+        }
+    }
+}
+
+/// Which model of which host.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// The host and its model.
+    pub remote: &'a Remote,
+    /// `num_ctx`, if set.
+    pub context_tokens: Option<u32>,
+    /// Deadline of the connection.
+    pub connect: Duration,
+}
+
+fn with_key(request: RequestBuilder, remote: &Remote) -> RequestBuilder {
+    match &remote.api_key {
+        Some(key) => request.bearer_auth(key),
+        None => request,
+    }
+}
+
+/// Whether a 200 is a stream at all: a page of a proxy is not.
+fn speaks(api: Api, headers: &HeaderMap) -> Result<(), RemoteCause> {
+    let wanted: &[&str] = match api {
+        Api::Ollama => &["application/x-ndjson", "application/json"],
+        Api::OpenAi => &["text/event-stream"],
+    };
+    let Some(found) = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()) else { return Ok(()) };
+    let kind = found.split(';').next().unwrap_or_default().trim();
+    if wanted.iter().any(|wanted| kind.eq_ignore_ascii_case(wanted)) {
+        return Ok(());
+    }
+    Err(RemoteCause::Garbled(format!("content of type `{kind}`")))
+}
+
+fn unreachable(error: &reqwest::Error) -> RemoteCause {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    RemoteCause::Unreachable(if error.is_timeout() { "connection timed out".into() } else { cause.to_string() })
+}
+
+async fn refused(response: Response, model_name: &str) -> RemoteCause {
+    let status = response.status();
+    let retry_after = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
+    let mut body = BytesMut::new();
+    let mut chunks = response.bytes_stream();
+    while let Some(Ok(chunk)) = chunks.next().await {
+        body.extend_from_slice(&chunk);
+        if body.len() >= MAX_ERROR_BYTES {
+            break;
+        }
+    }
+    if status == StatusCode::NOT_FOUND && !model_name.is_empty() {
+        return RemoteCause::ModelMissing(model_name.to_owned());
+    }
+    let json: Option<serde_json::Value> = serde_json::from_slice(&body).ok();
+    let message = json.and_then(|json| {
+        let error = &json["error"];
+        error["message"].as_str().or(error.as_str()).map(str::to_owned)
+    });
+    let message = message.unwrap_or_else(|| String::from_utf8_lossy(&body).chars().take(200).collect());
+    RemoteCause::Status { status: status.as_u16(), message, retry_after }
+}
+
+type Chunks = std::pin::Pin<Box<dyn Stream<Item = Result<Bytes, reqwest::Error>> + Send>>;
+
+/// Reads one kind of line.
+enum Reader {
+    Ndjson,
+    Sse(SseReader),
+}
+
+impl Reader {
+    fn line(&mut self, line: &[u8]) -> Result<RemoteLine, RemoteCause> {
+        match self {
+            Self::Ndjson => ollama::parse_line(line),
+            Self::Sse(reader) => reader.line(line),
+        }
+    }
+
+    /// The end of a body that came without a further mark.
+    fn end(&self) -> Option<Event> {
+        match self {
+            Self::Ndjson => None,
+            Self::Sse(reader) => reader.end(),
+        }
+    }
+}
+
+struct Lines {
+    host: String,
+    reader: Reader,
+    chunks: Chunks,
+    buffer: BytesMut,
+    end: Option<Event>,
+    finished: bool,
+}
+
+/// The events of a host's stream. One that ends before its end mark ends with an error.
+fn events(
+    api: Api,
+    host: String,
+    chunks: impl Stream<Item = Result<Bytes, reqwest::Error>> + Send + 'static,
+) -> EventStream {
+    let reader = match api {
+        Api::Ollama => Reader::Ndjson,
+        Api::OpenAi => Reader::Sse(SseReader::default()),
+    };
+    let lines = Lines { host, reader, chunks: Box::pin(chunks), buffer: BytesMut::new(), end: None, finished: false };
+    Box::pin(stream::unfold(lines, |mut lines| async move {
+        let event = lines.next().await?;
+        lines.finished |= event.is_err() || matches!(event, Ok(Event::Done { .. }));
+        if matches!(event, Ok(Event::Done { .. })) {
+            lines.read_to_the_end().await;
+        }
+        Some((event, lines))
+    }))
+}
+
+impl Lines {
+    /// Reads what follows the end mark, which is nothing: only then can the connection serve the next request.
+    async fn read_to_the_end(&mut self) {
+        let mut chunks = std::mem::replace(&mut self.chunks, Box::pin(stream::empty()));
+        let mut rest =
+            Box::pin(tokio::time::timeout(END_OF_BODY, async move { while chunks.next().await.is_some() {} }));
+        // It is there as a rule, and who asks next finds the connection free; else nobody waits for it.
+        if tokio::time::timeout(END_IS_THERE, &mut rest).await.is_err() {
+            tokio::spawn(rest);
+        }
+    }
+
+    async fn next(&mut self) -> Option<Result<Event, Error>> {
+        if self.finished {
+            return None;
+        }
+        if let Some(end) = self.end.take() {
+            return Some(Ok(end));
+        }
+        Some(self.step().await.map_err(|cause| Error::Remote { host: self.host.clone(), cause }))
+    }
+
+    async fn step(&mut self) -> Result<Event, RemoteCause> {
+        loop {
+            while let Some(at) = self.buffer.iter().position(|&byte| byte == b'\n') {
+                let line = self.buffer.split_to(at + 1);
+                match self.reader.line(&line)? {
+                    RemoteLine::Empty => {}
+                    RemoteLine::Text(text) => return Ok(Event::Text(text)),
+                    RemoteLine::Done(None, end) => return Ok(end),
+                    RemoteLine::Done(Some(text), end) => {
+                        self.end = Some(end);
+                        return Ok(Event::Text(text));
+                    }
+                }
+            }
+            if self.buffer.len() > MAX_LINE_BYTES {
+                return Err(RemoteCause::Garbled(format!("a line of more than {MAX_LINE_BYTES} bytes")));
+            }
+            match self.chunks.next().await {
+                Some(Ok(chunk)) => self.buffer.extend_from_slice(&chunk),
+                // What is left without a line end may be garbage, such as an HTML page: say which it is.
+                Some(Err(_)) => return Err(self.rest().err().unwrap_or(RemoteCause::Cut)),
+                None => return self.rest().and_then(|end| end.ok_or(RemoteCause::Cut)),
+            }
+        }
+    }
+
+    /// The end, if what came without a further line makes one.
+    fn rest(&mut self) -> Result<Option<Event>, RemoteCause> {
+        let rest = self.buffer.split();
+        match self.reader.line(&rest)? {
+            RemoteLine::Done(None, end) => Ok(Some(end)),
+            RemoteLine::Empty => Ok(self.reader.end()),
+            RemoteLine::Text(_) | RemoteLine::Done(Some(_), _) => Ok(None),
+        }
+    }
+}

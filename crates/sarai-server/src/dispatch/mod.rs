@@ -1,0 +1,286 @@
+//! The one loop that tries deployments in order until one answers.
+//!
+//! Before the first token any failure of a place moves on to the next one. After it, the answer goes on elsewhere where
+//! that is sound (`resume`), or ends with an error event: it is never ended cleanly when it was not finished.
+
+mod attempt;
+mod candidates;
+mod resume;
+mod warm;
+
+use std::sync::Arc;
+
+use futures_util::{StreamExt, stream};
+use sarai_api::Served;
+use sarai_core::{Attempt, Error, GenerateRequest, Phase, Residence};
+use sarai_plan::{EngineId, Want};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::timeout;
+
+use crate::backend::EventStream;
+use crate::backend::remote::{Hosts, Place};
+use crate::catalog::Catalog;
+use crate::config::{Deployment, Model};
+use crate::health::{Health, State};
+use crate::planner::Planner;
+use crate::pool::Pool;
+pub use candidates::label;
+use candidates::{Candidate, Tier, spread, tiers};
+pub use warm::warm_fallbacks;
+
+/// An answer that has begun: its first event is there.
+pub struct Answer {
+    /// Who answers.
+    pub served: Served,
+    /// The events, the first one included.
+    pub events: EventStream,
+}
+
+/// How the client wants its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Manner {
+    /// Not before its end.
+    pub whole: bool,
+    /// Rather not at all than degraded.
+    pub strict: bool,
+}
+
+/// What the loop works with.
+#[derive(Clone, Debug)]
+pub struct Dispatch {
+    /// Models, and files of local deployments.
+    pub catalog: Arc<Catalog>,
+    /// Plans of them.
+    pub planner: Planner,
+    /// Workers.
+    pub pool: Pool,
+    /// Remote hosts.
+    pub hosts: Hosts,
+    /// What is known of them.
+    pub health: Health,
+}
+
+/// One request on its way through the candidates.
+struct Ask<'a> {
+    model: &'a Arc<Model>,
+    request: Arc<GenerateRequest>,
+    manner: Manner,
+    attempts: Vec<Attempt>,
+    /// Whose breaker is open: asked only when nobody else answered.
+    last_resort: Vec<Candidate>,
+}
+
+impl Ask<'_> {
+    fn note(&mut self, candidate: &Candidate, error: Error) {
+        let deployment = candidate.label();
+        self.attempts.retain(|attempt| attempt.deployment != deployment);
+        self.attempts.push(Attempt { deployment, error: Box::new(error) });
+    }
+
+    fn begun(&self, candidate: &Candidate, events: EventStream) -> Answer {
+        let failed = self.attempts.iter().filter(|attempt| attempt.deployment != candidate.label());
+        let reasons: Vec<_> = failed.map(|attempt| format!("{}: {}", attempt.deployment, attempt.error)).collect();
+        let served = Served {
+            by: candidate.label(),
+            fallback_reason: (!reasons.is_empty()).then(|| reasons.join("; ")),
+            degraded: candidate.degraded.clone(),
+            resumed: Vec::new(),
+        };
+        Answer { served, events }
+    }
+}
+
+impl Dispatch {
+    /// Tries whoever may answer, in order.
+    ///
+    /// # Errors
+    /// The request is wrong, or nobody answered: the only one's error, or all of them.
+    pub async fn answer(&self, model: &Arc<Model>, request: GenerateRequest, manner: Manner) -> Result<Answer, Error> {
+        let request = Arc::new(request);
+        let tiers = tiers(&self.catalog, model, &request);
+        let mut ask = Ask { model, request, manner, attempts: Vec::new(), last_resort: Vec::new() };
+        for tier in tiers {
+            if let Some(answer) = self.ask_tier(&mut ask, tier).await? {
+                return Ok(answer);
+            }
+        }
+        for candidate in std::mem::take(&mut ask.last_resort) {
+            if let Some(answer) = self.ask_one(&mut ask, &candidate, None).await? {
+                return Ok(answer);
+            }
+        }
+        Err(failed(model, ask.attempts))
+    }
+
+    /// Asks those who share the load until one answers.
+    async fn ask_tier(&self, ask: &mut Ask<'_>, mut left: Tier) -> Result<Option<Answer>, Error> {
+        spread(&mut left, &ask.request, |remote| self.health.of(remote).outstanding);
+        while !left.is_empty() {
+            left = self.usable(ask, left);
+            let remotes: Vec<_> = left.iter().filter_map(Candidate::remote).collect();
+            let Some(first) = left.first() else { break };
+            let deadline = first.model.deadlines.queue;
+            let (index, place) = match timeout(deadline, self.health.place(&remotes)).await {
+                Ok(found) => found,
+                Err(_) => {
+                    let model = first.model.name.clone();
+                    let late = Error::Deadline { model, phase: Phase::Queue, seconds: deadline.as_secs() };
+                    left.iter().for_each(|candidate| ask.note(candidate, late.clone()));
+                    break;
+                }
+            };
+            let candidate = left.remove(index);
+            if let Some(answer) = self.ask_one(ask, &candidate, place).await? {
+                return Ok(Some(answer));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Those that may be asked now; of the others it is noted why not.
+    fn usable(&self, ask: &mut Ask<'_>, tier: Tier) -> Tier {
+        let mut usable = Vec::new();
+        for candidate in tier {
+            if !is_allowed(&candidate, ask.manner.strict) {
+                let lost = candidate.degraded.join(", ");
+                let reason = format!("x-sarai-strict refuses a degraded answer, and this one would lack: {lost}");
+                ask.note(&candidate, Error::Unavailable { model: ask.model.name.clone(), reason });
+                continue;
+            }
+            let known = candidate.remote().map(|remote| self.health.of(remote));
+            match known.filter(|known| known.state != State::Closed).and_then(|known| known.last) {
+                Some(last) => {
+                    ask.note(&candidate, last);
+                    ask.last_resort.push(candidate);
+                }
+                None => usable.push(candidate),
+            }
+        }
+        usable
+    }
+
+    async fn ask_one(
+        &self,
+        ask: &mut Ask<'_>,
+        candidate: &Candidate,
+        place: Option<OwnedSemaphorePermit>,
+    ) -> Result<Option<Answer>, Error> {
+        let mut outcome = self.begin(ask, candidate, place).await;
+        if matches!(outcome, Err(Error::WorkerDied { .. })) {
+            // Nothing was sent of it: it may be replayed, once.
+            outcome = self.begin(ask, candidate, None).await;
+        }
+        match outcome {
+            Ok(events) => Ok(Some(ask.begun(candidate, events))),
+            Err(error) if error.may_succeed_elsewhere() => {
+                tracing::warn!(deployment = candidate.label(), %error, "attempt failed");
+                ask.note(candidate, error);
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn begin(
+        &self,
+        ask: &Ask<'_>,
+        candidate: &Candidate,
+        place: Option<OwnedSemaphorePermit>,
+    ) -> Result<EventStream, Error> {
+        let events = attempt::open(self, candidate, &ask.request, place).await?;
+        if ask.manner.whole {
+            return gathered(events).await;
+        }
+        if !resume::is_resumable(ask.model, &ask.request) {
+            return Ok(events);
+        }
+        let request = Arc::clone(&ask.request);
+        let begun = (candidate.clone(), events);
+        Ok(resume::resuming(self.clone(), Arc::clone(ask.model), request, ask.manner.strict, begun))
+    }
+
+    /// Has the model loaded by the first deployment that can.
+    ///
+    /// # Errors
+    /// None could.
+    pub async fn load(&self, model: &Model, residence: Residence) -> Result<(), Error> {
+        let mut attempts = Vec::new();
+        for deployment in &model.deployments {
+            match self.load_at(model, deployment, residence).await {
+                Ok(()) => return Ok(()),
+                Err(error) => attempts.push(Attempt { deployment: label(model, deployment), error: Box::new(error) }),
+            }
+        }
+        Err(failed(model, attempts))
+    }
+
+    async fn load_at(&self, model: &Model, deployment: &Deployment, residence: Residence) -> Result<(), Error> {
+        let deadlines = &model.deadlines;
+        let late =
+            || Error::Deadline { model: model.name.clone(), phase: Phase::Load, seconds: deadlines.load.as_secs() };
+        let loaded = async {
+            match deployment {
+                Deployment::Local { engine, context_tokens } => {
+                    let want = self.want(*engine, *context_tokens, residence).await?;
+                    self.pool.acquire(*engine, want).await.map(drop)
+                }
+                Deployment::Remote(remote) => {
+                    let context_tokens = residence.context_tokens.or(remote.context_tokens);
+                    let place = Place { remote, context_tokens, connect: deadlines.connect };
+                    self.hosts.load(&place, residence.keep_alive).await
+                }
+            }
+        };
+        let loaded = timeout(deadlines.load, loaded).await.unwrap_or_else(|_| Err(late()));
+        loaded.map_err(|error| error.of_model(&model.name))
+    }
+
+    /// What a request needs of an engine: the context that it asks for or that its model has, and what the engine is
+    /// usually loaded with.
+    ///
+    /// # Errors
+    /// The engine's file cannot be used.
+    pub async fn want(&self, engine: EngineId, context_tokens: u32, residence: Residence) -> Result<Want, Error> {
+        let (catalog, planner) = (Arc::clone(&self.catalog), self.planner.clone());
+        let needed = residence.context_tokens.unwrap_or(context_tokens);
+        let want = move || {
+            let file = catalog.file(engine)?;
+            let settings = catalog.engines[engine.0].settings;
+            Ok(Want {
+                needed: planner.size(&file, settings, needed),
+                usual: planner.size(&file, settings, settings.context_tokens),
+                keep_alive: residence.keep_alive,
+            })
+        };
+        let made = tokio::task::spawn_blocking(want).await;
+        made.unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
+    }
+}
+
+/// Whether an answer from there would do.
+fn is_allowed(candidate: &Candidate, strict: bool) -> bool {
+    !strict || candidate.degraded.is_empty()
+}
+
+/// What is said when no deployment answered. A prompt that is too long for all of them is the client's matter.
+fn failed(model: &Model, mut attempts: Vec<Attempt>) -> Error {
+    let too_long = attempts.iter().position(|attempt| matches!(*attempt.error, Error::ContextOverflow { .. }));
+    match (attempts.len(), too_long) {
+        (0, _) => Error::Unavailable {
+            model: model.name.clone(),
+            reason: "no deployment of it answers requests in this version".into(),
+        },
+        (_, Some(index)) => *attempts.swap_remove(index).error,
+        (1, None) => *attempts.swap_remove(0).error,
+        _ => Error::AllFailed { model: model.name.clone(), attempts },
+    }
+}
+
+/// An answer that nothing is sent of before it is whole: if it is cut, the next deployment may still give it.
+async fn gathered(mut events: EventStream) -> Result<EventStream, Error> {
+    let mut whole = Vec::new();
+    while let Some(event) = events.next().await {
+        whole.push(Ok(event?));
+    }
+    Ok(Box::pin(stream::iter(whole)))
+}

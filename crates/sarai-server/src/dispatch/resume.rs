@@ -1,0 +1,260 @@
+//! An answer that broke off after its first token goes on elsewhere, from the same character.
+//!
+//! A worker goes on from the exact text. So does an Ollama host with a raw prompt. A host that is asked for a chat is asked
+//! again, where the answer is determined (temperature 0, or a seed), and nothing is passed on before it has said once
+//! more, letter for letter, what is out already. What cannot be resumed ends with an error.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream};
+use sarai_core::{Error, Event, GenerateRequest, Prompt, Usage};
+use tokio::time::timeout;
+
+use super::candidates::{Candidate, tiers, to_resume};
+use super::{Dispatch, attempt, is_allowed};
+use crate::backend::EventStream;
+use crate::config::{Api, Deployment, Model, Resume};
+use crate::health::State;
+
+/// How often one answer is resumed at most.
+const MOST: usize = 4;
+
+/// An answer under way that may be resumed.
+struct Running {
+    dispatch: Dispatch,
+    model: Arc<Model>,
+    request: Arc<GenerateRequest>,
+    strict: bool,
+    candidate: Candidate,
+    events: EventStream,
+    /// The text that is out.
+    journal: String,
+    /// In so many pieces, which are tokens.
+    pieces: u32,
+    resumed: usize,
+    waiting: VecDeque<Event>,
+}
+
+/// Whether an answer to this may be resumed: plain text only, never a constrained form.
+pub fn is_resumable(model: &Model, request: &GenerateRequest) -> bool {
+    model.resume != Resume::Never && !request.format.is_constrained()
+}
+
+/// The same events; where they break off, those of whoever goes on.
+pub fn resuming(
+    dispatch: Dispatch,
+    model: Arc<Model>,
+    request: Arc<GenerateRequest>,
+    strict: bool,
+    begun: (Candidate, EventStream),
+) -> EventStream {
+    let (candidate, events) = begun;
+    let running = Running {
+        dispatch,
+        model,
+        request,
+        strict,
+        candidate,
+        events,
+        journal: String::new(),
+        pieces: 0,
+        resumed: 0,
+        waiting: VecDeque::new(),
+    };
+    Box::pin(stream::unfold(Some(running), |running| async {
+        let mut running = running?;
+        let event = running.next().await;
+        let ends = !matches!(event, Ok(Event::Text(_) | Event::Resumed { .. }));
+        Some((event, (!ends).then_some(running)))
+    }))
+}
+
+impl Running {
+    async fn next(&mut self) -> Result<Event, Error> {
+        loop {
+            if let Some(event) = self.waiting.pop_front() {
+                return Ok(self.noted(event));
+            }
+            let broken = || Error::Internal("the answer ended without its end mark".into());
+            match self.events.next().await.unwrap_or_else(|| Err(broken())) {
+                Ok(event) => return Ok(self.noted(event)),
+                Err(error) => self.resume(error).await?,
+            }
+        }
+    }
+
+    fn noted(&mut self, event: Event) -> Event {
+        if let Event::Text(text) = &event {
+            self.journal.push_str(text);
+            self.pieces += 1;
+        }
+        event
+    }
+
+    /// Finds somebody who goes on; else the error that broke it off stands.
+    async fn resume(&mut self, error: Error) -> Result<(), Error> {
+        // What broke is let go of before anything is asked for: its place, its lease, its slot.
+        self.events = Box::pin(stream::empty());
+        self.resumed += 1;
+        if self.resumed > MOST || !error.may_succeed_elsewhere() {
+            return Err(error);
+        }
+        let reason = format!("{}: {error}", self.candidate.label());
+        tracing::warn!(reason, characters = self.journal.chars().count(), "an answer broke off");
+        for candidate in self.candidates() {
+            let given =
+                Given { dispatch: &self.dispatch, request: &self.request, text: &self.journal, pieces: self.pieces };
+            match given.go_on(&candidate).await {
+                Ok(events) => {
+                    tracing::info!(deployment = candidate.label(), "it goes on");
+                    self.events = events;
+                    self.waiting.push_back(Event::Resumed { by: candidate.label(), reason });
+                    self.candidate = candidate;
+                    return Ok(());
+                }
+                Err(error) => tracing::warn!(deployment = candidate.label(), %error, "cannot go on"),
+            }
+        }
+        Err(error)
+    }
+
+    /// All others first, then who broke off; a host whose breaker is open only if there is nobody else.
+    fn candidates(&self) -> Vec<Candidate> {
+        let all = to_resume(tiers(&self.dispatch.catalog, &self.model, &self.request), &self.candidate);
+        let may = |candidate: &Candidate| {
+            let same = candidate.model.name == self.model.name;
+            (same || self.model.resume == Resume::Any) && is_allowed(candidate, self.strict)
+        };
+        let is_open = |candidate: &Candidate| {
+            candidate.remote().is_some_and(|remote| self.dispatch.health.of(remote).state != State::Closed)
+        };
+        let (open, mut closed): (Vec<_>, Vec<_>) = all.into_iter().filter(may).partition(is_open);
+        closed.extend(open);
+        closed
+    }
+}
+
+/// What is out of an answer, for whoever goes on.
+struct Given<'a> {
+    dispatch: &'a Dispatch,
+    request: &'a GenerateRequest,
+    text: &'a str,
+    pieces: u32,
+}
+
+impl Given<'_> {
+    async fn go_on(&self, candidate: &Candidate) -> Result<EventStream, Error> {
+        let request = self.request;
+        match candidate.deployment() {
+            Deployment::Local { .. } => {
+                let request = GenerateRequest { given: self.text.to_owned(), ..request.clone() };
+                attempt::open(self.dispatch, candidate, &request, None).await
+            }
+            Deployment::Remote(remote) => {
+                let place = timeout(candidate.model.deadlines.queue, self.dispatch.health.place(&[remote])).await;
+                let place = place.ok().and_then(|(_, place)| place);
+                match &request.prompt {
+                    Prompt::Raw(text) if remote.api == Api::Ollama => {
+                        let request = GenerateRequest {
+                            prompt: Prompt::Raw(format!("{text}{}", self.text)),
+                            max_tokens: request.max_tokens.map(|most| most.saturating_sub(self.pieces).max(1)),
+                            ..request.clone()
+                        };
+                        let events = attempt::open(self.dispatch, candidate, &request, place).await?;
+                        Ok(with_given_counted(events, self.pieces))
+                    }
+                    _ if is_determined(request) => {
+                        let events = attempt::open(self.dispatch, candidate, request, place).await?;
+                        let gap = candidate.model.deadlines.gap;
+                        let other = || Error::Unavailable {
+                            model: candidate.model.name.clone(),
+                            reason: format!("{}, asked again, gives another text", candidate.label()),
+                        };
+                        caught_up(events, self.text, gap).await?.ok_or_else(other)
+                    }
+                    _ => Err(Error::Unavailable {
+                        model: candidate.model.name.clone(),
+                        reason: format!(
+                            "{} would give another text: only temperature 0 or a seed determine it",
+                            candidate.label()
+                        ),
+                    }),
+                }
+            }
+        }
+    }
+}
+
+/// Whether asking again gives the same text, if the place is the same.
+fn is_determined(request: &GenerateRequest) -> bool {
+    request.sampling.temperature == Some(0.0) || request.sampling.seed.is_some()
+}
+
+/// Tokens of the answer that were part of the prompt count as what they are.
+fn with_given_counted(events: EventStream, given: u32) -> EventStream {
+    Box::pin(events.map(move |event| match event {
+        Ok(Event::Done { finish, usage, timings }) => {
+            let usage = Usage {
+                prompt_tokens: usage.prompt_tokens.saturating_sub(given),
+                completion_tokens: usage.completion_tokens + given,
+                ..usage
+            };
+            Ok(Event::Done { finish, usage, timings })
+        }
+        other => other,
+    }))
+}
+
+/// Reads past what is out already, letter by letter; `None` if it says anything else.
+async fn caught_up(mut events: EventStream, out: &str, gap: Duration) -> Result<Option<EventStream>, Error> {
+    let mut said = String::new();
+    while said.len() < out.len() {
+        let event = timeout(gap, events.next()).await.ok().flatten();
+        let Some(Event::Text(text)) = event.transpose()? else { return Ok(None) };
+        said.push_str(&text);
+        let common = said.len().min(out.len());
+        if said.as_bytes()[..common] != out.as_bytes()[..common] {
+            return Ok(None);
+        }
+    }
+    let beyond = said.split_off(out.len());
+    let first = (!beyond.is_empty()).then_some(Ok(Event::Text(beyond)));
+    Ok(Some(Box::pin(stream::iter(first).chain(events))))
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    fn pieces(texts: &'static [&'static str]) -> EventStream {
+        Box::pin(stream::iter(texts).map(|text| Ok(Event::Text((*text).to_owned()))))
+    }
+
+    async fn rest_of(texts: &'static [&'static str], out: &str) -> Option<String> {
+        let events = caught_up(pieces(texts), out, Duration::from_secs(1)).await.unwrap()?;
+        let texts: Vec<_> = events.collect().await;
+        Some(
+            texts
+                .into_iter()
+                .map(|event| if let Ok(Event::Text(text)) = event { text } else { String::new() })
+                .collect(),
+        )
+    }
+
+    #[tokio::test]
+    async fn nothing_is_doubled_and_nothing_is_missing_wherever_it_broke() {
+        assert_eq!(rest_of(&["one ", "two ", "three"], "one ").await.unwrap(), "two three");
+        assert_eq!(rest_of(&["one ", "two ", "three"], "one t").await.unwrap(), "wo three");
+        assert_eq!(rest_of(&["one ", "two ", "three"], "one two three").await.unwrap(), "");
+        assert_eq!(rest_of(&["naïve ", "🦙"], "na").await.unwrap(), "ïve 🦙");
+    }
+
+    #[tokio::test]
+    async fn another_text_is_never_passed_on() {
+        assert_eq!(rest_of(&["one ", "too ", "three"], "one two").await, None);
+        assert_eq!(rest_of(&["one"], "one two").await, None, "it ended earlier");
+    }
+}
