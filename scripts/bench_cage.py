@@ -384,8 +384,36 @@ def main():
     if arguments.json:
         with open(arguments.json, "w") as out:
             json.dump(rows, out, indent=1)
-    bad = [row for row in rows if row["server"] == "sarai" and (row["kills"] or row["lost"] or row["hangs"])]
-    sys.exit(bool(bad))
+    sys.exit(not compare(rows))
+
+
+def mean(rows, column):
+    return sum(row[column] for row in rows) / len(rows)
+
+
+def compare(rows):
+    """Means over the seeds at each limit, sarai beside the best peer that lost nothing; whether all targets are met."""
+    met = True
+    for limit in sorted({row["limit"] for row in rows}):
+        by = {}
+        for row in rows:
+            if row["limit"] == limit:
+                by.setdefault(row["server"], []).append(row)
+        harm = lambda rows: sum(row["kills"] + row["lost"] + row["hangs"] for row in rows)
+        ours = by.pop("sarai", [])
+        sound = {name: rows for name, rows in by.items() if not harm(rows)}
+        if not ours:
+            continue
+        met &= not harm(ours)
+        print(f"{limit} MiB: sarai lost, killed or hung {harm(ours)}; sound peers: {', '.join(sound) or 'none'}")
+        for column, is_better in (("rate", max), ("p50", min), ("p95", min), ("faults", min)):
+            if sound:
+                name = is_better(sound, key=lambda name: mean(sound[name], column))
+                value, best = mean(ours, column), mean(sound[name], column)
+                is_met = value == is_better(value, best)
+                met &= is_met
+                print(f"  {column:6} {value:8.2f} against {best:8.2f} of {name}: {'met' if is_met else 'NOT MET'}")
+    return met
 
 
 if __name__ == "__main__":

@@ -66,3 +66,15 @@ pub struct Served {
     /// Where it broke off and went on, in order.
     pub resumed: Vec<Resumed>,
 }
+
+impl Served {
+    /// Notes that somebody else went on.
+    pub fn resume(&mut self, by: String, reason: String, degraded: Vec<String>) {
+        for lost in degraded {
+            if !self.degraded.contains(&lost) {
+                self.degraded.push(lost);
+            }
+        }
+        self.resumed.push(Resumed { by, reason });
+    }
+}

@@ -16,6 +16,8 @@ pub enum Event {
         by: String,
         /// Why the former one did not.
         reason: String,
+        /// What its part of the answer lacks.
+        degraded: Vec<String>,
     },
     /// The clean end; nothing follows.
     Done {

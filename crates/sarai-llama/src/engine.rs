@@ -82,6 +82,7 @@ impl Waiting {
     /// Cells that it may need.
     fn reserves(&self) -> usize {
         let answer = self.request.max_tokens.map_or(usize::MAX, |most| most as usize);
+        let answer = answer.max(self.prompt.given);
         (self.prompt.tokens.len() - self.prompt.given).saturating_add(answer).min(self.context_tokens)
     }
 }

@@ -36,13 +36,28 @@ pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateR
     if tokens.is_empty() {
         return Err(Error::invalid("prompt", "the prompt is empty: send at least one token of text"));
     }
-    let given = if request.given.is_empty() {
-        Vec::new()
-    } else {
-        model.str_to_token_with_special(&request.given, AddBos::Never, Special::Plaintext).map_err(internal)?
-    };
+    let given = given_tokens(model, &request.given)?;
     tokens.extend(&given);
     Ok(Rendered { tokens, given: given.len() })
+}
+
+/// Text that goes on in the middle of a line. Some vocabularies put a space before whatever they are handed: there, it is
+/// tokenised behind a line break, which is taken off again.
+fn given_tokens(model: &LlamaModel, given: &str) -> Result<Vec<LlamaToken>, Error> {
+    let tokens =
+        |text: &str| model.str_to_token_with_special(text, AddBos::Never, Special::Plaintext).map_err(internal);
+    let piece = |token: &LlamaToken| model.token_to_raw_bytes(*token, Special::Plaintext).unwrap_or_default();
+    if given.is_empty() {
+        return Ok(Vec::new());
+    }
+    let plain = tokens(given)?;
+    let has_space = plain.first().is_some_and(|first| piece(first).starts_with(b" "));
+    if given.starts_with(' ') || !has_space {
+        return Ok(plain);
+    }
+    let behind = tokens(&format!("\n{given}"))?;
+    let at = behind.iter().position(|token| piece(token) == b"\n");
+    Ok(at.map_or(plain, |at| behind[at + 1..].to_vec()))
 }
 
 fn chat_params(messages: &[Message]) -> ChatApplyParams {

@@ -41,7 +41,8 @@ pub struct Generation {
 impl Generation {
     /// Cells that it may need.
     pub fn reserves(&self) -> usize {
-        (self.prompt.len() - self.given).saturating_add(self.max_tokens as usize).min(self.context_tokens)
+        let answer = (self.max_tokens as usize).max(self.given);
+        (self.prompt.len() - self.given).saturating_add(answer).min(self.context_tokens)
     }
 
     /// What it took in tokens.

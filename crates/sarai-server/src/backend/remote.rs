@@ -85,7 +85,8 @@ impl Hosts {
         if let Some(time) = keep_alive {
             body["keep_alive"] = sarai_api::ollama::keep_alive::to_wire(time);
         }
-        let post = self.client(place.connect).post(format!("{url}/api/generate")).body(body.to_string());
+        let post = with_key(self.client(place.connect).post(format!("{url}/api/generate")), place.remote);
+        let post = post.body(body.to_string());
         let response = post.send().await.map_err(|error| remote(unreachable(&error)))?;
         if response.status().is_success() { Ok(()) } else { Err(remote(refused(response, model_name).await)) }
     }
@@ -160,7 +161,12 @@ fn unreachable(error: &reqwest::Error) -> RemoteCause {
     while let Some(source) = cause.source() {
         cause = source;
     }
-    RemoteCause::Unreachable(if error.is_timeout() { "connection timed out".into() } else { cause.to_string() })
+    match error.is_connect() {
+        true if error.is_timeout() => RemoteCause::Unreachable("connection timed out".into()),
+        true => RemoteCause::Unreachable(cause.to_string()),
+        // It took the connection, and closed it without an answer.
+        false => RemoteCause::Cut,
+    }
 }
 
 async fn refused(response: Response, model_name: &str) -> RemoteCause {
@@ -267,7 +273,12 @@ impl Lines {
         loop {
             while let Some(at) = self.buffer.iter().position(|&byte| byte == b'\n') {
                 let line = self.buffer.split_to(at + 1);
-                match self.reader.line(&line)? {
+                let read = match self.reader.line(&line) {
+                    // It has ended: what follows is of no account.
+                    Err(cause) => return self.reader.end().ok_or(cause),
+                    Ok(read) => read,
+                };
+                match read {
                     RemoteLine::Empty => {}
                     RemoteLine::Text(text) => return Ok(Event::Text(text)),
                     RemoteLine::Done(None, end) => return Ok(end),
@@ -280,10 +291,18 @@ impl Lines {
             if self.buffer.len() > MAX_LINE_BYTES {
                 return Err(RemoteCause::Garbled(format!("a line of more than {MAX_LINE_BYTES} bytes")));
             }
-            match self.chunks.next().await {
+            let next = match self.reader.end() {
+                None => self.chunks.next().await,
+                // Only its usage may follow.
+                Some(_) => tokio::time::timeout(END_OF_BODY, self.chunks.next()).await.unwrap_or(None),
+            };
+            match next {
                 Some(Ok(chunk)) => self.buffer.extend_from_slice(&chunk),
                 // What is left without a line end may be garbage, such as an HTML page: say which it is.
-                Some(Err(_)) => return Err(self.rest().err().unwrap_or(RemoteCause::Cut)),
+                Some(Err(_)) => {
+                    let rest = self.rest();
+                    return self.reader.end().ok_or(rest.err().unwrap_or(RemoteCause::Cut));
+                }
                 None => return self.rest().and_then(|end| end.ok_or(RemoteCause::Cut)),
             }
         }
@@ -295,7 +314,11 @@ impl Lines {
         match self.reader.line(&rest)? {
             RemoteLine::Done(None, end) => Ok(Some(end)),
             RemoteLine::Empty => Ok(self.reader.end()),
-            RemoteLine::Text(_) | RemoteLine::Done(Some(_), _) => Ok(None),
+            RemoteLine::Done(Some(text), end) => {
+                self.end = Some(end);
+                Ok(Some(Event::Text(text)))
+            }
+            RemoteLine::Text(_) => Ok(None),
         }
     }
 }

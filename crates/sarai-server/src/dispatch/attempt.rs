@@ -79,11 +79,17 @@ fn silent(candidate: &Candidate, phase: Phase, limit: Duration) -> Error {
 
 /// The stream with its first event in front; a gap longer than the limit ends it with an error.
 fn with_gaps_limited(first: Event, rest: EventStream, gap: Duration, late: Error) -> EventStream {
-    let rest = stream::unfold(Some((rest, late)), move |state| async move {
+    let goes_on = |event: &Event| !matches!(event, Event::Done { .. });
+    let begun = goes_on(&first).then_some((rest, late));
+    let rest = stream::unfold(begun, move |state| async move {
         let (mut rest, late) = state?;
         match timeout(gap, rest.next()).await {
-            Ok(Some(event)) => Some((event, Some((rest, late)))),
-            Ok(None) => None,
+            Ok(Some(Ok(event))) => {
+                let state = goes_on(&event).then_some((rest, late));
+                Some((Ok(event), state))
+            }
+            Ok(Some(Err(error))) => Some((Err(error), None)),
+            Ok(None) => Some((Err(Error::Internal("the answer ended without its end mark".into())), None)),
             Err(_) => Some((Err(late), None)),
         }
     });

@@ -15,7 +15,7 @@ use sarai_api::Served;
 use sarai_core::{Attempt, Error, GenerateRequest, Phase, Residence};
 use sarai_plan::{EngineId, Want};
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::backend::EventStream;
 use crate::backend::remote::{Hosts, Place};
@@ -105,7 +105,16 @@ impl Dispatch {
             }
         }
         for candidate in std::mem::take(&mut ask.last_resort) {
-            if let Some(answer) = self.ask_one(&mut ask, &candidate, None).await? {
+            let place = match candidate.remote() {
+                None => None,
+                Some(remote) => {
+                    let limit = candidate.model.deadlines.queue;
+                    // Who waits in vain keeps the reason for which the breaker is open.
+                    let Ok((_, place)) = timeout(limit, self.health.place(&[remote])).await else { continue };
+                    place
+                }
+            };
+            if let Some(answer) = self.ask_one(&mut ask, &candidate, place).await? {
                 return Ok(answer);
             }
         }
@@ -115,12 +124,13 @@ impl Dispatch {
     /// Asks those who share the load until one answers.
     async fn ask_tier(&self, ask: &mut Ask<'_>, mut left: Tier) -> Result<Option<Answer>, Error> {
         spread(&mut left, &ask.request, |remote| self.health.of(remote).outstanding);
+        let arrived = Instant::now();
         while !left.is_empty() {
             left = self.usable(ask, left);
             let remotes: Vec<_> = left.iter().filter_map(Candidate::remote).collect();
             let Some(first) = left.first() else { break };
             let deadline = first.model.deadlines.queue;
-            let (index, place) = match timeout(deadline, self.health.place(&remotes)).await {
+            let (index, place) = match timeout_at(arrived + deadline, self.health.place(&remotes)).await {
                 Ok(found) => found,
                 Err(_) => {
                     let model = first.model.name.clone();
@@ -129,6 +139,10 @@ impl Dispatch {
                     break;
                 }
             };
+            if left[index].remote().is_some_and(|remote| self.health.of(remote).state != State::Closed) {
+                // Its breaker has opened while its place was waited for.
+                continue;
+            }
             let candidate = left.remove(index);
             if let Some(answer) = self.ask_one(ask, &candidate, place).await? {
                 return Ok(Some(answer));

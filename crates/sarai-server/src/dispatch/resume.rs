@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
-use sarai_core::{Error, Event, GenerateRequest, Prompt, Usage};
+use sarai_core::{Error, Event, FinishReason, GenerateRequest, Phase, Prompt, Timings, Usage};
 use tokio::time::timeout;
 
 use super::candidates::{Candidate, tiers, to_resume};
@@ -20,6 +20,8 @@ use crate::health::State;
 
 /// How often one answer is resumed at most.
 const MOST: usize = 4;
+/// How long a host's place is waited for: the client's stream stands still meanwhile.
+const PLACE_WITHIN: Duration = Duration::from_secs(5);
 
 /// An answer under way that may be resumed.
 struct Running {
@@ -110,7 +112,11 @@ impl Running {
                 Ok(events) => {
                     tracing::info!(deployment = candidate.label(), "it goes on");
                     self.events = events;
-                    self.waiting.push_back(Event::Resumed { by: candidate.label(), reason });
+                    self.waiting.push_back(Event::Resumed {
+                        by: candidate.label(),
+                        reason,
+                        degraded: candidate.degraded.clone(),
+                    });
                     self.candidate = candidate;
                     return Ok(());
                 }
@@ -153,20 +159,31 @@ impl Given<'_> {
                 attempt::open(self.dispatch, candidate, &request, None).await
             }
             Deployment::Remote(remote) => {
-                let place = timeout(candidate.model.deadlines.queue, self.dispatch.health.place(&[remote])).await;
-                let place = place.ok().and_then(|(_, place)| place);
+                let place = || async {
+                    let place = timeout(PLACE_WITHIN, self.dispatch.health.place(&[remote])).await;
+                    let (model, seconds) = (candidate.model.name.clone(), PLACE_WITHIN.as_secs());
+                    place.map(|(_, place)| place).map_err(|_| Error::Deadline { model, phase: Phase::Queue, seconds })
+                };
                 match &request.prompt {
+                    Prompt::Raw(_)
+                        if remote.api == Api::Ollama && request.max_tokens.is_some_and(|most| most <= self.pieces) =>
+                    {
+                        // All that was wanted is out; only the end is missing.
+                        let usage = Usage { completion_tokens: self.pieces, ..Usage::default() };
+                        let end = Event::Done { finish: FinishReason::Length, usage, timings: Timings::default() };
+                        Ok(Box::pin(stream::iter([Ok(end)])))
+                    }
                     Prompt::Raw(text) if remote.api == Api::Ollama => {
                         let request = GenerateRequest {
                             prompt: Prompt::Raw(format!("{text}{}", self.text)),
-                            max_tokens: request.max_tokens.map(|most| most.saturating_sub(self.pieces).max(1)),
+                            max_tokens: request.max_tokens.map(|most| most - self.pieces),
                             ..request.clone()
                         };
-                        let events = attempt::open(self.dispatch, candidate, &request, place).await?;
+                        let events = attempt::open(self.dispatch, candidate, &request, place().await?).await?;
                         Ok(with_given_counted(events, self.pieces))
                     }
                     _ if is_determined(request) => {
-                        let events = attempt::open(self.dispatch, candidate, request, place).await?;
+                        let events = attempt::open(self.dispatch, candidate, request, place().await?).await?;
                         let gap = candidate.model.deadlines.gap;
                         let other = || Error::Unavailable {
                             model: candidate.model.name.clone(),
@@ -198,7 +215,7 @@ fn with_given_counted(events: EventStream, given: u32) -> EventStream {
         Ok(Event::Done { finish, usage, timings }) => {
             let usage = Usage {
                 prompt_tokens: usage.prompt_tokens.saturating_sub(given),
-                completion_tokens: usage.completion_tokens + given,
+                completion_tokens: usage.completion_tokens.saturating_add(given),
                 ..usage
             };
             Ok(Event::Done { finish, usage, timings })

@@ -21,7 +21,7 @@ pub async fn warm_fallbacks(dispatch: Dispatch, mut opened: mpsc::Receiver<Remot
 
 /// The worker that answers when this host does not.
 fn fallback_of(model: &Model, remote: &Remote) -> Option<(EngineId, u32)> {
-    let is_it = |deployment: &&Deployment| matches!(deployment, Deployment::Remote(one) if one == remote);
+    let is_it = |deployment: &&Deployment| matches!(deployment, Deployment::Remote(one) if (&one.url, &one.model_name) == (&remote.url, &remote.model_name));
     model.deployments.iter().find(is_it)?;
     model.deployments.iter().find_map(|deployment| match deployment {
         Deployment::Local { engine, context_tokens } => Some((*engine, *context_tokens)),

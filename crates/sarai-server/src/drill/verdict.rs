@@ -93,9 +93,10 @@ pub fn judge(shape: Shape, fault: Fault, faulty: &str, seen: &Seen) -> Verdict {
         Err(line) => return Verdict::Lie(format!("`{line}` is not of this API")),
     };
     if let Some(error) = parts.error {
-        return match parts.finish.as_deref() {
-            Some("stop") => Verdict::Lie("it says stop, and an error too".into()),
-            _ => Verdict::HonestFailure(error),
+        let is_stream = shape != Shape::Plain && seen.status == 200;
+        return match is_stream && (parts.is_ended || parts.finish.is_some()) {
+            true => Verdict::Lie("it ends cleanly, and with an error too".into()),
+            false => Verdict::HonestFailure(error),
         };
     }
     if !parts.is_ended || parts.finish.is_none() {

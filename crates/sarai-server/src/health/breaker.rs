@@ -68,6 +68,13 @@ impl Breaker {
         self.last.as_ref()
     }
 
+    /// The probe got its token: it may be asked again, and one failure is enough to open it; how often it was opened is
+    /// remembered until a stream of its own comes to an end.
+    pub fn recovered(&mut self) {
+        self.state = State::Closed;
+        self.failures = FAILURES - 1;
+    }
+
     /// A stream came to its own end.
     pub fn succeeded(&mut self) {
         *self = Self::default();
@@ -81,8 +88,9 @@ impl Breaker {
         if !is_open && self.failures < FAILURES && !is_beyond_doubt(error) {
             return false;
         }
-        if matches!(self.state, State::Open { .. }) {
+        if let State::Open { until } = self.state {
             // A request that was under way, or that nobody else could answer: the probe comes all the same.
+            self.state = State::Open { until: until.max(now + retry_after(error)) };
             return false;
         }
         let rest = REST.saturating_mul(1 << self.opened.min(8)).min(LONGEST_REST).mul_f64(0.8 + 0.4 * jitter);
@@ -173,6 +181,21 @@ mod tests {
         let before = breaker.state();
         assert!(!breaker.failed(&gone, now + Duration::from_millis(900), 0.5));
         assert_eq!(breaker.state(), before);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_answers_probes_and_cuts_streams_rests_longer_each_time() {
+        let now = Instant::now();
+        let mut breaker = Breaker::default();
+        let cut = error(RemoteCause::Cut);
+        breaker.failed(&cut, now, 0.5);
+        for wanted in [1000, 2000, 4000] {
+            assert!(breaker.failed(&cut, now, 0.5), "one more is enough");
+            assert_eq!(rest(&breaker, now), Some(Duration::from_millis(wanted)));
+            breaker.recovered();
+        }
+        breaker.succeeded();
+        assert!(!breaker.failed(&cut, now, 0.5), "a stream that came to its end makes all good");
     }
 
     #[tokio::test(start_paused = true)]

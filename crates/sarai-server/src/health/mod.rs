@@ -35,6 +35,8 @@ struct Entry {
     breaker: Breaker,
     /// Probes it while it is open.
     prober: Option<AbortHandle>,
+    /// Counts probers and successes: a prober that finds another number has been overtaken.
+    turn: u64,
     gaps: Gaps,
 }
 
@@ -143,6 +145,7 @@ impl Health {
                     deadlines: model.deadlines,
                     breaker: Breaker::default(),
                     prober: None,
+                    turn: 0,
                     gaps: Gaps::remembered(learned.get(&state_key(remote)).gaps),
                 });
                 let most = places.entry(remote.url.clone()).or_insert(0);
@@ -197,6 +200,7 @@ impl Health {
             tracing::info!(deployment = ?remote, "answers again");
         }
         entry.breaker.succeeded();
+        entry.turn += 1;
         entry.gaps.absorb(gaps);
         self.table.learned.learn(&state_key(remote), |learned| learned.gaps = entry.gaps.to_remember());
         if let Some(prober) = entry.prober.take() {
@@ -211,11 +215,19 @@ impl Health {
         }
         let mut entries = self.table.lock();
         let Some(entry) = entries.get_mut(&key(remote)) else { return };
+        if let Error::Remote { cause: RemoteCause::Silent { phase: Phase::Gap, seconds }, .. } = error {
+            // The limit may have been learned too short: what was cut for it counts as a gap of this length.
+            entry.gaps.saw(Duration::from_secs(*seconds));
+            self.table.learned.learn(&state_key(remote), |learned| learned.gaps = entry.gaps.to_remember());
+        }
         if entry.breaker.failed(error, Instant::now(), rand::random()) {
             tracing::warn!(deployment = ?remote, %error, "breaker opens");
             // Who is too busy to hear of it misses a convenience.
             let _ = self.table.opened.try_send(remote.clone());
-            let prober = tokio::spawn(self.table.clone().probe_until_closed(remote.clone()));
+        }
+        if entry.breaker.state() != State::Closed && entry.prober.as_ref().is_none_or(AbortHandle::is_finished) {
+            entry.turn += 1;
+            let prober = tokio::spawn(self.table.clone().probe_until_closed(remote.clone(), entry.turn));
             entry.prober = Some(prober.abort_handle());
         }
     }
@@ -231,18 +243,22 @@ impl Table {
     }
 
     /// Recovers without traffic: after each rest, one real token is asked for.
-    async fn probe_until_closed(self, remote: Remote) {
+    async fn probe_until_closed(self, remote: Remote, turn: u64) {
         loop {
             let State::Open { until } = self.breaker(&remote).state() else { return };
             tokio::time::sleep_until(until).await;
-            let Some(deadlines) = self.begin_probe(&remote) else { return };
+            if matches!(self.breaker(&remote).state(), State::Open { until } if until > Instant::now()) {
+                // The host has asked for more time.
+                continue;
+            }
+            let Some(deadlines) = self.begin_probe(&remote, turn) else { return };
             let outcome = self.probe(&remote, &deadlines).await;
             let mut entries = self.lock();
-            let Some(entry) = entries.get_mut(&key(&remote)) else { return };
+            let Some(entry) = entries.get_mut(&key(&remote)).filter(|entry| entry.turn == turn) else { return };
             match outcome {
                 Ok(()) => {
                     tracing::info!(deployment = ?remote, "answers again: breaker closes");
-                    entry.breaker.succeeded();
+                    entry.breaker.recovered();
                     entry.prober = None;
                     return;
                 }
@@ -254,9 +270,9 @@ impl Table {
         }
     }
 
-    fn begin_probe(&self, remote: &Remote) -> Option<Deadlines> {
+    fn begin_probe(&self, remote: &Remote, turn: u64) -> Option<Deadlines> {
         let mut entries = self.lock();
-        let entry = entries.get_mut(&key(remote))?;
+        let entry = entries.get_mut(&key(remote)).filter(|entry| entry.turn == turn)?;
         entry.breaker.probing();
         Some(entry.deadlines)
     }
@@ -280,7 +296,10 @@ impl Table {
         };
         let asked = async {
             let mut events = self.hosts.open(&place, &request).await?;
-            events.next().await.unwrap_or_else(|| Err(Error::Internal("a stream without an end".into()))).map(drop)
+            while let Some(event) = events.next().await {
+                event?;
+            }
+            Ok(())
         };
         match timeout(deadlines.first_token, asked).await.unwrap_or_else(|_| Err(silent())) {
             // It does not like this request, but it answers.

@@ -6,7 +6,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use sarai_api::ollama::{self, End, Kind, LineWriter, OllamaRequest};
-use sarai_api::{Parsed, Resumed, Served};
+use sarai_api::{Parsed, Served};
 use sarai_core::{Error, Event};
 use serde_json::{Map, Value, json};
 
@@ -107,8 +107,8 @@ async fn generated(app: App, kind: Kind, parsed: Parsed, strict: bool) -> Result
 fn encode(writer: &LineWriter, served: &mut Served, event: Result<Event, Error>) -> String {
     let now = SystemTime::now();
     let line = match event {
-        Ok(Event::Resumed { by, reason }) => {
-            served.resumed.push(Resumed { by, reason });
+        Ok(Event::Resumed { by, reason, degraded }) => {
+            served.resume(by, reason, degraded);
             return String::new();
         }
         Ok(Event::Text(text)) => writer.text(now, &text),

@@ -8,7 +8,7 @@ use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use sarai_api::openai::{self, ChunkWriter, Kind};
-use sarai_api::{Parsed, Resumed, Served};
+use sarai_api::{Parsed, Served};
 use sarai_core::{Error, Event};
 use serde_json::Value;
 
@@ -70,8 +70,8 @@ async fn answer(
 
 fn encode(writer: &ChunkWriter, served: &mut Served, event: Result<Event, Error>) -> String {
     match event {
-        Ok(Event::Resumed { by, reason }) => {
-            served.resumed.push(Resumed { by, reason });
+        Ok(Event::Resumed { by, reason, degraded }) => {
+            served.resume(by, reason, degraded);
             String::new()
         }
         Ok(Event::Text(text)) => sse(&writer.text(&text)),
