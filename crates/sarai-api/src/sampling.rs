@@ -2,6 +2,7 @@
 
 use sarai_core::{Error, Sampling};
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use crate::check::range;
 
@@ -78,4 +79,27 @@ fn check(sampling: &Sampling) -> Result<(), Error> {
 fn seed(seed: Option<i64>) -> Option<u32> {
     let seed = seed.filter(|&seed| seed >= 0)?;
     u32::try_from(seed % i64::from(u32::MAX)).ok()
+}
+
+/// Sampling and stop texts as both APIs write them towards a host; what is not set is left to it.
+pub fn to_wire(sampling: &Sampling, stop: &[String]) -> Map<String, Value> {
+    let options = [
+        ("temperature", sampling.temperature.map(float)),
+        ("top_p", sampling.top_p.map(float)),
+        ("top_k", sampling.top_k.map(Value::from)),
+        ("min_p", sampling.min_p.map(float)),
+        ("typical_p", sampling.typical_p.map(float)),
+        ("seed", sampling.seed.map(Value::from)),
+        ("repeat_penalty", sampling.repeat_penalty.map(float)),
+        ("repeat_last_n", sampling.repeat_last_n.map(Value::from)),
+        ("presence_penalty", sampling.presence_penalty.map(float)),
+        ("frequency_penalty", sampling.frequency_penalty.map(float)),
+        ("stop", (!stop.is_empty()).then(|| stop.into())),
+    ];
+    options.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()
+}
+
+/// A float as the client wrote it: 0.7, not the 0.699999988079071 that widening an f32 gives.
+pub fn float(value: f32) -> Value {
+    value.to_string().parse::<f64>().map_or(Value::Null, Value::from)
 }

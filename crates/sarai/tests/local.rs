@@ -306,3 +306,24 @@ async fn a_returning_prefix_behind_a_sliding_window_changes_no_answer() {
     assert_eq!(again["choices"], fresh["choices"], "{again}");
     assert_eq!(again["usage"]["prompt_tokens"], fresh["usage"]["prompt_tokens"]);
 }
+
+#[tokio::test]
+async fn a_short_prompt_is_answered_while_a_long_one_is_still_computed() {
+    let sarai = Sarai::start(&format!(
+        "models:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 4096, parallel: 2 }}\n",
+        smollm2()
+    ));
+    sarai.post("/api/generate", r#"{"model":"lfm2"}"#).await;
+    let url = format!("{}/v1/chat/completions", sarai.url);
+    let long = chat("lfm2", &"word ".repeat(3000), json!({ "stream": true, "max_tokens": 2 }));
+    // Its headers come with its first token.
+    let mut long = tokio::spawn(sarai.client.post(url).body(long).send());
+    sarai.until("it is computed", |ps| ps["workers"][0]["busy"] == 1).await;
+    let short = sarai.post("/v1/chat/completions", chat("lfm2", "Hi", json!({ "max_tokens": 2 })));
+    tokio::select! {
+        biased;
+        answer = short => assert_eq!(answer.status, 200, "{}", answer.text),
+        _ = &mut long => panic!("the short prompt waited for the long one"),
+    }
+    assert_eq!(long.await.unwrap().unwrap().status(), 200);
+}

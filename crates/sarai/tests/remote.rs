@@ -374,3 +374,45 @@ async fn the_environment_turns_the_order_of_the_deployments_around() {
         assert!(served_by(&answer).starts_with(served), "{prefer}: {:?}", answer.headers);
     }
 }
+
+/// A real server of OpenAI's API: another sarai.
+#[tokio::test]
+async fn a_server_of_openais_api_is_a_host_too() {
+    let file = smollm2();
+    let host = Sarai::start(&format!("models:\n  small: {{ backend: gguf_native, gguf_path: {file} }}\n"));
+    let sarai = Sarai::start(&format!(
+        "models:\n  solar: {{ backend: openai_http, url: \"{}/v1\", model_name: small }}\n",
+        host.url
+    ));
+    let direct = host.post("/v1/chat/completions", chat("small", "Name three colours.", json!({}))).await.json();
+    for stream in [false, true] {
+        let more = json!({ "stream": stream, "stream_options": { "include_usage": true } });
+        let answer = sarai.post("/v1/chat/completions", chat("solar", "Name three colours.", more)).await;
+        assert!(served_by(&answer).starts_with("solar@openai_http(127.0.0.1"), "{:?}", answer.headers);
+        let (text, usage) = if stream {
+            let events = answer.sse();
+            let text = events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect();
+            (text, events.last().unwrap()["usage"]["completion_tokens"].clone())
+        } else {
+            let body = answer.json();
+            (
+                body["choices"][0]["message"]["content"].as_str().unwrap().to_owned(),
+                body["usage"]["completion_tokens"].clone(),
+            )
+        };
+        let text: String = text;
+        assert_eq!(Some(text.as_str()), direct["choices"][0]["message"]["content"].as_str());
+        assert_eq!(usage, direct["usage"]["completion_tokens"]);
+    }
+}
+
+#[tokio::test]
+async fn the_fallback_of_a_host_that_is_away_is_loaded_before_it_is_asked_for() {
+    let (url, file) = (Ollama::unreachable(), smollm2());
+    let sarai = Sarai::start(&format!(
+        "models:\n  bare: {{ backend: ollama_http, url: \"{url}\", model_name: m }}\n  solar: {{ backend: ollama_http, fallback: gguf_native, url: \"{url}\", model_name: m, gguf_path: {file} }}\n"
+    ));
+    // The other model on the same host has no fallback of its own, so nothing but the breaker asks for the file.
+    assert_eq!(sarai.post("/v1/chat/completions", chat("bare", "Hi", json!({}))).await.status, 502);
+    sarai.until("it is warm", |ps| ps["workers"].as_array().unwrap().len() == 1).await;
+}

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use sarai_core::{Event, FinishReason, Format, GenerateRequest, Prompt, RemoteCause, Sampling, Timings, Usage};
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::keep_alive;
-use crate::RemoteLine;
+use crate::{RemoteLine, sampling};
 
 /// The path and the body that ask an Ollama host for this. Options that are not set are left to the host; a prompt
 /// that does not fit its context is to be refused, not cut.
@@ -44,32 +44,14 @@ pub fn ignored_by_ollama(sampling: &Sampling) -> Vec<String> {
 }
 
 fn options(request: &GenerateRequest, context_tokens: Option<u32>) -> Value {
-    let sampling = &request.sampling;
-    let mut options = Map::new();
-    let mut set = |key: &str, value: Option<Value>| {
+    let mut options = sampling::to_wire(&request.sampling, &request.stop);
+    let context_tokens = request.residence.context_tokens.or(context_tokens);
+    for (key, value) in [("num_predict", request.max_tokens), ("num_ctx", context_tokens)] {
         if let Some(value) = value {
-            options.insert(key.to_owned(), value);
+            options.insert(key.to_owned(), value.into());
         }
-    };
-    set("temperature", sampling.temperature.map(float));
-    set("top_p", sampling.top_p.map(float));
-    set("top_k", sampling.top_k.map(Value::from));
-    set("min_p", sampling.min_p.map(float));
-    set("typical_p", sampling.typical_p.map(float));
-    set("seed", sampling.seed.map(Value::from));
-    set("repeat_penalty", sampling.repeat_penalty.map(float));
-    set("repeat_last_n", sampling.repeat_last_n.map(Value::from));
-    set("presence_penalty", sampling.presence_penalty.map(float));
-    set("frequency_penalty", sampling.frequency_penalty.map(float));
-    set("num_predict", request.max_tokens.map(Value::from));
-    set("num_ctx", request.residence.context_tokens.or(context_tokens).map(Value::from));
-    set("stop", (!request.stop.is_empty()).then(|| request.stop.clone().into()));
+    }
     Value::Object(options)
-}
-
-/// A float as the client wrote it: 0.7, not the 0.699999988079071 that widening an f32 gives.
-pub(crate) fn float(value: f32) -> Value {
-    value.to_string().parse::<f64>().map_or(Value::Null, Value::from)
 }
 
 #[derive(Deserialize)]

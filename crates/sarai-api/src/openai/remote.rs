@@ -4,8 +4,7 @@ use sarai_core::{Event, FinishReason, Format, GenerateRequest, Prompt, RemoteCau
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::RemoteLine;
-use crate::ollama::float;
+use crate::{RemoteLine, sampling};
 
 /// The path below the base URL, and the body that asks for this. What is not set is left to the server.
 #[must_use]
@@ -22,27 +21,17 @@ pub fn request(model: &str, request: &GenerateRequest) -> (&'static str, Value) 
             "/completions"
         }
     };
-    let sampling = &request.sampling;
-    let mut set = |key: &str, value: Option<Value>| {
-        if let Some(value) = value {
-            body[key] = value;
-        }
-    };
-    set("temperature", sampling.temperature.map(float));
-    set("top_p", sampling.top_p.map(float));
-    set("seed", sampling.seed.map(Value::from));
-    set("presence_penalty", sampling.presence_penalty.map(float));
-    set("frequency_penalty", sampling.frequency_penalty.map(float));
-    set("max_tokens", request.max_tokens.map(Value::from));
-    set("stop", (!request.stop.is_empty()).then(|| request.stop.clone().into()));
-    let bias = sampling.logit_bias.iter().map(|(token, bias)| (token.to_string(), float(*bias)));
-    set("logit_bias", (!sampling.logit_bias.is_empty()).then(|| Value::Object(bias.collect())));
-    // Beyond OpenAI's own: llama.cpp's server, vLLM and others know these, and they are sent only if they are set.
-    set("top_k", sampling.top_k.map(Value::from));
-    set("min_p", sampling.min_p.map(float));
-    set("typical_p", sampling.typical_p.map(float));
-    set("repeat_penalty", sampling.repeat_penalty.map(float));
-    set("repeat_last_n", sampling.repeat_last_n.map(Value::from));
+    // Beyond OpenAI's own keys: llama.cpp's server, vLLM and others know these, and they are sent only if they are set.
+    for (key, value) in sampling::to_wire(&request.sampling, &request.stop) {
+        body[key] = value;
+    }
+    if let Some(most) = request.max_tokens {
+        body["max_tokens"] = most.into();
+    }
+    if !request.sampling.logit_bias.is_empty() {
+        let bias = request.sampling.logit_bias.iter().map(|(token, bias)| (token.to_string(), sampling::float(*bias)));
+        body["logit_bias"] = Value::Object(bias.collect());
+    }
     match &request.format {
         Format::Text => {}
         Format::Json => body["response_format"] = json!({ "type": "json_object" }),

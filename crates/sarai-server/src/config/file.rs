@@ -7,7 +7,7 @@ use saphyr::{LoadableYamlNode, MarkedYamlOwned};
 use sarai_core::{KvType, Sampling};
 use sarai_plan::Strategy;
 
-use super::resolve::{ModelRole, Resume};
+use super::model::{ModelRole, Resume};
 use super::tree::Section;
 use super::{Environment, Mistake};
 

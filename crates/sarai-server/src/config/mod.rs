@@ -1,10 +1,11 @@
-//! The configuration: as written (`file`), the environment over it (`env`), and as meant (`resolve`).
+//! The configuration: as written (`file`), the environment over it (`env`), and as meant (`resolve`, `model`).
 //!
 //! All mistakes are reported at once, each with its line, its key and what would fix it. A file that does
 //! not exist or a host that does not answer is no mistake: that is a state of the running server.
 
 pub mod env;
 mod file;
+mod model;
 pub mod resolve;
 mod tree;
 
@@ -12,7 +13,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 pub use env::Environment;
-pub use resolve::{Api, Config, Deployment, Engine, MemoryConfig, Model, ModelRole, Remote, Resume, ServerConfig};
+pub use model::{Api, Deployment, Model, ModelRole, Remote, Resume};
+pub use resolve::{Config, Engine, MemoryConfig, ServerConfig};
 
 /// One mistake.
 #[derive(Clone, Debug, PartialEq, Eq)]

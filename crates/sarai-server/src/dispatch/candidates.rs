@@ -9,6 +9,7 @@ use sarai_core::{GenerateRequest, Prompt};
 
 use crate::catalog::Catalog;
 use crate::config::{Api, Deployment, Model, Remote};
+use crate::health::Health;
 
 /// How much of a prompt decides which host is preferred: conversations that begin alike go to the same one, whose
 /// cache then has the beginning.
@@ -36,6 +37,11 @@ impl Candidate {
             Deployment::Remote(remote) => Some(remote),
             Deployment::Local { .. } => None,
         }
+    }
+
+    /// Whether it is on a host whose breaker is open.
+    pub fn is_left_alone(&self, health: &Health) -> bool {
+        self.remote().is_some_and(|remote| health.is_open(remote))
     }
 
     /// `model@place`, as it stands in headers and errors.

@@ -21,7 +21,7 @@ use crate::backend::EventStream;
 use crate::backend::remote::{Hosts, Place};
 use crate::catalog::Catalog;
 use crate::config::{Deployment, Model};
-use crate::health::{Health, State};
+use crate::health::Health;
 use crate::planner::Planner;
 use crate::pool::Pool;
 pub use candidates::label;
@@ -139,7 +139,7 @@ impl Dispatch {
                     break;
                 }
             };
-            if left[index].remote().is_some_and(|remote| self.health.of(remote).state != State::Closed) {
+            if left[index].is_left_alone(&self.health) {
                 // Its breaker has opened while its place was waited for.
                 continue;
             }
@@ -161,14 +161,14 @@ impl Dispatch {
                 ask.note(&candidate, Error::Unavailable { model: ask.model.name.clone(), reason });
                 continue;
             }
-            let known = candidate.remote().map(|remote| self.health.of(remote));
-            match known.filter(|known| known.state != State::Closed).and_then(|known| known.last) {
-                Some(last) => {
-                    ask.note(&candidate, last);
-                    ask.last_resort.push(candidate);
-                }
-                None => usable.push(candidate),
+            if !candidate.is_left_alone(&self.health) {
+                usable.push(candidate);
+                continue;
             }
+            if let Some(last) = candidate.remote().and_then(|remote| self.health.of(remote).last) {
+                ask.note(&candidate, last);
+            }
+            ask.last_resort.push(candidate);
         }
         usable
     }

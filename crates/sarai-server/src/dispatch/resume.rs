@@ -16,7 +16,6 @@ use super::candidates::{Candidate, tiers, to_resume};
 use super::{Dispatch, attempt, is_allowed};
 use crate::backend::EventStream;
 use crate::config::{Api, Deployment, Model, Resume};
-use crate::health::State;
 
 /// How often one answer is resumed at most.
 const MOST: usize = 4;
@@ -133,10 +132,9 @@ impl Running {
             let same = candidate.model.name == self.model.name;
             (same || self.model.resume == Resume::Any) && is_allowed(candidate, self.strict)
         };
-        let is_open = |candidate: &Candidate| {
-            candidate.remote().is_some_and(|remote| self.dispatch.health.of(remote).state != State::Closed)
-        };
-        let (open, mut closed): (Vec<_>, Vec<_>) = all.into_iter().filter(may).partition(is_open);
+        let health = &self.dispatch.health;
+        let (open, mut closed): (Vec<_>, Vec<_>) =
+            all.into_iter().filter(may).partition(|one| one.is_left_alone(health));
         closed.extend(open);
         closed
     }

@@ -165,6 +165,11 @@ impl Health {
         Known { state: breaker.state(), last: breaker.last().cloned(), outstanding }
     }
 
+    /// Whether its breaker says to leave it alone.
+    pub fn is_open(&self, remote: &Remote) -> bool {
+        self.table.lock().get(&key(remote)).is_some_and(|entry| entry.breaker.state() != State::Closed)
+    }
+
     /// Takes a place at one of these hosts, the first that has one; in this order if several have. What is no host has no
     /// places, and none is waited for.
     ///
