@@ -13,18 +13,14 @@ pub fn range(param: &str, value: Option<f32>, low: f32, high: f32) -> Result<(),
     }
 }
 
-/// Refuses a field that is set to something, since ignoring it would change the answer's meaning.
-pub fn unsupported(param: &str, value: &Option<Value>) -> Result<(), Error> {
-    let is_default = match value {
-        None | Some(Value::Null | Value::Bool(false)) => true,
-        Some(Value::Array(items)) => items.is_empty(),
-        Some(Value::String(text)) => text.is_empty(),
-        Some(_) => false,
-    };
-    if is_default {
-        return Ok(());
+/// Whether a field says nothing: it is missing, or what its API takes it for then.
+pub fn is_default(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(items) => items.is_empty(),
+        Value::String(text) => text.is_empty(),
+        _ => false,
     }
-    Err(Error::invalid(param, format!("`{param}` is not supported by this server yet: leave it out")))
 }
 
 /// Refuses text that the engine cannot take: it ends at a NUL.

@@ -4,12 +4,13 @@
 //! hold is checked here, and an error names the field, the value and what would be right.
 
 mod check;
+mod extras;
 mod json;
 pub mod ollama;
 pub mod openai;
 mod sampling;
 
-use sarai_core::{Event, GenerateRequest};
+use sarai_core::{Event, Extra, FinishReason, GenerateRequest, Timings, Usage};
 
 /// How the client wants its answer delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,19 +39,30 @@ pub struct Parsed {
     pub request: GenerateRequest,
     /// How to deliver it.
     pub delivery: Delivery,
-    /// Options that are not followed; the answer says so.
-    pub ignored: Vec<String>,
 }
 
 /// What one line of a remote host's stream says.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RemoteLine {
+    /// A step of the answer: [`Event::Text`] or [`Event::Extra`].
+    pub step: Option<Event>,
+    /// The end, after that step.
+    pub end: Option<Event>,
+}
+
+/// A whole answer.
 #[derive(Clone, Debug, PartialEq)]
-pub enum RemoteLine {
-    /// Nothing to pass on.
-    Empty,
-    /// A step of the answer.
-    Text(String),
-    /// The last step: text that came with it, and the end.
-    Done(Option<String>, Event),
+pub struct Whole {
+    /// The text.
+    pub text: String,
+    /// Why it ended.
+    pub finish: FinishReason,
+    /// Tokens.
+    pub usage: Usage,
+    /// Time.
+    pub timings: Timings,
+    /// What a host said beyond text.
+    pub extra: Option<Box<Extra>>,
 }
 
 /// Who answered, and what was lost on the way; part of every answer.

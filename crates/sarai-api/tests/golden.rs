@@ -5,10 +5,10 @@
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
-use sarai_api::Served;
 use sarai_api::ollama::{self, End, LineWriter, ModelFacts, OllamaRequest};
 use sarai_api::openai::{self, ChunkWriter};
-use sarai_core::{Event, FinishReason, GenerateRequest, Message, Prompt, Role, Sampling, Timings, Usage};
+use sarai_api::{Served, Whole};
+use sarai_core::{Api, Event, Extra, FinishReason, GenerateRequest, Message, Prompt, Role, Sampling, Timings, Usage};
 use serde_json::{Value, json};
 
 fn golden(name: &str, value: &Value) {
@@ -37,12 +37,19 @@ fn timings() -> Timings {
     Timings { queue: ms(1), load: ms(20), prefill: ms(300), decode: ms(4000) }
 }
 
+fn whole_answer(extra: Option<Extra>) -> Whole {
+    let text = extra.as_ref().map_or_else(|| "Hello".into(), |extra| extra.text.clone());
+    let (finish, usage, timings) = (FinishReason::Stop, USAGE, timings());
+    Whole { text, finish, usage, timings, extra: extra.map(Box::new) }
+}
+
 #[test]
 fn openai_answers_and_chunks() {
     for (name, kind) in [("chat", openai::Kind::Chat), ("completion", openai::Kind::Completion)] {
         let writer =
             ChunkWriter { kind, id: "id-1".into(), created: 1_700_000_000, model: "solar".into(), include_usage: true };
-        let whole = writer.whole("Hello", FinishReason::Stop, &USAGE, &served(), &timings());
+        let whole = whole_answer(None);
+        let whole = writer.whole(whole, &served());
         golden(&format!("openai_{name}"), &whole);
         let chunks = [
             writer.role(),
@@ -132,9 +139,7 @@ fn errors_name_the_field_and_the_value() {
     };
     assert!(with("temperature", json!("hot")).contains("`temperature`: invalid type: string \"hot\""));
     assert!(with("top_p", json!(2)).contains("`top_p` is 2: use a number from 0 to 1"));
-    assert!(with("tools", json!([{ "type": "function" }])).contains("`tools` is not supported"));
     assert!(with("logit_bias", json!({ "x": 1 })).contains("key `x`"));
-    assert!(with("messages", json!([{ "role": "user", "content": [{ "type": "image_url" }] }])).contains("image_url"));
 }
 
 #[test]
@@ -147,6 +152,7 @@ fn a_request_to_an_ollama_host_sets_only_what_was_asked_for() {
         format: sarai_core::Format::Text,
         residence: sarai_core::Residence::default(),
         given: String::new(),
+        extras: None,
     };
     let (path, body) = ollama::chat_request("solar", None, &request);
     assert_eq!(path, "/api/chat");
@@ -164,17 +170,80 @@ fn a_request_to_an_ollama_host_sets_only_what_was_asked_for() {
 #[test]
 fn lines_of_an_ollama_host_become_events() {
     use ollama::parse_line;
-    use sarai_api::RemoteLine;
     let done = br#"{"message":{"content":"!"},"done":true,"done_reason":"length","eval_count":3,"prompt_eval_count":12,"load_duration":20000000}"#;
-    let Ok(RemoteLine::Done(Some(text), Event::Done { finish, usage, timings })) = parse_line(done) else { panic!() };
-    assert_eq!(
-        (text.as_str(), finish, usage.completion_tokens, timings.load),
-        ("!", FinishReason::Length, 3, Duration::from_millis(20))
-    );
+    let read = parse_line(done).unwrap();
+    let Some(Event::Done { finish, usage, timings }) = read.end else { panic!() };
+    assert_eq!(read.step, Some(Event::Text("!".into())));
+    assert_eq!((finish, usage.completion_tokens, timings.load), (FinishReason::Length, 3, Duration::from_millis(20)));
     assert!(
         parse_line(b"<html>").is_err()
             && parse_line(br#"{"error":"x"}"#).is_err()
             && parse_line(br#"{"ok":1}"#).is_err()
     );
-    assert_eq!(parse_line(b"  \n"), Ok(RemoteLine::Empty));
+    assert_eq!(parse_line(b"  \n"), Ok(sarai_api::RemoteLine::default()));
+}
+
+#[test]
+fn what_nobody_here_reads_reaches_a_host_of_the_same_api_and_needs_are_told() {
+    let body = json!({
+        "model": "m", "user": "u", "tools": [{ "type": "function" }], "temperature": 0.5, "stream": true,
+        "messages": [
+            { "role": "user", "content": [{ "type": "text", "text": "Look:" }, { "type": "image_url", "image_url": { "url": "data:," } }] },
+            { "role": "assistant", "content": null, "tool_calls": [{ "id": "1" }] },
+            { "role": "tool", "content": "3", "tool_call_id": "1" },
+        ],
+    });
+    let request = openai::parse_chat(body.to_string().as_bytes()).unwrap().request;
+    let params: Vec<_> = request.needs().iter().map(|need| need.param.as_str()).collect();
+    assert_eq!(params, ["tools", "messages[0].content", "messages[1].tool_calls"]);
+    let (_, sent) = openai::remote::request("there", &request);
+    for key in ["user", "tools", "messages", "temperature"] {
+        assert_eq!(sent[key], body[key], "{key}");
+    }
+    assert_eq!((&sent["model"], &sent["stream"]), (&json!("there"), &json!(true)));
+    let (_, other) = ollama::chat_request("there", None, &request);
+    assert_eq!((&other["tools"], &other["user"]), (&Value::Null, &Value::Null), "it speaks another API");
+
+    let body = json!({ "model": "m", "prompt": "Look:", "images": ["aGk="], "options": { "mirostat": 1, "num_predict": 5, "new": 2 }, "new": true });
+    let OllamaRequest::Generate(parsed) = ollama::parse_generate(body.to_string().as_bytes()).unwrap() else {
+        panic!()
+    };
+    let (path, sent) = ollama::chat_request("there", None, &parsed.request);
+    assert_eq!(
+        (path, &sent["prompt"], &sent["images"], &sent["new"]),
+        ("/api/generate", &body["prompt"], &body["images"], &body["new"])
+    );
+    assert_eq!((&sent["options"]["mirostat"], &sent["options"]["new"]), (&json!(1), &json!(2)));
+    assert_eq!(parsed.request.extras.unwrap().degrades, ["mirostat"]);
+}
+
+#[test]
+fn what_a_host_says_beyond_text_reaches_clients_of_the_same_api() {
+    let mut reader = openai::remote::SseReader::default();
+    let chunk = br#"data: {"id":"1","object":"o","created":1,"model":"x","system_fingerprint":"fp","choices":[{"index":0,"delta":{"role":"assistant","content":"Hi","reasoning_content":"hm","tool_calls":[{"index":0,"id":"c"}]},"logprobs":{"content":[]},"finish_reason":null}]}"#;
+    let Some(Event::Extra(extra)) = reader.line(chunk).unwrap().step else { panic!() };
+    let writer = ChunkWriter {
+        kind: openai::Kind::Chat,
+        id: "id-1".into(),
+        created: 1_700_000_000,
+        model: "solar".into(),
+        include_usage: false,
+    };
+    golden(
+        "openai_chat_extra",
+        &json!([writer.extra((*extra).clone()), writer.whole(whole_answer(Some(*extra)), &served())]),
+    );
+    let again = br#"data: {"system_fingerprint":"fp","choices":[{"delta":{"content":"!"}}]}"#;
+    assert_eq!(reader.line(again).unwrap().step, Some(Event::Text("!".into())), "said already");
+
+    let line = br#"{"model":"x","created_at":"t","message":{"role":"assistant","content":"","thinking":"hm","tool_calls":[{"function":{"name":"f"}}]},"new":1,"done":false}"#;
+    let Some(Event::Extra(extra)) = ollama::parse_line(line).unwrap().step else { panic!() };
+    let lines = LineWriter { kind: ollama::Kind::Chat, model: "solar".into() };
+    let now = UNIX_EPOCH + Duration::from_nanos(1_700_000_000_123_456_789);
+    golden(
+        "ollama_chat_extra",
+        &json!([lines.extra(now, (*extra).clone()), lines.whole(now, whole_answer(Some((*extra).clone())), &served())]),
+    );
+    assert_eq!(extra.api, Api::Ollama);
+    assert_eq!(writer.extra(*extra), None, "it has no text, and the client speaks another API");
 }

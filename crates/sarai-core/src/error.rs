@@ -64,6 +64,12 @@ pub enum RemoteCause {
     /// The stream ended before its end mark.
     #[error("cut the stream before its end")]
     Cut,
+    /// It gave no token within twice its usual time, and another place was faster.
+    #[error("gave no token within {seconds} s, and another place was faster")]
+    Late {
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// It sent nothing before the deadline.
     #[error("sent nothing for {seconds} s (deadline `{key}`)", key = phase.config_key())]
     Silent {
@@ -85,6 +91,7 @@ impl RemoteCause {
             Self::Reported(_) => "reported_error",
             Self::Garbled(_) => "garbled",
             Self::Cut => "cut",
+            Self::Late { .. } => "late",
             Self::Silent { .. } => "silent",
         }
     }

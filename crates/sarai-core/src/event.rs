@@ -3,6 +3,9 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::request::Api;
 
 /// One step of an answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -10,6 +13,10 @@ use serde::{Deserialize, Serialize};
 pub enum Event {
     /// More text: whole characters, never empty.
     Text(String),
+    /// A step of a host that has more to say than text.
+    Extra(Box<Extra>),
+    /// Bytes came that say nothing: a sign of life, and no token. Ends in dispatch.
+    Alive,
     /// The answer broke off, and goes on from the same character elsewhere.
     Resumed {
         /// Who goes on: `model@place`.
@@ -30,6 +37,64 @@ pub enum Event {
     },
 }
 
+/// What a host says beyond text, opaque, for clients that speak the same API: reasoning, tool calls, probabilities, and
+/// whatever a newer server has.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Extra {
+    /// Whose fields they are.
+    pub api: Api,
+    /// Text of the same step; may be empty.
+    pub text: String,
+    /// Fields of the chunk or line.
+    pub top: Map<String, Value>,
+    /// Fields of OpenAI's `choices[0]`.
+    pub choice: Map<String, Value>,
+    /// Fields of OpenAI's `delta`, or of Ollama's `message`.
+    pub message: Map<String, Value>,
+}
+
+impl Extra {
+    /// Puts a later step's fields to these, for an answer that is wanted whole: texts and lists grow, what has an `index` is
+    /// found by it, anything else is replaced.
+    pub fn absorb(&mut self, later: Self) {
+        self.text.push_str(&later.text);
+        for (fields, later) in
+            [(&mut self.top, later.top), (&mut self.choice, later.choice), (&mut self.message, later.message)]
+        {
+            merge_fields(fields, later, 0);
+        }
+    }
+}
+
+/// Deeper than any answer nests what grows.
+const DEEPEST: usize = 16;
+
+fn merge_fields(into: &mut Map<String, Value>, later: Map<String, Value>, depth: usize) {
+    for (key, value) in later {
+        match into.get_mut(&key) {
+            Some(known) if depth < DEEPEST && key != "index" => merge(known, value, depth + 1),
+            _ => drop(into.insert(key, value)),
+        }
+    }
+}
+
+fn merge(into: &mut Value, later: Value, depth: usize) {
+    match (into, later) {
+        (Value::String(text), Value::String(more)) => text.push_str(&more),
+        (Value::Object(fields), Value::Object(more)) => merge_fields(fields, more, depth),
+        (Value::Array(items), Value::Array(more)) => {
+            for item in more {
+                let index = item.get("index").filter(|index| index.is_u64());
+                match index.and_then(|index| items.iter_mut().find(|known| known.get("index") == Some(index))) {
+                    Some(known) => merge(known, item, depth + 1),
+                    None => items.push(item),
+                }
+            }
+        }
+        (into, later) => *into = later,
+    }
+}
+
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -38,15 +103,27 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens` or the context was used up.
     Length,
+    /// The model calls tools, and waits for their results.
+    ToolCalls,
+    /// The same in OpenAI's older form.
+    FunctionCall,
+    /// The host held the rest back.
+    ContentFilter,
 }
 
 impl FinishReason {
-    /// The word that both APIs use.
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Stop, Self::Length, Self::ToolCalls, Self::FunctionCall, Self::ContentFilter];
+
+    /// OpenAI's word.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
+            Self::ToolCalls => "tool_calls",
+            Self::FunctionCall => "function_call",
+            Self::ContentFilter => "content_filter",
         }
     }
 }
@@ -93,5 +170,35 @@ mod micros {
 
     pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
         u64::deserialize(from).map(Duration::from_micros)
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn step(message: Value) -> Extra {
+        let Value::Object(message) = message else { unreachable!() };
+        Extra { api: Api::OpenAi, text: String::new(), top: Map::new(), choice: Map::new(), message }
+    }
+
+    #[test]
+    fn steps_of_tool_calls_and_reasoning_grow_into_a_whole() {
+        let call = |index: u32, part: &str| json!({ "index": index, "function": { "arguments": part } });
+        let mut whole = step(json!({ "reasoning_content": "first ", "tool_calls": [call(0, "{\"a\""), call(1, "[")] }));
+        whole.absorb(step(json!({ "reasoning_content": "second", "tool_calls": [call(1, "]"), call(0, ":1}")] })));
+        let text = whole.message["reasoning_content"].as_str().unwrap();
+        assert_eq!(text, "first second");
+        assert_eq!(whole.message["tool_calls"], json!([call(0, "{\"a\":1}"), call(1, "[]")]));
+    }
+
+    #[test]
+    fn a_step_that_nests_without_end_is_taken_as_it_is() {
+        let deep = |leaf: &str| (0..100).fold(json!(leaf), |inner, _| json!({ "a": inner }));
+        let mut whole = step(deep("x"));
+        whole.absorb(step(deep("y")));
+        assert!(Value::from(whole.message).to_string().contains('y'));
     }
 }

@@ -13,7 +13,7 @@ pub mod units;
 
 pub use deadline::Deadlines;
 pub use error::{Attempt, Error, Phase, RemoteCause};
-pub use event::{Event, FinishReason, Timings, Usage};
+pub use event::{Event, Extra, FinishReason, Timings, Usage};
 pub use memory::{EngineMemory, Held, KeepAlive, KvType, Part, Refusal};
-pub use request::{Format, GenerateRequest, Message, Prompt, Residence, Role, Sampling};
+pub use request::{Api, Extras, Format, GenerateRequest, Message, Need, Prompt, Residence, Role, Sampling};
 pub use units::Bytes;

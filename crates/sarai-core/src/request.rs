@@ -2,6 +2,7 @@
 
 use crate::memory::KeepAlive;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 /// Who says a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -126,6 +127,42 @@ pub struct Residence {
     pub keep_alive: Option<KeepAlive>,
 }
 
+/// The two APIs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Api {
+    /// Ollama's.
+    Ollama,
+    /// OpenAI's.
+    OpenAi,
+}
+
+/// What a client asked for in its own API and nobody here reads: it goes, as it is, to hosts that speak the same API.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Extras {
+    /// The API.
+    pub api: Api,
+    /// Fields of the body.
+    pub fields: Map<String, Value>,
+    /// Fields of Ollama's `options`.
+    pub options: Map<String, Value>,
+    /// Whether Ollama's prompt stands as `prompt` and not as messages.
+    pub is_generate: bool,
+    /// Those without which an answer would be a wrong one.
+    pub needs: Vec<Need>,
+    /// Those without which it is a degraded one.
+    pub degrades: Vec<String>,
+}
+
+/// What a deployment must be able to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// The field that asks for it.
+    pub param: String,
+    /// In words that begin a sentence: "`tools` is not supported".
+    pub lack: String,
+}
+
 /// One generation, ready for any backend.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GenerateRequest {
@@ -146,6 +183,17 @@ pub struct GenerateRequest {
     /// its tokens count as generated ones.
     #[serde(default)]
     pub given: String,
+    /// What only hosts of the client's API can follow; workers do not see it.
+    #[serde(skip)]
+    pub extras: Option<Box<Extras>>,
+}
+
+impl GenerateRequest {
+    /// What must be followed, and only hosts of the client's API can.
+    #[must_use]
+    pub fn needs(&self) -> &[Need] {
+        self.extras.as_ref().map_or(&[], |extras| &extras.needs)
+    }
 }
 
 #[cfg(test)]

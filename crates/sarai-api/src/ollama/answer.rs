@@ -2,11 +2,11 @@
 
 use std::time::{Duration, SystemTime};
 
-use sarai_core::{FinishReason, Timings, Usage};
+use sarai_core::{Api, Extra, FinishReason, Timings, Usage};
 use serde_json::{Value, json};
 
-use crate::Served;
 use crate::openai::extension;
+use crate::{Served, Whole};
 
 /// Which of the two endpoints answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +35,29 @@ impl LineWriter {
         line
     }
 
+    /// A line of what a host says beyond text; of a host that speaks another API, its text.
+    #[must_use]
+    pub fn extra(&self, now: SystemTime, extra: Extra) -> Option<Value> {
+        if extra.api != Api::Ollama {
+            return (!extra.text.is_empty()).then(|| self.text(now, &extra.text));
+        }
+        let mut line = self.text(now, &extra.text);
+        put(&mut line, self.kind, extra);
+        Some(line)
+    }
+
+    /// The only line of an answer that does not stream.
+    #[must_use]
+    pub fn whole(&self, now: SystemTime, whole: Whole, served: &Served) -> Value {
+        let Whole { text, finish, usage, timings, extra } = whole;
+        let end = End { finish, usage: &usage, timings: &timings, served };
+        let mut line = self.done(now, &text, &end);
+        if let Some(extra) = extra.filter(|extra| extra.api == Api::Ollama) {
+            put(&mut line, self.kind, *extra);
+        }
+        line
+    }
+
     /// The last line; of an answer that does not stream, the only one, with the whole text.
     #[must_use]
     pub fn done(&self, now: SystemTime, text: &str, end: &End<'_>) -> Value {
@@ -43,7 +66,11 @@ impl LineWriter {
         let total = timings.queue + timings.load + timings.prefill + timings.decode;
         let mut line = self.line(now, text);
         line["done"] = true.into();
-        line["done_reason"] = end.finish.as_str().into();
+        line["done_reason"] = match end.finish {
+            FinishReason::Length => "length",
+            _ => "stop",
+        }
+        .into();
         line["total_duration"] = ns(total).into();
         line["load_duration"] = ns(timings.load).into();
         line["prompt_eval_count"] = end.usage.prompt_tokens.into();
@@ -72,6 +99,14 @@ impl LineWriter {
             Kind::Generate => json!({ "model": self.model, "created_at": created_at, "response": text }),
         }
     }
+}
+
+/// The fields of a host, where they belong.
+fn put(line: &mut Value, kind: Kind, extra: Extra) {
+    if kind == Kind::Chat {
+        extra.message.into_iter().for_each(|(name, value)| line["message"][name] = value);
+    }
+    extra.top.into_iter().for_each(|(name, value)| line[name] = value);
 }
 
 /// How an answer ended.

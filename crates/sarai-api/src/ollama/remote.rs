@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
-use sarai_core::{Event, FinishReason, Format, GenerateRequest, Prompt, RemoteCause, Sampling, Timings, Usage};
+use sarai_core::{
+    Api, Event, Extra, FinishReason, Format, GenerateRequest, Prompt, RemoteCause, Sampling, Timings, Usage,
+};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::keep_alive;
 use crate::{RemoteLine, sampling};
@@ -23,18 +25,25 @@ pub fn chat_request(model: &str, context_tokens: Option<u32>, request: &Generate
         Format::Json => body["format"] = "json".into(),
         Format::Schema(schema) => body["format"] = serde_json::from_str(schema).unwrap_or_default(),
     }
-    match &request.prompt {
+    let extras = request.extras.as_deref().filter(|extras| extras.api == Api::Ollama);
+    let path = match &request.prompt {
+        _ if extras.is_some_and(|extras| extras.is_generate) => "/api/generate",
         Prompt::Chat(messages) => {
             let message = |m: &sarai_core::Message| json!({ "role": m.role.as_str(), "content": m.content });
             body["messages"] = messages.iter().map(message).collect();
-            ("/api/chat", body)
+            "/api/chat"
         }
         Prompt::Raw(text) => {
             body["prompt"] = text.as_str().into();
             body["raw"] = true.into();
-            ("/api/generate", body)
+            "/api/generate"
         }
+    };
+    if let Some(extras) = extras {
+        extras.fields.iter().for_each(|(name, value)| body[name] = value.clone());
+        extras.options.iter().for_each(|(name, value)| body["options"][name] = value.clone());
     }
+    (path, body)
 }
 
 /// Request options that Ollama does not know and would ignore.
@@ -66,12 +75,24 @@ struct Line {
     prompt_eval_duration: Option<u64>,
     eval_count: Option<u32>,
     eval_duration: Option<u64>,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
 }
 
 #[derive(Deserialize)]
 struct LineMessage {
     #[serde(default)]
     content: String,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
+}
+
+/// What every line has, and the writer of the answer writes anew.
+const WRITTEN_ANEW: [&str; 5] = ["model", "created_at", "role", "total_duration", "remote_model"];
+
+fn beyond(mut fields: Map<String, Value>) -> Map<String, Value> {
+    fields.retain(|name, value| !value.is_null() && !WRITTEN_ANEW.contains(&name.as_str()));
+    fields
 }
 
 /// Reads one line of a host's stream.
@@ -81,21 +102,36 @@ struct LineMessage {
 pub fn parse_line(line: &[u8]) -> Result<RemoteLine, RemoteCause> {
     let trimmed = line.trim_ascii();
     if trimmed.is_empty() {
-        return Ok(RemoteLine::Empty);
+        return Ok(RemoteLine::default());
     }
     let start = || String::from_utf8_lossy(&trimmed[..trimmed.len().min(80)]).into_owned();
-    let line: Line = serde_json::from_slice(trimmed).map_err(|_| RemoteCause::Garbled(start()))?;
+    let mut line: Line = serde_json::from_slice(trimmed).map_err(|_| RemoteCause::Garbled(start()))?;
     if let Some(error) = line.error {
         return Err(RemoteCause::Reported(error));
     }
     let done = line.done.ok_or_else(|| RemoteCause::Garbled(start()))?;
-    let text = line.message.map(|message| message.content).or(line.response).filter(|text| !text.is_empty());
+    let (text, message) = match line.message {
+        Some(message) => (message.content, beyond(message.rest)),
+        None => (line.response.unwrap_or_default(), Map::new()),
+    };
+    // Of `/api/generate`, hidden reasoning stands beside the text.
+    let calls = message.contains_key("tool_calls");
+    let top = beyond(std::mem::take(&mut line.rest));
+    let step = match (top.is_empty() && message.is_empty(), text.is_empty()) {
+        (true, true) => None,
+        (true, false) => Some(Event::Text(text)),
+        (false, _) => Some(Event::Extra(Box::new(Extra { api: Api::Ollama, text, top, choice: Map::new(), message }))),
+    };
     if !done {
-        return Ok(text.map_or(RemoteLine::Empty, RemoteLine::Text));
+        return Ok(RemoteLine { step, end: None });
     }
     let ns = |value: Option<u64>| Duration::from_nanos(value.unwrap_or(0));
     let end = Event::Done {
-        finish: if line.done_reason.as_deref() == Some("length") { FinishReason::Length } else { FinishReason::Stop },
+        finish: match line.done_reason.as_deref() {
+            Some("length") => FinishReason::Length,
+            _ if calls => FinishReason::ToolCalls,
+            _ => FinishReason::Stop,
+        },
         usage: Usage {
             prompt_tokens: line.prompt_eval_count.unwrap_or(0),
             cached_tokens: 0,
@@ -108,5 +144,5 @@ pub fn parse_line(line: &[u8]) -> Result<RemoteLine, RemoteCause> {
             decode: ns(line.eval_duration),
         },
     };
-    Ok(RemoteLine::Done(text, end))
+    Ok(RemoteLine { step, end: Some(end) })
 }

@@ -1,10 +1,11 @@
 //! `POST /api/chat`, `/api/generate` and `/api/show`, from the wire to the core.
 
-use sarai_core::{Error, Format, GenerateRequest, KeepAlive, Message, Prompt, Residence, Role};
+use sarai_core::{Api, Error, Format, GenerateRequest, KeepAlive, Message, Prompt, Residence, Role};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::keep_alive;
+use crate::extras::{Rest, SAMPLING};
 use crate::json::Object;
 use crate::sampling::WireSampling;
 use crate::{Delivery, Parsed, check, json};
@@ -39,30 +40,12 @@ struct Common {
     format: Option<Value>,
     options: Option<Object<Options>>,
     keep_alive: Option<Value>,
-    think: Option<Value>,
-    tools: Option<Value>,
-    images: Option<Value>,
-    suffix: Option<Value>,
-    template: Option<Value>,
-    context: Option<Value>,
-    logprobs: Option<Value>,
 }
 
 #[derive(Default, Deserialize)]
 struct Options {
     num_predict: Option<i64>,
     num_ctx: Option<i64>,
-    num_keep: Option<Value>,
-    mirostat: Option<Value>,
-    tfs_z: Option<Value>,
-}
-
-impl Options {
-    /// Options that would change the answer and are not followed.
-    fn ignored(&self) -> Vec<String> {
-        let given = [("num_keep", &self.num_keep), ("mirostat", &self.mirostat), ("tfs_z", &self.tfs_z)];
-        given.into_iter().filter(|(_, value)| value.is_some()).map(|(name, _)| name.to_owned()).collect()
-    }
 }
 
 /// The sampling, which stands among the options.
@@ -80,8 +63,30 @@ struct ChatBody {
 struct WireMessage {
     role: String,
     content: Option<String>,
-    images: Option<Value>,
-    tool_calls: Option<Value>,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
+}
+
+/// All options, those that nobody here reads too.
+#[derive(Deserialize)]
+struct AllOptions {
+    options: Option<Map<String, Value>>,
+}
+
+/// Fields that are read here; all others are left to hosts.
+const READ: [&str; 9] = ["model", "stream", "format", "options", "keep_alive", "messages", "prompt", "system", "raw"];
+const READ_OPTIONS: [&str; 2] = ["num_predict", "num_ctx"];
+/// Fields that change what is asked for.
+const NEEDS: [&str; 8] = ["tools", "images", "suffix", "template", "context", "logprobs", "top_logprobs", "think"];
+/// Options that change the answer, if not what it is an answer to.
+const DEGRADING: [&str; 5] = ["num_keep", "mirostat", "mirostat_eta", "mirostat_tau", "tfs_z"];
+
+fn rest_of(body: &[u8]) -> Result<Rest, Error> {
+    let mut rest = Rest::of(Api::Ollama, body, &READ)?;
+    rest.need(&NEEDS);
+    let all: AllOptions = json::parse(body)?;
+    rest.options(all.options.unwrap_or_default(), &[&READ_OPTIONS[..], &SAMPLING[..]].concat(), &DEGRADING);
+    Ok(rest)
 }
 
 #[derive(Deserialize)]
@@ -108,17 +113,26 @@ pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
     if messages.is_empty() {
         return common.load_or_unload();
     }
+    let mut rest = rest_of(body)?;
+    let mut is_more = false;
     let messages = messages.into_iter().enumerate().map(|(index, Object(message))| {
         let at = format!("messages[{index}]");
-        check::unsupported(&format!("{at}.images"), &message.images)?;
-        check::unsupported(&format!("{at}.tool_calls"), &message.tool_calls)?;
+        for (name, _) in message.rest.iter().filter(|(_, value)| !check::is_default(value)) {
+            is_more = true;
+            if ["images", "tool_calls"].contains(&name.as_str()) {
+                rest.need_also(&format!("{at}.{name}"), format!("`{at}.{name}` is not supported"));
+            }
+        }
         Ok(Message {
             role: check::role(&format!("{at}.role"), &message.role)?,
             content: check::text(&at, message.content.unwrap_or_default())?,
         })
     });
     let prompt = Prompt::Chat(messages.collect::<Result<_, Error>>()?);
-    common.finish(body, prompt)
+    if is_more {
+        rest.keep(body, "messages")?;
+    }
+    common.finish(body, prompt, rest)
 }
 
 /// Reads the body of `/api/generate`.
@@ -132,7 +146,13 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
     if prompt.is_empty() {
         return common.load_or_unload();
     }
-    let prompt = if generate.raw == Some(true) {
+    let mut rest = rest_of(body)?;
+    let is_raw = generate.raw == Some(true);
+    if rest.is_needy() {
+        rest.generate();
+        ["prompt", "system", "raw"].iter().try_for_each(|name| rest.keep(body, name))?;
+    }
+    let prompt = if is_raw {
         Prompt::Raw(prompt)
     } else {
         let system = generate.system.filter(|system| !system.is_empty());
@@ -140,7 +160,7 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
         let user = Message { role: Role::User, content: prompt };
         Prompt::Chat(system.into_iter().chain([user]).collect())
     };
-    common.finish(body, prompt)
+    common.finish(body, prompt, rest)
 }
 
 /// Reads the model's name from a body such as `/api/show`'s.
@@ -178,21 +198,9 @@ impl Common {
         Ok(Residence { context_tokens, keep_alive })
     }
 
-    fn finish(self, body: &[u8], prompt: Prompt) -> Result<OllamaRequest, Error> {
-        for (param, value) in [
-            ("tools", &self.tools),
-            ("images", &self.images),
-            ("suffix", &self.suffix),
-            ("template", &self.template),
-            ("context", &self.context),
-            ("logprobs", &self.logprobs),
-            ("think", &self.think),
-        ] {
-            check::unsupported(param, value)?;
-        }
+    fn finish(self, body: &[u8], prompt: Prompt, rest: Rest) -> Result<OllamaRequest, Error> {
         let residence = self.residence()?;
         let options = self.options.map(|Object(options)| options).unwrap_or_default();
-        let ignored = options.ignored();
         let sampling: SamplingBody = json::parse(body)?;
         let (sampling, stop) = sampling.options.map(|Object(sampling)| sampling).unwrap_or_default().meant(100.0)?;
         // Ollama: 0 and -1 are without limit, -2 until the context is full; all end here with the context.
@@ -205,9 +213,10 @@ impl Common {
             format: format_of(self.format)?,
             residence,
             given: String::new(),
+            extras: rest.finish(),
         };
         let delivery = Delivery { stream: self.stream.unwrap_or(true), include_usage: true };
-        Ok(OllamaRequest::Generate(Box::new(Parsed { model: self.model, request, delivery, ignored })))
+        Ok(OllamaRequest::Generate(Box::new(Parsed { model: self.model, request, delivery })))
     }
 }
 

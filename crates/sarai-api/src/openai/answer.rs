@@ -1,9 +1,9 @@
 //! Answers, chunks, model lists and errors, from the core to the wire.
 
-use sarai_core::{FinishReason, Timings, Usage};
-use serde_json::{Value, json};
+use sarai_core::{Api, Extra, FinishReason, Timings, Usage};
+use serde_json::{Map, Value, json};
 
-use crate::Served;
+use crate::{Served, Whole};
 
 /// Which of the two endpoints answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +46,22 @@ impl ChunkWriter {
         }])
     }
 
+    /// A chunk of what a host says beyond text; of a host that speaks another API, its text.
+    #[must_use]
+    pub fn extra(&self, extra: Extra) -> Option<Value> {
+        if extra.api != Api::OpenAi {
+            return (!extra.text.is_empty()).then(|| self.text(&extra.text));
+        }
+        let mut chunk = self.text(&extra.text);
+        let choice = &mut chunk["choices"][0];
+        if self.kind == Kind::Chat {
+            put(&mut choice["delta"], extra.message);
+        }
+        put(choice, extra.choice);
+        put(&mut chunk, extra.top);
+        Some(chunk)
+    }
+
     /// The chunk that ends the text, with the extension field `sarai`.
     #[must_use]
     pub fn finish(&self, finish: FinishReason, served: &Served, timings: &Timings) -> Value {
@@ -84,7 +100,8 @@ impl ChunkWriter {
 
     /// The whole answer of a request that does not stream.
     #[must_use]
-    pub fn whole(&self, text: &str, finish: FinishReason, usage: &Usage, served: &Served, timings: &Timings) -> Value {
+    pub fn whole(&self, whole: Whole, served: &Served) -> Value {
+        let Whole { text, finish, usage, timings, extra } = whole;
         let finish = finish.as_str();
         let (object, choice) = match self.kind {
             Kind::Chat => (
@@ -95,11 +112,31 @@ impl ChunkWriter {
                 ("text_completion", json!({ "index": 0, "text": text, "logprobs": null, "finish_reason": finish }))
             }
         };
-        json!({
+        let mut answer = json!({
             "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": [choice],
-            "usage": usage_of(usage), "sarai": extension(served, timings),
-        })
+            "usage": usage_of(&usage), "sarai": extension(served, &timings),
+        });
+        if let Some(mut extra) = extra.filter(|extra| extra.api == Api::OpenAi) {
+            for calls in extra.message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
+                // Only steps number them.
+                calls.as_object_mut().and_then(|call| call.remove("index"));
+            }
+            let choice = &mut answer["choices"][0];
+            if self.kind == Kind::Chat {
+                if text.is_empty() && !extra.message.is_empty() {
+                    choice["message"]["content"] = Value::Null;
+                }
+                put(&mut choice["message"], extra.message);
+            }
+            put(choice, extra.choice);
+            put(&mut answer, extra.top);
+        }
+        answer
     }
+}
+
+fn put(into: &mut Value, fields: Map<String, Value>) {
+    fields.into_iter().for_each(|(name, value)| into[name] = value);
 }
 
 fn usage_of(usage: &Usage) -> Value {

@@ -1,8 +1,10 @@
 //! Towards an OpenAI-compatible server: a core request as its JSON, and its SSE lines as core events.
 
-use sarai_core::{Event, FinishReason, Format, GenerateRequest, Prompt, RemoteCause, Sampling, Timings, Usage};
+use sarai_core::{
+    Api, Event, Extra, FinishReason, Format, GenerateRequest, Prompt, RemoteCause, Sampling, Timings, Usage,
+};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::{RemoteLine, sampling};
 
@@ -41,6 +43,9 @@ pub fn request(model: &str, request: &GenerateRequest) -> (&'static str, Value) 
             body["response_format"] = json!({ "type": "json_schema", "json_schema": named });
         }
     }
+    if let Some(extras) = request.extras.as_deref().filter(|extras| extras.api == Api::OpenAi) {
+        extras.fields.iter().for_each(|(name, value)| body[name] = value.clone());
+    }
     (path, body)
 }
 
@@ -63,6 +68,8 @@ pub struct SseReader {
     finish: Option<FinishReason>,
     usage: Option<Usage>,
     texts: u32,
+    /// Fields of chunks as they were passed on last: most say the same in each.
+    said: Map<String, Value>,
 }
 
 #[derive(Deserialize)]
@@ -70,6 +77,8 @@ struct Chunk {
     error: Option<Value>,
     choices: Option<Vec<Choice>>,
     usage: Option<WireUsage>,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
 }
 
 #[derive(Deserialize)]
@@ -77,11 +86,23 @@ struct Choice {
     delta: Option<Delta>,
     text: Option<String>,
     finish_reason: Option<String>,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Delta {
     content: Option<String>,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
+}
+
+/// What the writer of the answer writes anew.
+const WRITTEN_ANEW: [&str; 6] = ["id", "object", "created", "model", "index", "role"];
+
+fn beyond(mut fields: Map<String, Value>) -> Map<String, Value> {
+    fields.retain(|name, value| !value.is_null() && !WRITTEN_ANEW.contains(&name.as_str()));
+    fields
 }
 
 #[derive(Deserialize)]
@@ -109,14 +130,15 @@ impl SseReader {
         let Some(data) = line.strip_prefix(b"data:") else {
             let is_sse =
                 line.is_empty() || [&b":"[..], b"event:", b"id:", b"retry:"].iter().any(|p| line.starts_with(p));
-            return if is_sse { Ok(RemoteLine::Empty) } else { Err(garbled()) };
+            return if is_sse { Ok(RemoteLine::default()) } else { Err(garbled()) };
         };
         let data = data.trim_ascii();
         if data == b"[DONE]" {
-            return self.end().map(|end| RemoteLine::Done(None, end)).ok_or(RemoteCause::Cut);
+            let end = self.end().ok_or(RemoteCause::Cut)?;
+            return Ok(RemoteLine { step: None, end: Some(end) });
         }
         let chunk: Chunk = serde_json::from_slice(data).map_err(|_| garbled())?;
-        if let Some(error) = chunk.error {
+        if let Some(error) = chunk.error.filter(|error| !error.is_null()) {
             let message = error["message"].as_str().map_or_else(|| error.to_string(), str::to_owned);
             return Err(RemoteCause::Reported(message));
         }
@@ -127,16 +149,36 @@ impl SseReader {
                 completion_tokens: usage.completion_tokens,
             });
         }
-        let Some(choice) = chunk.choices.ok_or_else(garbled)?.into_iter().next() else { return Ok(RemoteLine::Empty) };
-        match choice.finish_reason.as_deref() {
-            None => {}
-            Some("length") => self.finish = Some(FinishReason::Length),
-            Some("stop" | "eos") => self.finish = Some(FinishReason::Stop),
-            Some(other) => return Err(RemoteCause::Reported(format!("finish_reason `{other}`"))),
+        let choice = chunk.choices.ok_or_else(garbled)?.into_iter().next();
+        let top = self.news(beyond(chunk.rest));
+        self.step(top, choice).map(|step| RemoteLine { step, end: None })
+    }
+
+    /// Those fields that say something new.
+    fn news(&mut self, mut top: Map<String, Value>) -> Map<String, Value> {
+        top.retain(|name, value| self.said.get(name) != Some(value));
+        top.iter().for_each(|(name, value)| drop(self.said.insert(name.clone(), value.clone())));
+        top
+    }
+
+    fn step(&mut self, top: Map<String, Value>, choice: Option<Choice>) -> Result<Option<Event>, RemoteCause> {
+        let (mut text, mut fields, mut message) = (None, Map::new(), Map::new());
+        if let Some(choice) = choice {
+            if let Some(word) = choice.finish_reason {
+                let known = FinishReason::ALL.into_iter().find(|finish| finish.as_str() == word);
+                let finish = if word == "eos" { Some(FinishReason::Stop) } else { known };
+                self.finish = Some(finish.ok_or_else(|| RemoteCause::Reported(format!("finish_reason `{word}`")))?);
+            }
+            let delta = choice.delta.unwrap_or_default();
+            text = delta.content.or(choice.text).filter(|text| !text.is_empty());
+            (fields, message) = (beyond(choice.rest), beyond(delta.rest));
         }
-        let text = choice.delta.and_then(|delta| delta.content).or(choice.text).filter(|text| !text.is_empty());
-        self.texts += u32::from(text.is_some());
-        Ok(text.map_or(RemoteLine::Empty, RemoteLine::Text))
+        self.texts += u32::from(text.is_some() || !message.is_empty());
+        if top.is_empty() && fields.is_empty() && message.is_empty() {
+            return Ok(text.map(Event::Text));
+        }
+        let text = text.unwrap_or_default();
+        Ok(Some(Event::Extra(Box::new(Extra { api: Api::OpenAi, text, top, choice: fields, message }))))
     }
 
     /// The end, if the stream has said its finish reason; without usage, pieces of text count as tokens.
@@ -152,13 +194,12 @@ impl SseReader {
 mod tests {
     use super::*;
 
-    fn read(lines: &[&str]) -> (Vec<RemoteLine>, Option<RemoteCause>, SseReader) {
+    fn read(lines: &[&str]) -> (Vec<Event>, Option<RemoteCause>, SseReader) {
         let mut reader = SseReader::default();
         let mut seen = Vec::new();
         for line in lines {
             match reader.line(line.as_bytes()) {
-                Ok(RemoteLine::Empty) => {}
-                Ok(line) => seen.push(line),
+                Ok(line) => seen.extend(line.step.into_iter().chain(line.end)),
                 Err(cause) => return (seen, Some(cause), reader),
             }
         }
@@ -173,10 +214,10 @@ mod tests {
     fn a_stream_ends_with_its_finish_reason_and_usage() {
         let (seen, failure, _) = read(&[": keep-alive", "", HI, "", STOP, USAGE, "data: [DONE]"]);
         assert_eq!(failure, None);
-        assert_eq!(seen[0], RemoteLine::Text("Hi".into()));
+        assert_eq!(seen[0], Event::Text("Hi".into()));
         let usage = Usage { prompt_tokens: 5, cached_tokens: 0, completion_tokens: 1 };
         let end = Event::Done { finish: FinishReason::Stop, usage, timings: Timings::default() };
-        assert_eq!(seen[1], RemoteLine::Done(None, end));
+        assert_eq!(seen[1], end);
     }
 
     #[test]
@@ -204,6 +245,7 @@ mod tests {
             format: Format::Json,
             residence: sarai_core::Residence::default(),
             given: String::new(),
+            extras: None,
         };
         let (path, body) = super::request("m", &request);
         assert_eq!(path, "/completions");

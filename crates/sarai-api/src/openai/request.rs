@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use sarai_core::{Error, Format, GenerateRequest, Message, Prompt, Residence};
+use sarai_core::{Api, Error, Format, GenerateRequest, Message, Prompt, Residence};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::extras::{Rest, SAMPLING};
 use crate::json::Object;
 use crate::sampling::WireSampling;
 use crate::{Delivery, Parsed, check, json};
@@ -23,15 +24,6 @@ struct Common {
     max_completion_tokens: Option<i64>,
     n: Option<u32>,
     response_format: Option<ResponseFormat>,
-    logprobs: Option<Value>,
-    top_logprobs: Option<Value>,
-    grammar: Option<Value>,
-    json_schema: Option<Value>,
-    tools: Option<Value>,
-    functions: Option<Value>,
-    audio: Option<Value>,
-    echo: Option<Value>,
-    suffix: Option<Value>,
     best_of: Option<u32>,
 }
 
@@ -62,7 +54,8 @@ struct ChatBody {
 struct ChatMessage {
     role: String,
     content: Option<Content>,
-    tool_calls: Option<Value>,
+    #[serde(flatten)]
+    rest: serde_json::Map<String, Value>,
 }
 
 #[derive(Deserialize)]
@@ -77,6 +70,8 @@ struct ContentPart {
     #[serde(rename = "type")]
     kind: String,
     text: Option<String>,
+    #[serde(flatten)]
+    rest: serde_json::Map<String, Value>,
 }
 
 #[derive(Deserialize)]
@@ -98,12 +93,43 @@ enum OneOrMany {
 pub fn parse_chat(body: &[u8]) -> Result<Parsed, Error> {
     let common: Common = json::parse(body)?;
     let sampling: WireSampling = json::parse(body)?;
-    let body: ChatBody = json::parse(body)?;
-    if body.messages.is_empty() {
+    let chat: ChatBody = json::parse(body)?;
+    if chat.messages.is_empty() {
         return Err(Error::invalid("messages", "`messages` is empty: send at least one message"));
     }
-    let messages = body.messages.into_iter().enumerate().map(|(index, Object(message))| chat_message(index, message));
-    common.finish(sampling, Prompt::Chat(messages.collect::<Result<_, _>>()?))
+    let mut rest = rest_of(body)?;
+    let mut reading = Reading { rest: &mut rest, is_more: false };
+    let messages = chat.messages.into_iter().enumerate();
+    let messages =
+        messages.map(|(index, Object(message))| reading.message(index, message)).collect::<Result<_, _>>()?;
+    if reading.is_more {
+        rest.keep(body, "messages")?;
+    }
+    common.finish(sampling, Prompt::Chat(messages), rest)
+}
+
+/// Fields that are read here; all others are left to hosts.
+const READ: [&str; 10] = [
+    "model",
+    "stream",
+    "stream_options",
+    "max_tokens",
+    "max_completion_tokens",
+    "n",
+    "best_of",
+    "response_format",
+    "messages",
+    "prompt",
+];
+
+/// Fields that change what is asked for.
+const NEEDS: [&str; 9] =
+    ["tools", "functions", "logprobs", "top_logprobs", "grammar", "json_schema", "audio", "echo", "suffix"];
+
+fn rest_of(body: &[u8]) -> Result<Rest, Error> {
+    let mut rest = Rest::of(Api::OpenAi, body, &[&READ[..], &SAMPLING[..]].concat())?;
+    rest.need(&NEEDS);
+    Ok(rest)
 }
 
 /// Reads the body of a text completion.
@@ -113,8 +139,8 @@ pub fn parse_chat(body: &[u8]) -> Result<Parsed, Error> {
 pub fn parse_completion(body: &[u8]) -> Result<Parsed, Error> {
     let common: Common = json::parse(body)?;
     let sampling: WireSampling = json::parse(body)?;
-    let body: CompletionBody = json::parse(body)?;
-    let prompt = match body.prompt {
+    let completion: CompletionBody = json::parse(body)?;
+    let prompt = match completion.prompt {
         OneOrMany::One(prompt) => prompt,
         OneOrMany::Many(mut prompts) if prompts.len() == 1 => prompts.remove(0),
         OneOrMany::Many(prompts) => {
@@ -123,40 +149,56 @@ pub fn parse_completion(body: &[u8]) -> Result<Parsed, Error> {
         }
     };
     // OpenAI's documented default for this endpoint.
-    let mut parsed = common.finish(sampling, Prompt::Raw(check::text("prompt", prompt)?))?;
+    let mut parsed = common.finish(sampling, Prompt::Raw(check::text("prompt", prompt)?), rest_of(body)?)?;
     parsed.request.max_tokens.get_or_insert(16);
     Ok(parsed)
 }
 
-fn chat_message(index: usize, message: ChatMessage) -> Result<Message, Error> {
-    let at = format!("messages[{index}]");
-    check::unsupported(&format!("{at}.tool_calls"), &message.tool_calls)?;
-    let role = check::role(&format!("{at}.role"), &message.role)?;
-    let content = match message.content {
-        None => String::new(),
-        Some(Content::Text(text)) => text,
-        Some(Content::Parts(parts)) => {
-            let texts = parts.into_iter().map(|part| text_of(&at, part));
-            texts.collect::<Result<Vec<_>, _>>()?.join("\n")
-        }
-    };
-    Ok(Message { role, content: check::text(&format!("{at}.content"), content)? })
+/// Reads messages; what they hold beyond text is noted.
+struct Reading<'a> {
+    rest: &'a mut Rest,
+    /// Whether they must reach a host as they were sent.
+    is_more: bool,
 }
 
-fn text_of(at: &str, part: ContentPart) -> Result<String, Error> {
-    match (part.kind.as_str(), part.text) {
-        ("text" | "input_text", Some(text)) => Ok(text),
-        (kind, _) => {
-            let message =
-                format!("`{at}.content` has a part of type `{kind}`: the models here take parts of type text only");
-            Err(Error::invalid(&format!("{at}.content"), message))
+impl Reading<'_> {
+    fn message(&mut self, index: usize, message: ChatMessage) -> Result<Message, Error> {
+        let at = format!("messages[{index}]");
+        let role = check::role(&format!("{at}.role"), &message.role)?;
+        let more: Vec<_> = message.rest.iter().filter(|(_, value)| !check::is_default(value)).collect();
+        self.is_more |= !more.is_empty();
+        for name in ["tool_calls", "function_call"] {
+            if more.iter().any(|(key, _)| *key == name) {
+                let param = format!("{at}.{name}");
+                self.rest.need_also(&param, format!("`{param}` is not supported"));
+            }
         }
+        let content = match message.content {
+            None => String::new(),
+            Some(Content::Text(text)) => text,
+            Some(Content::Parts(parts)) => {
+                let texts: Vec<_> = parts.into_iter().filter_map(|part| self.text_of(&at, part)).collect();
+                texts.join("\n")
+            }
+        };
+        Ok(Message { role, content: check::text(&format!("{at}.content"), content)? })
+    }
+
+    fn text_of(&mut self, at: &str, part: ContentPart) -> Option<String> {
+        self.is_more |= !part.rest.is_empty();
+        if matches!(part.kind.as_str(), "text" | "input_text") && part.text.is_some() {
+            return part.text;
+        }
+        self.is_more = true;
+        let lack = format!("`{at}.content` has a part of type `{}`, which is not supported", part.kind);
+        self.rest.need_also(&format!("{at}.content"), lack);
+        None
     }
 }
 
 impl Common {
-    fn finish(self, sampling: WireSampling, prompt: Prompt) -> Result<Parsed, Error> {
-        self.refuse_unsupported()?;
+    fn finish(self, sampling: WireSampling, prompt: Prompt, rest: Rest) -> Result<Parsed, Error> {
+        self.refuse_several()?;
         let (mut sampling, stop) = sampling.meant(2.0)?;
         sampling.logit_bias = logit_bias(self.logit_bias.unwrap_or_default())?;
         let max_tokens = match self.max_completion_tokens.or(self.max_tokens) {
@@ -175,22 +217,14 @@ impl Common {
             format: format_of(self.response_format),
             residence: Residence::default(),
             given: String::new(),
+            extras: rest.finish(),
         };
         let include_usage = self.stream_options.and_then(|Object(options)| options.include_usage).unwrap_or(false);
         let delivery = Delivery { stream: self.stream.unwrap_or(false), include_usage };
-        Ok(Parsed { model: self.model, request, delivery, ignored: Vec::new() })
+        Ok(Parsed { model: self.model, request, delivery })
     }
 
-    fn refuse_unsupported(&self) -> Result<(), Error> {
-        check::unsupported("tools", &self.tools)?;
-        check::unsupported("functions", &self.functions)?;
-        check::unsupported("logprobs", &self.logprobs)?;
-        check::unsupported("top_logprobs", &self.top_logprobs)?;
-        check::unsupported("grammar", &self.grammar)?;
-        check::unsupported("json_schema", &self.json_schema)?;
-        check::unsupported("audio", &self.audio)?;
-        check::unsupported("echo", &self.echo)?;
-        check::unsupported("suffix", &self.suffix)?;
+    fn refuse_several(&self) -> Result<(), Error> {
         for (param, value) in [("n", self.n), ("best_of", self.best_of)] {
             if let Some(value) = value.filter(|&value| value != 1) {
                 return Err(Error::invalid(

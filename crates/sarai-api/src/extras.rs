@@ -1,0 +1,94 @@
+//! What a body holds beyond what is read here.
+
+use sarai_core::{Api, Error, Extras, Need};
+use serde_json::{Map, Value};
+
+use crate::{check, json};
+
+/// The sampling keys, which both APIs spell the same.
+pub const SAMPLING: [&str; 12] = [
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "seed",
+    "repeat_penalty",
+    "repeat_last_n",
+    "presence_penalty",
+    "frequency_penalty",
+    "stop",
+    "logit_bias",
+];
+
+/// Collects what is left of a body.
+pub struct Rest {
+    extras: Extras,
+}
+
+impl Rest {
+    /// All fields of a body but those that are read.
+    ///
+    /// # Errors
+    /// It is not JSON.
+    pub fn of(api: Api, body: &[u8], read: &[&str]) -> Result<Self, Error> {
+        let fields: Map<String, Value> = json::parse(body)?;
+        let fields = without(fields, read);
+        let (options, needs, degrades) = (Map::new(), Vec::new(), Vec::new());
+        Ok(Self { extras: Extras { api, fields, options, is_generate: false, needs, degrades } })
+    }
+
+    /// Those of these fields that are set are needed.
+    pub fn need(&mut self, params: &[&str]) {
+        for param in params {
+            if self.extras.fields.get(*param).is_some_and(|value| !check::is_default(value)) {
+                self.need_also(param, format!("`{param}` is not supported"));
+            }
+        }
+    }
+
+    /// Something else is needed.
+    pub fn need_also(&mut self, param: &str, lack: String) {
+        self.extras.needs.push(Need { param: param.to_owned(), lack });
+    }
+
+    /// Whether anything is needed.
+    pub fn is_needy(&self) -> bool {
+        !self.extras.needs.is_empty()
+    }
+
+    /// Keeps a field as it was sent, although it is read.
+    ///
+    /// # Errors
+    /// The body is not JSON.
+    pub fn keep(&mut self, body: &[u8], name: &str) -> Result<(), Error> {
+        let mut fields: Map<String, Value> = json::parse(body)?;
+        if let Some(value) = fields.remove(name) {
+            self.extras.fields.insert(name.to_owned(), value);
+        }
+        Ok(())
+    }
+
+    /// Of Ollama's options, all but those that are read; those in `degrading` change the answer.
+    pub fn options(&mut self, options: Map<String, Value>, read: &[&str], degrading: &[&str]) {
+        self.extras.options = without(options, read);
+        let set = degrading.iter().filter(|name| self.extras.options.contains_key(**name));
+        self.extras.degrades = set.map(|name| (*name).to_owned()).collect();
+    }
+
+    /// Marks Ollama's prompt as one that stands as `prompt`.
+    pub fn generate(&mut self) {
+        self.extras.is_generate = true;
+    }
+
+    /// What there is, if anything.
+    pub fn finish(self) -> Option<Box<Extras>> {
+        let is_empty = self.extras.fields.is_empty() && self.extras.options.is_empty();
+        (!is_empty).then(|| Box::new(self.extras))
+    }
+}
+
+fn without(mut fields: Map<String, Value>, read: &[&str]) -> Map<String, Value> {
+    fields.retain(|name, _| !read.contains(&name.as_str()));
+    fields
+}
