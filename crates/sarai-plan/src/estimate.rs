@@ -89,8 +89,10 @@ pub const WEIGHTS: &str = "weights mapped";
 pub const BINARY_PAGES: &str = "binary";
 /// What an earlier worker took beyond its plan.
 pub const LEARNED: &str = "learned";
+/// What somebody has said that it takes, of whatever kind.
+pub const DECLARED: &str = "declared";
 /// All parts, in the order in which tables show them.
-pub const PARTS: [&str; 12] = [
+pub const PARTS: [&str; 13] = [
     WEIGHTS,
     "weights repacked",
     "kv",
@@ -103,9 +105,16 @@ pub const PARTS: [&str; 12] = [
     "process",
     BINARY_PAGES,
     LEARNED,
+    DECLARED,
 ];
 
 impl Plan {
+    /// A plan of one sum, for what has no formula.
+    #[must_use]
+    pub fn declared(bytes: Bytes) -> Self {
+        Self { parts: vec![Part { name: DECLARED.to_owned(), bytes }], notes: Vec::new() }
+    }
+
     /// Plans a model, with the projector that it sees or hears through, if it has one.
     #[must_use]
     pub fn of(header: &Header, settings: Settings, projector: Option<&Header>) -> Self {

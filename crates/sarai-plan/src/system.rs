@@ -259,7 +259,7 @@ impl<'a> Player<'a> {
                 }
                 Place::Local(id) => {
                     let component = &self.system.components[id.0];
-                    if component.header.is_none() {
+                    if component.plan.parts.is_empty() {
                         reasons.push(format!("the file of `{}` is not there", component.label));
                         continue;
                     }

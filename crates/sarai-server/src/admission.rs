@@ -44,6 +44,16 @@ impl Admission {
         }
     }
 
+    /// Requests that are answered now.
+    pub fn in_flight(&self) -> usize {
+        self.max_in_flight.saturating_sub(self.permits.available_permits())
+    }
+
+    /// Requests that wait for a permit.
+    pub fn queued(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
     fn overloaded(&self) -> Error {
         let queued = self.waiting.load(Ordering::Relaxed).saturating_sub(1);
         Error::Overloaded { in_flight: self.max_in_flight, queued }

@@ -7,9 +7,12 @@ use sarai_api::ollama::ModelFacts;
 use sarai_core::Error;
 use sarai_plan::EngineId;
 use sha2::{Digest, Sha256};
+use tokio::sync::watch;
 
-use crate::config::{Config, Deployment, Engine, Model};
+use crate::config::{Config, Deployment, Engine, Model, Remote};
+use crate::machine::process::{self, Memory};
 use crate::model_file::{ModelFile, hex};
+use crate::source::Source;
 
 /// All models and engines of the configuration.
 #[derive(Debug)]
@@ -21,6 +24,23 @@ pub struct Catalog {
     files: Mutex<HashMap<EngineId, Arc<ModelFile>>>,
 }
 
+/// The catalog as it is now: another one takes its place when the configuration is read again.
+#[derive(Clone, Debug)]
+pub struct Catalogs(watch::Receiver<Arc<Catalog>>);
+
+impl Catalogs {
+    /// The first catalog, and where its successors are put.
+    pub fn new(first: Catalog) -> (watch::Sender<Arc<Catalog>>, Self) {
+        let (sender, receiver) = watch::channel(Arc::new(first));
+        (sender, Self(receiver))
+    }
+
+    /// The one that counts now.
+    pub fn now(&self) -> Arc<Catalog> {
+        Arc::clone(&self.0.borrow())
+    }
+}
+
 impl Catalog {
     /// The models of a configuration.
     pub fn new(config: &Config) -> Self {
@@ -29,6 +49,41 @@ impl Catalog {
             engines: config.engines.clone().into(),
             files: Mutex::default(),
         }
+    }
+
+    /// The models of another configuration. Engines keep their ids: those of the same file have the same one, new ones
+    /// come after all others, and those that no model uses any more stay, to be unloaded.
+    pub fn succeeding(config: &Config, old: &Self) -> Self {
+        let mut engines = old.engines.to_vec();
+        let mut ids = Vec::new();
+        let mut taken = vec![false; engines.len()];
+        for engine in &config.engines {
+            let same = (0..taken.len()).find(|&id| !taken[id] && engines[id].is_same_place(engine));
+            match same {
+                Some(id) => {
+                    taken[id] = true;
+                    engines[id] = engine.clone();
+                    ids.push(EngineId(id));
+                }
+                None => {
+                    engines.push(engine.clone());
+                    ids.push(EngineId(engines.len() - 1));
+                }
+            }
+        }
+        for (engine, _) in engines.iter_mut().zip(taken).filter(|(_, taken)| !taken) {
+            engine.retire();
+        }
+        let model = |model: &Model| {
+            let mut model = model.clone();
+            for deployment in &mut model.deployments {
+                if let Deployment::Local { engine, .. } | Deployment::Process { engine, .. } = deployment {
+                    *engine = ids[engine.0];
+                }
+            }
+            Arc::new(model)
+        };
+        Self { models: config.models.iter().map(model).collect(), engines: engines.into(), files: Mutex::default() }
     }
 
     /// Finds a model by name or alias; Ollama's clients may add `:latest`.
@@ -42,6 +97,16 @@ impl Catalog {
         named(name).or_else(|| named(name.strip_suffix(":latest")?)).ok_or_else(|| Error::UnknownModel {
             name: name.to_owned(),
             known: self.models.iter().map(|model| model.name.clone()).collect(),
+        })
+    }
+
+    /// Every deployment on a host, with its model.
+    pub fn remotes(&self) -> impl Iterator<Item = (&Arc<Model>, &Remote)> {
+        self.models.iter().flat_map(|model| {
+            model.deployments.iter().filter_map(move |deployment| match deployment {
+                Deployment::Remote(remote) => Some((model, remote)),
+                Deployment::Local { .. } | Deployment::Process { .. } => None,
+            })
         })
     }
 
@@ -61,11 +126,27 @@ impl Catalog {
         Ok(file)
     }
 
+    /// What an engine is loaded from. Blocks as [`Self::file`] does.
+    ///
+    /// # Errors
+    /// As [`Self::file`].
+    pub fn source(&self, id: EngineId) -> Result<Source, Error> {
+        match &self.engines[id.0].process {
+            Some(process) => Ok(Source::Process(Arc::clone(process))),
+            None => self.file(id).map(Source::File),
+        }
+    }
+
+    /// Measures what serves an engine: a worker is one process, a command a tree of them.
+    pub fn measure(&self, id: EngineId, pid: u32, one: impl Fn(u32) -> Option<Memory>) -> Option<Memory> {
+        if self.engines[id.0].process.is_some() { process::of_tree(pid, one) } else { one(pid) }
+    }
+
     /// What the lists say of a model; of a file that cannot be read, only the name.
     pub fn facts(&self, model: &Model) -> ModelFacts {
         let local = model.deployments.iter().find_map(|deployment| match deployment {
             Deployment::Local { engine, .. } => self.file(*engine).ok(),
-            Deployment::Remote(_) => None,
+            Deployment::Remote(_) | Deployment::Process { .. } => None,
         });
         let Some(file) = local else {
             // Clients show the first digits of a digest, so there must be some.

@@ -8,15 +8,15 @@ use sarai_api::Parsed;
 use sarai_core::{Error, Event, Residence};
 
 use crate::admission::Admission;
-use crate::catalog::Catalog;
-use crate::config::{Deployment, Model, ModelRole};
+use crate::catalog::{Catalog, Catalogs};
+use crate::config::{Model, ModelRole};
 use crate::dispatch::{Answer, Dispatch, Manner};
 
 /// The entrance for every request, whatever its API.
 #[derive(Clone, Debug)]
 pub struct Gateway {
     /// All models.
-    pub catalog: Arc<Catalog>,
+    pub catalogs: Catalogs,
     /// The loop over deployments.
     pub dispatch: Dispatch,
     /// Permits.
@@ -29,20 +29,14 @@ impl Gateway {
     /// # Errors
     /// Whatever keeps it from beginning.
     pub async fn answer(&self, parsed: Parsed, strict: bool) -> Result<Answer, Error> {
-        let model = self.chat_model(&parsed.model)?;
-        if strict && !parsed.ignored.is_empty() {
-            let ignored = parsed.ignored.join("`, `");
-            let message = format!("x-sarai-strict is set, and `{ignored}` is not followed here: leave it out");
-            return Err(Error::InvalidRequest { message, param: parsed.ignored.first().cloned() });
-        }
+        let model = &self.chat_model(&parsed.model)?;
         let arrived = Instant::now();
         let permit = self.admission.admit().await?;
         let queued = arrived.elapsed();
         let mut request = parsed.request;
         request.sampling = request.sampling.or(&model.sampling);
         let manner = Manner { whole: !parsed.delivery.stream, strict };
-        let mut answer = self.dispatch.answer(model, request, manner).await?;
-        answer.served.degraded.extend(parsed.ignored);
+        let answer = self.dispatch.answer(model, request, manner).await?;
         let events = answer.events.map(move |event| {
             let _held = &permit;
             event.map(|event| match event {
@@ -63,7 +57,7 @@ impl Gateway {
     pub async fn load(&self, name: &str, residence: Residence) -> Result<(), Error> {
         let model = self.chat_model(name)?;
         let _permit = self.admission.admit().await?;
-        self.dispatch.load(model, residence).await
+        self.dispatch.load(&model, residence).await
     }
 
     /// Unloads the local engine of a model, once it is idle.
@@ -73,15 +67,20 @@ impl Gateway {
     pub fn unload(&self, name: &str) -> Result<(), Error> {
         let model = self.chat_model(name)?;
         for deployment in &model.deployments {
-            if let Deployment::Local { engine, .. } = deployment {
-                self.dispatch.pool.unload(*engine);
+            if let Some((engine, _)) = deployment.engine() {
+                self.dispatch.pool.unload(engine);
             }
         }
         Ok(())
     }
 
-    fn chat_model(&self, name: &str) -> Result<&Arc<Model>, Error> {
-        let model = self.catalog.find(name)?;
+    /// The catalog as it is now.
+    pub fn catalog(&self) -> Arc<Catalog> {
+        self.catalogs.now()
+    }
+
+    fn chat_model(&self, name: &str) -> Result<Arc<Model>, Error> {
+        let model = Arc::clone(self.catalog().find(name)?);
         let purpose = match model.role {
             ModelRole::Chat => return Ok(model),
             ModelRole::Embedding => "makes vectors",

@@ -16,7 +16,9 @@ mod metrics;
 pub mod model_file;
 pub mod planner;
 mod pool;
+mod reload;
 mod server;
+pub mod source;
 pub mod state;
 pub mod supervise;
 

@@ -11,6 +11,7 @@ use sarai_core::Bytes;
 use sarai_plan::EngineId;
 use sarai_plan::ledger::DECISIONS_MADE;
 
+use crate::admission::Admission;
 use crate::health::{Known, State};
 use crate::pool::Snapshot;
 
@@ -35,8 +36,20 @@ struct Place {
 }
 
 /// Writes the pool and the hosts (`model@place`, and what is known of it) as metrics.
-pub fn render(snapshot: &Snapshot, name: impl Fn(EngineId) -> String, hosts: &[(String, Known)]) -> String {
+pub fn render(
+    snapshot: &Snapshot,
+    name: impl Fn(EngineId) -> String,
+    hosts: &[(String, Known)],
+    admission: &Admission,
+) -> String {
     let mut registry = Registry::with_prefix("sarai");
+    let mut requests = |name: &str, help: &str, count: usize| {
+        let gauge: Gauge<u64, AtomicU64> = Gauge::default();
+        gauge.set(count as u64);
+        registry.register(name, help, gauge);
+    };
+    requests("requests_in_flight", "Requests that are answered now", admission.in_flight());
+    requests("requests_queued", "Requests that wait for a permit", admission.queued());
     let mut total = |name: &str, help: &str, bytes: Bytes| {
         let gauge: Gauge<u64, AtomicU64> = Gauge::default();
         gauge.set(bytes.0);

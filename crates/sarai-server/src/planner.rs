@@ -8,7 +8,7 @@ use sarai_plan::Size;
 use sarai_plan::estimate::{BINARY_PAGES, Plan, Settings, WEIGHTS};
 use sarai_plan::ledger::{Measured, Millis};
 
-use crate::model_file::ModelFile;
+use crate::source::Source;
 use crate::state::{Learned, State};
 
 /// What a worker may hold beyond its plan before that is worth remembering.
@@ -39,8 +39,8 @@ impl Planner {
     }
 
     /// What a load with these settings takes.
-    pub fn plan(&self, file: &ModelFile, settings: Settings) -> Plan {
-        let key = (file.identity.clone(), settings);
+    pub fn plan(&self, source: &Source, settings: Settings) -> Plan {
+        let key = (source.identity(), settings);
         // Made under the lock: what is learned meanwhile clears it afterwards.
         let mut kept = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(plan) = kept.get(&key) {
@@ -49,7 +49,7 @@ impl Planner {
         if kept.len() >= KEPT {
             kept.clear();
         }
-        let plan = self.make(file, settings);
+        let plan = self.make(source, settings);
         kept.insert(key, plan.clone());
         plan
     }
@@ -64,17 +64,22 @@ impl Planner {
         self.state.flush();
     }
 
-    fn make(&self, file: &ModelFile, settings: Settings) -> Plan {
-        let mut plan = Plan::of(&file.header, settings, None);
+    fn make(&self, source: &Source, settings: Settings) -> Plan {
+        let mut plan = source.plan(settings);
         let formula = plan.clone();
-        if let Some(probe) = self.state.get(&self.probe_key(file, settings)).probe {
+        let seen = self.state.get(&usage_key(source, settings)).anonymous;
+        if let Source::Process(_) = source {
+            // What it was measured at takes the place of what was declared, with a tenth to spare.
+            return if seen > Bytes::ZERO { Plan::declared(seen + Bytes(seen.0 / 10)) } else { plan };
+        }
+        if let Some(probe) = self.state.get(&self.probe_key(source, settings)).probe {
             correct(&mut plan, probe);
             if plan != formula {
                 plan.notes.clear();
             }
         }
         // What was seen is compared with the plan as it is now: a dry run that explains it is not counted twice.
-        let excess = self.state.get(&usage_key(file, settings)).anonymous.less(own(&plan));
+        let excess = seen.less(own(&plan));
         if excess > TOLERATED {
             plan.raise(excess);
         }
@@ -82,51 +87,55 @@ impl Planner {
     }
 
     /// A context and its plan; no longer than the model was trained for.
-    pub fn size(&self, file: &ModelFile, settings: Settings, context_tokens: u32) -> Size {
-        let trained = file.header.arch_size("context_length").and_then(|n| u32::try_from(n).ok()).filter(|&n| n > 0);
-        let context_tokens =
-            trained.map_or(context_tokens, |most| context_tokens.min(most.max(settings.context_tokens)));
-        Size { context_tokens, plan: self.plan(file, Settings { context_tokens, ..settings }) }
+    pub fn size(&self, source: &Source, settings: Settings, context_tokens: u32) -> Size {
+        let context_tokens = match source {
+            Source::File(_) => source.longest_context(settings).map_or(context_tokens, |most| context_tokens.min(most)),
+            // It has the context that it has.
+            Source::Process(_) => settings.context_tokens,
+        };
+        Size { context_tokens, plan: self.plan(source, Settings { context_tokens, ..settings }) }
     }
 
     /// Whether a dry run of these settings is known.
-    pub fn is_probed(&self, file: &ModelFile, settings: Settings) -> bool {
-        self.state.get(&self.probe_key(file, settings)).probe.is_some()
+    pub fn is_probed(&self, source: &Source, settings: Settings) -> bool {
+        self.state.get(&self.probe_key(source, settings)).probe.is_some()
     }
 
     /// Keeps a dry run; what differs from the formula is logged, and wins from now on.
-    pub fn probed(&self, file: &ModelFile, settings: Settings, probe: EngineMemory) {
-        let formula = Plan::of(&file.header, settings, None);
+    pub fn probed(&self, source: &Source, settings: Settings, probe: EngineMemory) {
+        let formula = source.plan(settings);
         for (part, planned, probed) in differences(&formula, probe) {
-            tracing::info!(file = %file.path.display(), part, %planned, %probed, "the dry run differs from the formula");
+            tracing::info!(file = %source.name(), part, %planned, %probed, "the dry run differs from the formula");
         }
-        self.learn(&self.probe_key(file, settings), |learned| learned.probe = Some(probe));
+        self.learn(&self.probe_key(source, settings), |learned| learned.probe = Some(probe));
     }
 
     /// Keeps what a worker was seen to hold, if that is more than its plan says and than was known.
-    pub fn measured(&self, file: &ModelFile, settings: Settings, measured: Measured) {
-        let key = usage_key(file, settings);
+    pub fn measured(&self, source: &Source, settings: Settings, measured: Measured) {
+        let key = usage_key(source, settings);
         let known = self.state.get(&key).anonymous;
-        if measured.anonymous > known.max(own(&self.plan(file, settings))) + TOLERATED {
-            self.learn(&key, |learned| learned.anonymous = measured.anonymous);
+        let counted = source.counted(measured);
+        if counted > known.max(own(&self.plan(source, settings))) + TOLERATED {
+            self.learn(&key, |learned| learned.anonymous = counted);
         }
     }
 
     /// A worker ended well: what it held at the most replaces what was known, so that one that grew once is not held
     /// against its file for ever. What the kernel killed for is kept: a worker may end well and have touched little.
-    pub fn ended(&self, file: &ModelFile, settings: Settings, most: Bytes) {
-        let key = usage_key(file, settings);
+    pub fn ended(&self, source: &Source, settings: Settings, most: Bytes) {
+        let key = usage_key(source, settings);
         let known = self.state.get(&key);
-        if known.oom_kills == 0 && known.anonymous > most {
+        let is_first = matches!(source, Source::Process(_)) && known.anonymous == Bytes::ZERO;
+        if known.oom_kills == 0 && (known.anonymous > most || is_first) {
             self.learn(&key, |learned| learned.anonymous = most);
         }
     }
 
     /// The kernel killed a worker for want of memory: its next plan is a tenth higher. Returns by how much.
-    pub fn killed(&self, file: &ModelFile, settings: Settings) -> Bytes {
-        let plan = self.plan(file, settings);
+    pub fn killed(&self, source: &Source, settings: Settings) -> Bytes {
+        let plan = self.plan(source, settings);
         let tenth = Bytes(plan.total().0 / 10);
-        self.learn(&usage_key(file, settings), |learned| {
+        self.learn(&usage_key(source, settings), |learned| {
             learned.oom_kills += 1;
             learned.anonymous = own(&plan) + tenth;
         });
@@ -134,26 +143,26 @@ impl Planner {
     }
 
     /// What a load takes, learned or guessed from the size of the file.
-    pub fn reload(&self, file: &ModelFile) -> Millis {
-        match self.state.get(&file.identity).load_ms {
-            0 => 300 + file.size / 500_000,
+    pub fn reload(&self, source: &Source) -> Millis {
+        match self.state.get(&source.identity()).load_ms {
+            0 => source.reload(),
             learned => learned,
         }
     }
 
     /// Keeps what a load took.
-    pub fn loaded(&self, file: &ModelFile, took: Millis) {
-        self.state.learn(&file.identity, |learned| learned.load_ms = took.max(1));
+    pub fn loaded(&self, source: &Source, took: Millis) {
+        self.state.learn(&source.identity(), |learned| learned.load_ms = took.max(1));
     }
 
-    fn probe_key(&self, file: &ModelFile, settings: Settings) -> String {
-        format!("{} {settings:?} {}", file.identity, self.engine)
+    fn probe_key(&self, source: &Source, settings: Settings) -> String {
+        format!("{} {settings:?} {}", source.identity(), self.engine)
     }
 }
 
 /// What a worker takes depends on its file, context, cache and all other settings.
-fn usage_key(file: &ModelFile, settings: Settings) -> String {
-    format!("{} {settings:?}", file.identity)
+fn usage_key(source: &Source, settings: Settings) -> String {
+    format!("{} {settings:?}", source.identity())
 }
 
 /// The parts of which the dry run tells, where it differs by more than a hundredth of the whole.

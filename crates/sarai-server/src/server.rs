@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 
 use crate::admission::Admission;
 use crate::backend::remote::Hosts;
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, Catalogs};
 use crate::config::Config;
 use crate::dispatch::{Dispatch, warm_fallbacks};
 use crate::gateway::Gateway;
@@ -22,6 +22,7 @@ use crate::health::Health;
 use crate::http::{App, router};
 use crate::planner::Planner;
 use crate::pool::{Parts, Pool};
+use crate::reload::{Live, Names, keep_current};
 use crate::state::State;
 use crate::supervise::spare::spare_the_server;
 
@@ -61,21 +62,29 @@ pub struct Server {
     spare: Option<JoinHandle<()>>,
     /// Loads fallbacks of hosts that are away; ends with the server.
     warming: JoinHandle<()>,
+    /// Reads the configuration again; ends with the server.
+    reloading: Option<JoinHandle<()>>,
 }
 
 impl Server {
-    /// Listens, and starts the pool. `executable` is the binary that is run as a worker.
+    /// Listens, and starts the pool. `executable` is the binary that is run as a worker; `file` is what the configuration was
+    /// read from, if it is to be read again.
     ///
     /// # Errors
     /// The address cannot be listened on. Missing files and hosts are no errors.
-    pub async fn start(config: Config, executable: PathBuf) -> Result<Self, ServerError> {
+    pub async fn start(config: Config, executable: PathBuf, file: Option<PathBuf>) -> Result<Self, ServerError> {
+        let mut names = Names::default();
+        names.look_up(&config).await;
+        let as_written = config;
+        let config = names.in_place(&as_written);
         let spare = spare_the_server(executable.clone());
         let address = config.server.listen;
         let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Listen { address, source })?;
         // An error means that a provider is installed already, which is as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let hosts = Hosts::new(config.models.iter().map(|model| model.deadlines.connect))?;
-        let catalog = Arc::new(Catalog::new(&config));
+        let (sender, catalogs) = Catalogs::new(Catalog::new(&config));
+        let catalog = catalogs.now();
         let state = Arc::new(State::open(&config.server.state_dir));
         let planner = Planner::new(Arc::clone(&state));
         let pool = Pool::start(Parts {
@@ -85,15 +94,17 @@ impl Server {
             executable,
         });
         let limits = &config.server;
-        let (health, opened) = Health::new(&config, hosts.clone(), state);
-        let dispatch = Dispatch { catalog: Arc::clone(&catalog), planner, pool: pool.0.clone(), hosts, health };
+        let (health, opened) = Health::new(&catalog, hosts.clone(), state);
+        let dispatch = Dispatch { catalogs: catalogs.clone(), planner, pool: pool.0.clone(), hosts, health };
         let warming = tokio::spawn(warm_fallbacks(dispatch.clone(), opened));
+        let live = Live { sender, catalogs: catalogs.clone(), dispatch: dispatch.clone() };
+        let reloading = file.map(|file| tokio::spawn(keep_current(file, as_written, names, live)));
         let gateway = Gateway {
             dispatch,
-            catalog,
+            catalogs,
             admission: Arc::new(Admission::new(limits.max_in_flight, limits.max_queued, limits.queue)),
         };
-        Ok(Self { listener, gateway, pool, config, spare, warming })
+        Ok(Self { listener, gateway, pool, config, spare, warming, reloading })
     }
 
     /// The address it listens on.
@@ -133,6 +144,7 @@ impl Server {
         };
         resident.abort();
         self.warming.abort();
+        self.reloading.inspect(JoinHandle::abort);
         self.spare.inspect(JoinHandle::abort);
         let (pool, owner) = self.pool;
         let _ = tokio::time::timeout(END_WORKERS, pool.stop()).await;

@@ -9,12 +9,14 @@ use std::sync::{Mutex, PoisonError};
 use sarai_core::{Bytes, EngineMemory};
 use serde::{Deserialize, Serialize};
 
+use crate::health::Pace;
+
 const FILE: &str = "learned.json";
 /// Models that are remembered; the least recently used ones are forgotten.
 const MOST: usize = 512;
 
 /// What was learned of a file under certain settings.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Learned {
     /// llama.cpp's own dry run.
@@ -25,8 +27,8 @@ pub struct Learned {
     pub oom_kills: u32,
     /// What the last load took, in milliseconds.
     pub load_ms: u64,
-    /// Of a host: gaps between tokens that were seen, and the longest usual one in milliseconds.
-    pub gaps: (u32, u64),
+    /// Of a host's deployment: how fast it usually is.
+    pub pace: Pace,
     /// Counts up with each use.
     used: u64,
 }

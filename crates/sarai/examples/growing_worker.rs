@@ -52,7 +52,7 @@ fn serve(file: &Path) {
     let config = config::load(file, &Environment::of_process()).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
-        let server = Server::start(config, PathBuf::from("/proc/self/exe")).await.unwrap();
+        let server = Server::start(config, PathBuf::from("/proc/self/exe"), None).await.unwrap();
         println!("http://{}", server.address().unwrap());
         server.serve(std::future::pending()).await.unwrap();
     });

@@ -69,6 +69,14 @@ pub enum WorkerKind {
         /// Shown by `ps` of the system.
         label: Option<String>,
     },
+    /// a command, with all that it starts
+    Shepherd {
+        /// Shown by `ps` of the system.
+        label: String,
+        /// The command.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
     /// nothing: the kernel may take it in the server's place
     Spare {
         /// Shown by `ps` of the system.

@@ -3,7 +3,7 @@
 use sarai_core::{Bytes, KeepAlive, Part};
 
 use super::{EngineId, Millis, Ticket};
-use crate::estimate::{Plan, WEIGHTS};
+use crate::estimate::{DECLARED, Plan, WEIGHTS};
 
 /// What the ledger knows of an engine beforehand.
 #[derive(Clone, Debug)]
@@ -142,6 +142,14 @@ impl Engine {
         }
     }
 
+    /// Another configuration says how it is to be kept; how long it takes to load stays known.
+    pub fn respecify(&mut self, spec: EngineSpec) {
+        if spec.keep_alive != self.spec.keep_alive {
+            self.keep_alive = spec.keep_alive;
+        }
+        self.spec = EngineSpec { reload: self.spec.reload, ..spec };
+    }
+
     pub fn holds_a_place(&self) -> bool {
         self.state != State::Absent
     }
@@ -158,7 +166,7 @@ impl Engine {
 
     /// What would be booked with this size.
     pub fn claim_of(&self, size: &Size) -> Bytes {
-        let (anonymous, file) = split(&size.plan.parts);
+        let (anonymous, file) = self.split(&size.plan);
         // What was measured belongs to the size it was measured at.
         let smaller = size.context_tokens < self.size.context_tokens;
         let measured = if smaller || !self.holds_a_place() { Measured::default() } else { self.measured };
@@ -167,7 +175,7 @@ impl Engine {
 
     /// Memory that only it has, beyond what was planned.
     pub fn excess(&self) -> Bytes {
-        self.measured.anonymous.less(split(&self.size.plan.parts).0)
+        self.measured.anonymous.less(self.split(&self.size.plan).0)
     }
 
     /// What it may still take of what the system counts as available: memory that it has not touched yet, and the
@@ -176,13 +184,21 @@ impl Engine {
         if !self.holds_a_place() {
             return Bytes::ZERO;
         }
-        let (anonymous, file) = split(&self.size.plan.parts);
+        let (anonymous, file) = self.split(&self.size.plan);
         anonymous.less(self.measured.anonymous) + file.max(self.measured.file)
     }
 
     /// Memory of its own that a shrink to the usual size gives back.
     pub fn shrink_gives(&self) -> Bytes {
         split(&self.size.plan.parts).0.less(split(&self.usual.plan.parts).0)
+    }
+
+    /// What a plan says: memory of its own, and file pages. What was declared in one sum is of the kind that it was
+    /// measured to be.
+    fn split(&self, plan: &Plan) -> (Bytes, Bytes) {
+        let (anonymous, file) = split(&plan.parts);
+        let pages = self.measured.file.less(file).min(plan.part(DECLARED));
+        (anonymous.less(pages), file + pages)
     }
 
     pub fn is_idle(&self) -> bool {

@@ -202,6 +202,17 @@ impl Ledger {
         }
     }
 
+    /// Takes other limits and specs; engines keep their places, and new ones come after them.
+    pub fn reconfigure(&mut self, limits: Limits, specs: Vec<EngineSpec>) {
+        self.limits = limits;
+        for (index, spec) in specs.into_iter().enumerate() {
+            match self.engines.get_mut(index) {
+                Some(engine) => engine.respecify(spec),
+                None => self.engines.push(Engine::new(spec)),
+            }
+        }
+    }
+
     /// The sum of all claims, the server's included.
     #[must_use]
     pub fn claimed(&self) -> Bytes {

@@ -2,7 +2,8 @@
 //!
 //! It is asked to stream, always: bytes are its proof of life. Nothing here is retried.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -11,10 +12,11 @@ use reqwest::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
 use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use sarai_api::openai::remote::SseReader;
 use sarai_api::{RemoteLine, ollama, openai};
-use sarai_core::{Error, Event, GenerateRequest, KeepAlive, RemoteCause};
+use sarai_core::{Api, Error, Event, GenerateRequest, KeepAlive, RemoteCause};
 
 use super::EventStream;
-use crate::config::{Api, Remote};
+use crate::config::Remote;
+use crate::health::Look;
 
 /// The longest line that a host may send, in bytes.
 const MAX_LINE_BYTES: usize = 1 << 20;
@@ -28,25 +30,23 @@ const MAX_ERROR_BYTES: usize = 4 << 10;
 /// The HTTP clients, one per connect deadline, each with its pool of connections.
 #[derive(Clone, Debug, Default)]
 pub struct Hosts {
-    clients: HashMap<Duration, Client>,
+    clients: Arc<Mutex<HashMap<Duration, Client>>>,
 }
 
 impl Hosts {
-    /// Clients for these connect deadlines.
+    /// Clients for these connect deadlines; those for others are made when they are needed.
     ///
     /// # Errors
     /// The TLS set-up of the machine is unusable.
     pub fn new(deadlines: impl IntoIterator<Item = Duration>) -> Result<Self, reqwest::Error> {
-        let mut clients = HashMap::new();
-        for connect in deadlines {
-            let client = Client::builder().no_proxy().tcp_nodelay(true).connect_timeout(connect).build()?;
-            clients.insert(connect, client);
-        }
-        Ok(Self { clients })
+        let made = deadlines.into_iter().map(|connect| Ok((connect, make_client(connect)?)));
+        Ok(Self { clients: Arc::new(Mutex::new(made.collect::<Result<_, reqwest::Error>>()?)) })
     }
 
     fn client(&self, connect: Duration) -> Client {
-        self.clients.get(&connect).cloned().unwrap_or_default()
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        // The first one could be made, so this one can.
+        clients.entry(connect).or_insert_with(|| make_client(connect).unwrap_or_default()).clone()
     }
 
     /// Asks a host for its models; used to show its state.
@@ -69,6 +69,36 @@ impl Hosts {
             serde_json::from_slice(&body).map_err(|_| RemoteCause::Garbled(format!("{path} is not JSON")))?;
         let models = listed[list].as_array().into_iter().flatten();
         Ok(models.filter_map(|model| model[name].as_str()).map(str::to_owned).collect())
+    }
+
+    /// Looks at a host: how far away it is, and what it has loaded.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub async fn look(&self, remote: &Remote, connect: Duration) -> Result<Look, RemoteCause> {
+        let path = match remote.api {
+            Api::Ollama => "/api/ps",
+            Api::OpenAi => "/models",
+        };
+        let get = || with_key(self.client(connect).get(format!("{}{path}", remote.url)), remote).send();
+        // The first one may have to connect.
+        let mut response = get().await.map_err(|error| unreachable(&error))?;
+        let mut round_trip = Duration::MAX;
+        for _ in 0..2 {
+            let _ = response.bytes().await;
+            let began = tokio::time::Instant::now();
+            response = get().await.map_err(|error| unreachable(&error))?;
+            round_trip = round_trip.min(began.elapsed());
+        }
+        if remote.api == Api::OpenAi || !response.status().is_success() {
+            return Ok(Look { round_trip, loaded: None });
+        }
+        let body = response.bytes().await.map_err(|_| RemoteCause::Cut)?;
+        let listed: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
+        let names = |models: &Vec<serde_json::Value>| {
+            models.iter().filter_map(|model| model["name"].as_str().map(str::to_owned)).collect()
+        };
+        Ok(Look { round_trip, loaded: listed["models"].as_array().map(names) })
     }
 
     /// Has a host load a model. OpenAI's API has no word for it: there, it is loaded by its first request.
@@ -124,6 +154,10 @@ impl Hosts {
     }
 }
 
+fn make_client(connect: Duration) -> Result<Client, reqwest::Error> {
+    Client::builder().no_proxy().tcp_nodelay(true).connect_timeout(connect).build()
+}
+
 /// Which model of which host.
 #[derive(Clone, Copy, Debug)]
 pub struct Place<'a> {
@@ -171,7 +205,7 @@ fn unreachable(error: &reqwest::Error) -> RemoteCause {
 
 async fn refused(response: Response, model_name: &str) -> RemoteCause {
     let status = response.status();
-    let retry_after = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
+    let retry_after = response.headers().get(RETRY_AFTER).and_then(|value| retry_after(value.to_str().ok()?));
     let mut body = BytesMut::new();
     let mut chunks = response.bytes_stream();
     while let Some(Ok(chunk)) = chunks.next().await {
@@ -190,6 +224,13 @@ async fn refused(response: Response, model_name: &str) -> RemoteCause {
     });
     let message = message.unwrap_or_else(|| String::from_utf8_lossy(&body).chars().take(200).collect());
     RemoteCause::Status { status: status.as_u16(), message, retry_after }
+}
+
+/// Seconds, or a date.
+fn retry_after(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let until = |date: std::time::SystemTime| date.duration_since(std::time::SystemTime::now()).unwrap_or_default();
+    text.parse().ok().or_else(|| httpdate::parse_http_date(text).ok().map(|date| until(date).as_secs() + 1))
 }
 
 type Chunks = std::pin::Pin<Box<dyn Stream<Item = Result<Bytes, reqwest::Error>> + Send>>;
@@ -222,7 +263,7 @@ struct Lines {
     reader: Reader,
     chunks: Chunks,
     buffer: BytesMut,
-    end: Option<Event>,
+    waiting: VecDeque<Event>,
     finished: bool,
 }
 
@@ -236,7 +277,14 @@ fn events(
         Api::Ollama => Reader::Ndjson,
         Api::OpenAi => Reader::Sse(SseReader::default()),
     };
-    let lines = Lines { host, reader, chunks: Box::pin(chunks), buffer: BytesMut::new(), end: None, finished: false };
+    let lines = Lines {
+        host,
+        reader,
+        chunks: Box::pin(chunks),
+        buffer: BytesMut::new(),
+        waiting: VecDeque::new(),
+        finished: false,
+    };
     Box::pin(stream::unfold(lines, |mut lines| async move {
         let event = lines.next().await?;
         lines.finished |= event.is_err() || matches!(event, Ok(Event::Done { .. }));
@@ -263,62 +311,62 @@ impl Lines {
         if self.finished {
             return None;
         }
-        if let Some(end) = self.end.take() {
-            return Some(Ok(end));
-        }
         Some(self.step().await.map_err(|cause| Error::Remote { host: self.host.clone(), cause }))
     }
 
     async fn step(&mut self) -> Result<Event, RemoteCause> {
-        loop {
-            while let Some(at) = self.buffer.iter().position(|&byte| byte == b'\n') {
-                let line = self.buffer.split_to(at + 1);
-                let read = match self.reader.line(&line) {
-                    // It has ended: what follows is of no account.
-                    Err(cause) => return self.reader.end().ok_or(cause),
-                    Ok(read) => read,
-                };
-                match read {
-                    RemoteLine::Empty => {}
-                    RemoteLine::Text(text) => return Ok(Event::Text(text)),
-                    RemoteLine::Done(None, end) => return Ok(end),
-                    RemoteLine::Done(Some(text), end) => {
-                        self.end = Some(end);
-                        return Ok(Event::Text(text));
-                    }
-                }
+        if let Some(event) = self.waiting.pop_front() {
+            return Ok(event);
+        }
+        if let Some(event) = self.buffered()? {
+            return Ok(event);
+        }
+        let next = match self.reader.end() {
+            None => self.chunks.next().await,
+            // Only its usage may follow.
+            Some(_) => tokio::time::timeout(END_OF_BODY, self.chunks.next()).await.unwrap_or(None),
+        };
+        match next {
+            Some(Ok(chunk)) => {
+                self.buffer.extend_from_slice(&chunk);
+                // Heartbeats, or half a line: it lives.
+                Ok(self.buffered()?.unwrap_or(Event::Alive))
             }
-            if self.buffer.len() > MAX_LINE_BYTES {
-                return Err(RemoteCause::Garbled(format!("a line of more than {MAX_LINE_BYTES} bytes")));
+            // What is left without a line end may be garbage, such as an HTML page: say which it is.
+            Some(Err(_)) => {
+                let rest = self.rest();
+                self.reader.end().ok_or(rest.err().unwrap_or(RemoteCause::Cut))
             }
-            let next = match self.reader.end() {
-                None => self.chunks.next().await,
-                // Only its usage may follow.
-                Some(_) => tokio::time::timeout(END_OF_BODY, self.chunks.next()).await.unwrap_or(None),
+            None => self.rest().and_then(|end| end.ok_or(RemoteCause::Cut)),
+        }
+    }
+
+    /// The next event of what has come.
+    fn buffered(&mut self) -> Result<Option<Event>, RemoteCause> {
+        while let Some(at) = self.buffer.iter().position(|&byte| byte == b'\n') {
+            let line = self.buffer.split_to(at + 1);
+            let RemoteLine { step, end } = match self.reader.line(&line) {
+                // It has ended: what follows is of no account.
+                Err(cause) => return self.reader.end().map(Some).ok_or(cause),
+                Ok(read) => read,
             };
-            match next {
-                Some(Ok(chunk)) => self.buffer.extend_from_slice(&chunk),
-                // What is left without a line end may be garbage, such as an HTML page: say which it is.
-                Some(Err(_)) => {
-                    let rest = self.rest();
-                    return self.reader.end().ok_or(rest.err().unwrap_or(RemoteCause::Cut));
-                }
-                None => return self.rest().and_then(|end| end.ok_or(RemoteCause::Cut)),
+            self.waiting.extend(step.into_iter().chain(end));
+            if let Some(event) = self.waiting.pop_front() {
+                return Ok(Some(event));
             }
+        }
+        match self.buffer.len() > MAX_LINE_BYTES {
+            true => Err(RemoteCause::Garbled(format!("a line of more than {MAX_LINE_BYTES} bytes"))),
+            false => Ok(None),
         }
     }
 
     /// The end, if what came without a further line makes one.
     fn rest(&mut self) -> Result<Option<Event>, RemoteCause> {
         let rest = self.buffer.split();
-        match self.reader.line(&rest)? {
-            RemoteLine::Done(None, end) => Ok(Some(end)),
-            RemoteLine::Empty => Ok(self.reader.end()),
-            RemoteLine::Done(Some(text), end) => {
-                self.end = Some(end);
-                Ok(Some(Event::Text(text)))
-            }
-            RemoteLine::Text(_) => Ok(None),
-        }
+        let RemoteLine { step, end } = self.reader.line(&rest)?;
+        let Some(end) = end.or_else(|| self.reader.end()) else { return Ok(None) };
+        self.waiting.extend(step.into_iter().chain([end]));
+        Ok(self.waiting.pop_front())
     }
 }

@@ -7,7 +7,9 @@ use saphyr::{LoadableYamlNode, MarkedYamlOwned};
 use sarai_core::{KvType, Sampling};
 use sarai_plan::Strategy;
 
+use super::hosts::{self, WrittenHost};
 use super::model::{ModelRole, Resume};
+use super::process::{self, WrittenProcess};
 use super::tree::Section;
 use super::{Environment, Mistake};
 
@@ -34,6 +36,7 @@ pub enum Backend {
     OllamaHttp,
     OpenAiHttp,
     GgufNative,
+    Process,
     Builtin,
 }
 
@@ -51,7 +54,11 @@ pub struct WrittenModel {
     pub line: usize,
     pub backend: Option<Backend>,
     pub fallback: Option<Backend>,
-    pub urls: Vec<String>,
+    pub hosts: Vec<WrittenHost>,
+    pub hosts_file: Option<String>,
+    pub dns: bool,
+    pub managed_lb: bool,
+    pub wan: bool,
     pub model_name: Option<String>,
     pub gguf_path: Option<String>,
     pub mmproj_path: Option<String>,
@@ -78,6 +85,7 @@ pub struct WrittenModel {
     pub max_outstanding: Option<u32>,
     pub fallback_models: Vec<String>,
     pub resume: Option<Resume>,
+    pub process: WrittenProcess,
 }
 
 impl WrittenModel {
@@ -156,23 +164,44 @@ fn read_model(
     let local = ("gguf_native", Backend::GgufNative);
     let remote = ("ollama_http", Backend::OllamaHttp);
     let openai = ("openai_http", Backend::OpenAiHttp);
+    let process = ("process", Backend::Process);
     let roles = [("chat", ModelRole::Chat), ("embedding", ModelRole::Embedding), ("router", ModelRole::Router)];
-    let backend = model.word("backend", &[remote, openai, local, ("builtin", Backend::Builtin)], mistakes);
+    let backend = model.word("backend", &[remote, openai, local, process, ("builtin", Backend::Builtin)], mistakes);
     if model.written_at("backend").is_none() {
-        mistakes.push(model.mistake("backend", "is missing: use `ollama_http`, `openai_http` or `gguf_native`"));
+        mistakes
+            .push(model.mistake("backend", "is missing: use `ollama_http`, `openai_http`, `gguf_native` or `process`"));
     }
-    let keys = ["url", "urls", "aliases", "gguf_path", "kv_type", "keep_alive", "fallback_models"].into_iter();
+    let keys = [
+        "url",
+        "urls",
+        "hosts_file",
+        "dns",
+        "managed_lb",
+        "max_outstanding",
+        "aliases",
+        "gguf_path",
+        "kv_type",
+        "keep_alive",
+        "fallback_models",
+        "command",
+        "memory_gb",
+        "ready_path",
+    ]
+    .into_iter();
     let lines = keys.filter_map(|key| Some((key, model.written_at(key)?))).collect();
-    let fallback = model.word("fallback", &[local, remote, openai], mistakes);
-    let mut urls = model.texts("url", mistakes);
-    urls.extend(model.texts("urls", mistakes));
+    let fallback = model.word("fallback", &[local, remote, openai, process], mistakes);
+    let hosts = hosts::read(&mut model, environment, mistakes);
     let mut written = WrittenModel {
         name: name.to_owned(),
         lines,
         line,
         backend,
         fallback,
-        urls: urls.iter().map(|url| environment.expand(url)).collect(),
+        hosts,
+        hosts_file: model.text("hosts_file", mistakes).map(|path| environment.expand(&path)),
+        dns: model.flag("dns", mistakes).unwrap_or(false),
+        managed_lb: model.flag("managed_lb", mistakes).unwrap_or(false),
+        wan: model.flag("wan", mistakes).unwrap_or(false),
         model_name: model.text("model_name", mistakes),
         gguf_path: model.text("gguf_path", mistakes).map(|path| environment.expand(&path)),
         mmproj_path: model.text("mmproj_path", mistakes).map(|path| environment.expand(&path)),
@@ -202,6 +231,7 @@ fn read_model(
         max_outstanding: model.count("max_outstanding", 1, 10_000, mistakes),
         fallback_models: model.texts("fallback_models", mistakes),
         resume: model.word("resume", &Resume::ALL.map(|resume| (resume.name(), resume)), mistakes),
+        process: process::read(&mut model, environment, mistakes),
     };
     if let Some(mut deadlines) = model.section("deadlines", mistakes) {
         written.connect = deadlines.seconds("connect_seconds", mistakes);

@@ -5,7 +5,9 @@
 
 pub mod env;
 mod file;
+mod hosts;
 mod model;
+mod process;
 pub mod resolve;
 mod tree;
 
@@ -13,7 +15,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 pub use env::Environment;
-pub use model::{Api, Deployment, Model, ModelRole, Remote, Resume};
+pub use model::{Deployment, Model, ModelRole, PROCESS, Remote, Resume, backend_name};
+pub use process::{PORT, Process};
 pub use resolve::{Config, Engine, MemoryConfig, ServerConfig};
 
 /// One mistake.

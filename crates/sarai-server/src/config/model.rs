@@ -1,6 +1,6 @@
 //! A model as meant: its name, the places that serve it, and what happens when one does not.
 
-use sarai_core::{Deadlines, Sampling};
+use sarai_core::{Api, Deadlines, Sampling};
 use sarai_plan::ledger::EngineId;
 
 /// What a model is for.
@@ -15,7 +15,7 @@ pub enum ModelRole {
 }
 
 /// A public model.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Model {
     /// Public name.
     pub name: String,
@@ -31,6 +31,8 @@ pub struct Model {
     pub deadlines: Deadlines,
     /// Whether the file says how long a gap may be; else it is learned.
     pub gap_is_set: bool,
+    /// Whether the file says how long the first token may take; else it is learned.
+    pub first_token_is_set: bool,
     /// Models that answer when no deployment of this one does.
     pub fallback_models: Vec<String>,
     /// Who may go on with an answer that broke off.
@@ -64,7 +66,7 @@ impl Resume {
 }
 
 /// One place that serves a model.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Deployment {
     /// A model on another machine.
     Remote(Remote),
@@ -75,24 +77,37 @@ pub enum Deployment {
         /// Tokens that this model may use of its sequence; the engine's may be longer for another model.
         context_tokens: u32,
     },
+    /// A command of this server, which speaks OpenAI's API.
+    Process {
+        /// Which one.
+        engine: EngineId,
+        /// Tokens that prompt and answer may have together.
+        context_tokens: u32,
+        /// What it is asked for; its URL is known once it runs.
+        remote: Remote,
+    },
 }
 
-/// Which API a host speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Api {
-    /// Ollama's.
-    Ollama,
-    /// OpenAI's.
-    OpenAi,
-}
-
-impl Api {
-    /// The backend's name in the configuration.
-    pub const fn backend(self) -> &'static str {
+impl Deployment {
+    /// What serves it here, and the tokens that this model may use of a sequence.
+    pub const fn engine(&self) -> Option<(EngineId, u32)> {
         match self {
-            Self::Ollama => "ollama_http",
-            Self::OpenAi => "openai_http",
+            Self::Local { engine, context_tokens } | Self::Process { engine, context_tokens, .. } => {
+                Some((*engine, *context_tokens))
+            }
+            Self::Remote(_) => None,
         }
+    }
+}
+
+/// The backend's name of commands of this server.
+pub const PROCESS: &str = "process";
+
+/// The backend's name in the configuration of hosts that speak an API.
+pub const fn backend_name(api: Api) -> &'static str {
+    match api {
+        Api::Ollama => "ollama_http",
+        Api::OpenAi => "openai_http",
     }
 }
 
@@ -109,13 +124,23 @@ pub struct Remote {
     pub context_tokens: Option<u32>,
     /// Sent as a bearer token.
     pub api_key: Option<String>,
-    /// Requests that the host answers for us at the same time; further ones wait here.
-    pub max_outstanding: usize,
+    /// Requests that the host answers for us at the same time; further ones wait here. `None` is without limit.
+    pub max_outstanding: Option<usize>,
+    /// Its share of the load beside other hosts; 1 is usual.
+    pub weight: u32,
+    /// Hosts of a higher number are asked when those of lower ones cannot.
+    pub priority: u32,
+    /// Used even if it is beyond the local network.
+    pub wan: bool,
+    /// A cluster with a balancer of its own: it is neither queued for nor asked twice.
+    pub managed_lb: bool,
+    /// Its name stands for all the addresses that it has.
+    pub dns: bool,
 }
 
 impl std::fmt::Debug for Remote {
     /// Without the key: it must not come into a log.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} on {} ({})", self.model_name, self.url, self.api.backend())
+        write!(f, "{} on {} ({})", self.model_name, self.url, backend_name(self.api))
     }
 }

@@ -3,17 +3,20 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use sarai_api::ollama::keep_alive;
-use sarai_core::{Bytes, Deadlines, KeepAlive, KvType};
+use sarai_core::{Api, Bytes, Deadlines, KeepAlive, KvType};
 use sarai_plan::ledger::EngineId;
 use sarai_plan::{Repack, Settings, Strategy};
 
 use super::Mistake;
 use super::env::{Environment, variable_name};
 use super::file::{Backend, File, WrittenModel};
-use super::model::{Api, Deployment, Model, ModelRole, Remote};
+use super::hosts::{self, WrittenHost};
+use super::model::{Deployment, Model, ModelRole, Remote};
+use super::process::Process;
 
 /// Where Ollama listens unless told otherwise.
 const DEFAULT_OLLAMA_URL: &str = "http://127.0.0.1:11434";
@@ -22,7 +25,7 @@ const DEFAULT_OLLAMA_URL: &str = "http://127.0.0.1:11434";
 const DEFAULT_OUTSTANDING: usize = 2;
 
 /// The whole configuration.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// The server itself.
     pub server: ServerConfig,
@@ -32,10 +35,12 @@ pub struct Config {
     pub models: Vec<Model>,
     /// One per GGUF file, by [`EngineId`].
     pub engines: Vec<Engine>,
+    /// Files of hosts that it was read from.
+    pub host_files: Vec<PathBuf>,
 }
 
 /// Limits of the server.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ServerConfig {
     /// Address of both APIs.
     pub listen: SocketAddr,
@@ -56,7 +61,7 @@ pub struct ServerConfig {
 }
 
 /// Limits of memory.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MemoryConfig {
     /// `max_ram_gb`.
     pub max_ram: Bytes,
@@ -67,12 +72,14 @@ pub struct MemoryConfig {
 }
 
 /// A GGUF file and how it is loaded; models that name the same file share it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Engine {
     /// The models that share it.
     pub label: String,
-    /// The file.
+    /// The GGUF file, or the program.
     pub path: PathBuf,
+    /// What runs, if it is a command and not a worker of ours.
+    pub process: Option<Arc<Process>>,
     /// The projector that the model sees or hears through. It is planned for, and not loaded in this version.
     pub projector: Option<PathBuf>,
     /// Sizes; sequences of sharing models add up, the longest context counts.
@@ -89,6 +96,33 @@ pub struct Engine {
     pub keep_alive: KeepAlive,
     /// The longest of the sharing models.
     pub load_deadline: Duration,
+}
+
+impl Engine {
+    /// Whether both load the same.
+    #[must_use]
+    pub fn is_same_place(&self, other: &Self) -> bool {
+        match (&self.process, &other.process) {
+            (None, None) => is_same_file(&self.path, &other.path),
+            (Some(_), Some(_)) => self.label == other.label,
+            _ => false,
+        }
+    }
+
+    /// Whether a worker that was loaded by the one serves the other as well.
+    #[must_use]
+    pub fn loads_like(&self, other: &Self) -> bool {
+        (&self.path, &self.projector, self.settings, self.threads, &self.process)
+            == (&other.path, &other.projector, other.settings, other.threads, &other.process)
+            && self.evictable >= other.evictable
+    }
+
+    /// No model uses it any more: it goes as soon as it is idle, and does not come back.
+    pub fn retire(&mut self) {
+        self.resident = false;
+        self.evictable = true;
+        self.keep_alive = KeepAlive::For(0);
+    }
 }
 
 /// Decides everything that the file leaves open.
@@ -124,7 +158,9 @@ pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &
         max_concurrent_llms: max_concurrent_llms.unwrap_or_else(|| or(file.max_concurrent_llms, 2)),
         strategy: file.strategy.unwrap_or_default(),
     };
-    let mut config = Config { server, memory, models: Vec::new(), engines: Vec::new() };
+    let files = file.models.iter().filter_map(|model| model.hosts_file.as_ref());
+    let host_files = files.map(|path| folder.join(path)).collect();
+    let mut config = Config { server, memory, models: Vec::new(), engines: Vec::new(), host_files };
     check_names(&file.models, mistakes);
     check_fallbacks(&file.models, mistakes);
     for written in &file.models {
@@ -157,7 +193,8 @@ fn state_dir(environment: &Environment, written: Option<String>, folder: &Path) 
     written.map_or_else(standard, |path| folder.join(path))
 }
 
-fn is_url(text: &str) -> bool {
+/// Whether a text is the address of a host.
+pub fn is_url(text: &str) -> bool {
     let http = text.starts_with("http://") || text.starts_with("https://");
     http && reqwest::Url::parse(text).is_ok()
 }
@@ -249,6 +286,7 @@ impl Resolver<'_> {
                 Backend::OllamaHttp => deployments.extend(self.remotes(Api::Ollama, mistakes)),
                 Backend::OpenAiHttp => deployments.extend(self.remotes(Api::OpenAi, mistakes)),
                 Backend::GgufNative => deployments.extend(self.local(engines, &deadlines, mistakes)),
+                Backend::Process => deployments.extend(self.process(engines, &deadlines, mistakes)),
                 Backend::Builtin => {}
             }
         }
@@ -260,6 +298,7 @@ impl Resolver<'_> {
             sampling: written.sampling.clone(),
             deadlines,
             gap_is_set: written.gap.is_some(),
+            first_token_is_set: written.first_token.is_some(),
             fallback_models: written.fallback_models.clone(),
             resume: written.resume.unwrap_or_default(),
         }
@@ -284,33 +323,116 @@ impl Resolver<'_> {
 
     fn remotes(&self, api: Api, mistakes: &mut Vec<Mistake>) -> Vec<Deployment> {
         let written = self.written;
-        let name = format!("{}_MODEL_NAME", variable_name(&written.name));
-        let model_name = self.environment.get(&name).map(str::to_owned).or_else(|| written.model_name.clone());
-        let model_name = model_name.unwrap_or_else(|| written.name.clone());
-        let urls = match self.environment.get("OLLAMA_BASE_URL").filter(|_| api == Api::Ollama) {
-            Some(url) => vec![url.to_owned()],
-            None if written.urls.is_empty() && api == Api::Ollama => vec![DEFAULT_OLLAMA_URL.to_owned()],
-            None => written.urls.clone(),
+        let model_name = self.model_name();
+        let mut hosts = match self.environment.get("OLLAMA_BASE_URL").filter(|_| api == Api::Ollama) {
+            Some(url) => vec![WrittenHost { url: url.to_owned(), ..WrittenHost::default() }],
+            None => self.hosts(mistakes),
         };
-        if urls.is_empty() {
+        if hosts.is_empty() && api == Api::Ollama && written.hosts_file.is_none() {
+            hosts.push(WrittenHost { url: DEFAULT_OLLAMA_URL.to_owned(), ..WrittenHost::default() });
+        }
+        if hosts.is_empty() && written.hosts_file.is_none() {
             let message = "is missing: name the server that `openai_http` asks, such as http://192.168.1.50:8000/v1";
             mistakes.push(self.mistake("url", message));
         }
-        for url in written.urls.iter().filter(|url| !is_url(url)) {
-            let key = if written.lines.contains_key("url") { "url" } else { "urls" };
-            mistakes.push(self.mistake(key, format!("`{url}` is not a URL: use one such as {DEFAULT_OLLAMA_URL}")));
+        if written.managed_lb && (hosts.len() > 1 || written.dns) {
+            let message = "stands for one URL, behind which a cluster balances itself: name one, without dns";
+            mistakes.push(self.mistake("managed_lb", message));
         }
-        let deployment = |url: String| {
+        hosts.sort_by_key(|host| host.priority);
+        let most = |host: &WrittenHost| match host.max_outstanding.or(written.max_outstanding) {
+            Some(most) => Some(most as usize),
+            None => (!written.managed_lb).then_some(DEFAULT_OUTSTANDING),
+        };
+        let deployment = |host: &WrittenHost| {
             Deployment::Remote(Remote {
                 api,
-                url: url.trim_end_matches('/').to_owned(),
+                url: host.url.trim_end_matches('/').to_owned(),
                 model_name: model_name.clone(),
                 context_tokens: written.context_length,
                 api_key: written.api_key.clone(),
-                max_outstanding: written.max_outstanding.map_or(DEFAULT_OUTSTANDING, |most| most as usize),
+                max_outstanding: most(host),
+                weight: host.weight.unwrap_or(1),
+                priority: host.priority.unwrap_or(0),
+                wan: host.wan.unwrap_or(written.wan),
+                managed_lb: written.managed_lb,
+                dns: written.dns,
             })
         };
-        urls.into_iter().map(deployment).collect()
+        hosts.iter().map(deployment).collect()
+    }
+
+    /// Those of the file, and those of its file of hosts.
+    fn hosts(&self, mistakes: &mut Vec<Mistake>) -> Vec<WrittenHost> {
+        let written = self.written;
+        let mut hosts = written.hosts.clone();
+        for WrittenHost { url, line, .. } in hosts.iter().filter(|host| !is_url(&host.url)) {
+            let key = if written.lines.contains_key("url") { "url" } else { "urls" };
+            let message = format!("`{url}` is not a URL: use one such as {DEFAULT_OLLAMA_URL}");
+            mistakes.push(Mistake { line: Some(*line), ..self.mistake(key, message) });
+        }
+        if let Some(path) = &written.hosts_file {
+            match hosts::read_file(&self.folder.join(path)) {
+                Ok(more) => hosts.extend(more),
+                Err(wrong) => mistakes.extend(wrong.into_iter().map(|reason| self.mistake("hosts_file", reason))),
+            }
+        }
+        if let Some(host) = hosts.iter().find(|host| written.dns && host.url.starts_with("https:")) {
+            let message = format!("`{}` proves its name, not its addresses: use dns with http only", host.url);
+            mistakes.push(self.mistake("dns", message));
+        }
+        hosts
+    }
+
+    /// The name that the model has where it is served.
+    fn model_name(&self) -> String {
+        let name = format!("{}_MODEL_NAME", variable_name(&self.written.name));
+        let set = self.environment.get(&name).map(str::to_owned).or_else(|| self.written.model_name.clone());
+        set.unwrap_or_else(|| self.written.name.clone())
+    }
+
+    fn process(
+        &self,
+        engines: &mut Vec<Engine>,
+        deadlines: &Deadlines,
+        mistakes: &mut Vec<Mistake>,
+    ) -> Option<Deployment> {
+        let written = self.written;
+        let process = match written.process.resolve(written.parallel, written.context_length) {
+            Ok(process) => process,
+            Err((key, message)) => {
+                mistakes.push(self.mistake(key, message));
+                return None;
+            }
+        };
+        let context_tokens = process.context_tokens;
+        let remote = Remote {
+            api: Api::OpenAi,
+            url: String::new(),
+            model_name: self.model_name(),
+            context_tokens: None,
+            api_key: written.api_key.clone(),
+            max_outstanding: None,
+            weight: 1,
+            priority: 0,
+            wan: false,
+            managed_lb: false,
+            dns: false,
+        };
+        engines.push(Engine {
+            label: written.name.clone(),
+            path: PathBuf::from(&process.command[0]),
+            projector: None,
+            settings: Settings { context_tokens, ..Settings::default() },
+            threads: None,
+            is_llm: self.role() == ModelRole::Chat,
+            evictable: !written.pinned && !written.resident,
+            resident: written.resident,
+            keep_alive: self.keep_alive(mistakes),
+            load_deadline: deadlines.load,
+            process: Some(Arc::new(process)),
+        });
+        Some(Deployment::Process { engine: EngineId(engines.len() - 1), context_tokens, remote })
     }
 
     fn keep_alive(&self, mistakes: &mut Vec<Mistake>) -> KeepAlive {
@@ -353,7 +475,9 @@ impl Resolver<'_> {
         let evictable = !written.pinned && !written.resident;
         let keep_alive = self.keep_alive(mistakes);
         let projector = written.mmproj_path.as_ref().map(|path| self.folder.join(path));
-        if let Some(index) = engines.iter().position(|engine| is_same_file(&engine.path, &path)) {
+        if let Some(index) =
+            engines.iter().position(|engine| engine.process.is_none() && is_same_file(&engine.path, &path))
+        {
             let engine = &mut engines[index];
             engine.label = format!("{}+{}", engine.label, written.name);
             engine.settings.context_tokens = engine.settings.context_tokens.max(settings.context_tokens);
@@ -378,6 +502,7 @@ impl Resolver<'_> {
         engines.push(Engine {
             label: written.name.clone(),
             path,
+            process: None,
             projector,
             settings,
             threads: written.threads,

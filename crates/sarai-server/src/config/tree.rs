@@ -112,6 +112,17 @@ impl<'a> Section<'a> {
         self.typed(key, "a text or a list of texts", mistakes, read).unwrap_or_default()
     }
 
+    /// A node, or the nodes of a list, with their lines.
+    pub fn items(&mut self, key: &'static str) -> Vec<(usize, &'a MarkedYamlOwned)> {
+        match self.get(key) {
+            None => Vec::new(),
+            Some((_, MarkedYamlOwned { data: YamlDataOwned::Sequence(items), .. })) => {
+                items.iter().map(|item| (item.span.start.line(), item)).collect()
+            }
+            Some((line, node)) => vec![(line, node)],
+        }
+    }
+
     /// `true` or `false`.
     pub fn flag(&mut self, key: &'static str, mistakes: &mut Vec<Mistake>) -> Option<bool> {
         self.typed(key, "true or false", mistakes, |node| match &node.data {
@@ -174,7 +185,8 @@ fn one_of(written: &str, names: &[&str]) -> String {
     }
 }
 
-fn text_of(node: &MarkedYamlOwned) -> Option<String> {
+/// A text, or a number as it is written.
+pub fn text_of(node: &MarkedYamlOwned) -> Option<String> {
     match &node.data {
         YamlDataOwned::Value(ScalarOwned::String(text)) => Some(text.clone()),
         YamlDataOwned::Value(ScalarOwned::Integer(value)) => Some(value.to_string()),

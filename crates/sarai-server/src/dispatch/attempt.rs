@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use sarai_core::{Error, Event, GenerateRequest, Phase, RemoteCause};
-use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::{Instant, timeout};
+use sarai_plan::EngineId;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::Dispatch;
-use super::candidates::Candidate;
+use super::candidates::{Candidate, expected};
 use crate::backend::{EventStream, local, remote};
 use crate::config::{Deployment, Remote};
-use crate::health::{Gaps, Health};
+use crate::health::{Gaps, Health, Place, Sample};
 
 /// Asks a candidate; returns once its first event is there. A host's place is held by the events.
 ///
@@ -21,76 +21,159 @@ pub async fn open(
     dispatch: &Dispatch,
     candidate: &Candidate,
     request: &GenerateRequest,
-    place: Option<OwnedSemaphorePermit>,
+    place: Place,
 ) -> Result<EventStream, Error> {
-    let opened = first_event(dispatch, candidate, request).await.map_err(|error| error.of_model(&candidate.model.name));
-    let Some(remote) = candidate.remote() else { return opened };
-    match opened {
-        Ok(events) => Ok(observed(events, remote.clone(), dispatch.health.clone(), place)),
-        Err(error) => {
-            dispatch.health.failed(remote, &error);
-            Err(error)
+    let opened = match candidate.deployment() {
+        Deployment::Local { engine, context_tokens } => {
+            at_worker(dispatch, candidate, (*engine, *context_tokens), request).await
         }
-    }
+        Deployment::Process { engine, context_tokens, remote } => {
+            at_process(dispatch, candidate, (*engine, *context_tokens, remote), request).await
+        }
+        Deployment::Remote(host) => {
+            let opened = at_host(dispatch, candidate, host, request, place).await;
+            opened.inspect_err(|error| dispatch.health.failed(host, error))
+        }
+    };
+    opened.map_err(|error| error.of_model(&candidate.model.name))
 }
 
-async fn first_event(
+async fn at_worker(
     dispatch: &Dispatch,
     candidate: &Candidate,
+    (engine, context_tokens): (EngineId, u32),
     request: &GenerateRequest,
 ) -> Result<EventStream, Error> {
     let deadlines = &candidate.model.deadlines;
-    let late = || silent(candidate, Phase::FirstToken, deadlines.first_token);
-    let started = Instant::now();
-    let (mut events, left, gap) = match candidate.deployment() {
-        Deployment::Local { engine, context_tokens } => {
-            let want = dispatch.want(*engine, *context_tokens, request.residence).await?;
-            let place = local::Place {
-                engine: *engine,
-                context_tokens: request.residence.context_tokens.unwrap_or(*context_tokens),
-                model: &candidate.model.name,
-            };
-            let events = local::open(&dispatch.pool, &place, want, deadlines, request.clone()).await?;
-            // The load and the queue of a worker have deadlines of their own.
-            (events, deadlines.first_token, deadlines.gap)
-        }
-        Deployment::Remote(host) => {
-            let place = remote::Place { remote: host, context_tokens: host.context_tokens, connect: deadlines.connect };
-            let opened = timeout(deadlines.first_token, dispatch.hosts.open(&place, request)).await;
-            let gap = match candidate.model.gap_is_set {
-                true => deadlines.gap,
-                false => dispatch.health.gap_limit(host, deadlines.gap),
-            };
-            (opened.map_err(|_| late())??, deadlines.first_token.saturating_sub(started.elapsed()), gap)
-        }
+    let want = dispatch.want(engine, context_tokens, request.residence).await?;
+    let place = local::Place {
+        engine,
+        context_tokens: request.residence.context_tokens.unwrap_or(context_tokens),
+        model: &candidate.model.name,
     };
-    let first = timeout(left, events.next()).await.map_err(|_| late())?;
-    let first = first.unwrap_or_else(|| Err(Error::Internal("a stream without an end".into())))?;
-    Ok(with_gaps_limited(first, events, gap, silent(candidate, Phase::Gap, gap)))
+    // The load and the queue of a worker have deadlines of their own.
+    let events = local::open(&dispatch.pool, &place, want, deadlines, request.clone()).await?;
+    within_deadlines(candidate, events).await
 }
 
-fn silent(candidate: &Candidate, phase: Phase, limit: Duration) -> Error {
-    let seconds = limit.as_secs();
-    match candidate.remote() {
-        Some(remote) => Error::Remote { host: remote.url.clone(), cause: RemoteCause::Silent { phase, seconds } },
-        None => Error::Deadline { model: candidate.model.name.clone(), phase, seconds },
+/// A command is asked like a host, and held like a worker.
+async fn at_process(
+    dispatch: &Dispatch,
+    candidate: &Candidate,
+    (engine, context_tokens, remote): (EngineId, u32, &Remote),
+    request: &GenerateRequest,
+) -> Result<EventStream, Error> {
+    let (model, deadlines) = (&candidate.model, &candidate.model.deadlines);
+    let want = dispatch.want(engine, context_tokens, request.residence).await?;
+    let lease = dispatch.pool.lease(engine, want, &model.name, deadlines).await?;
+    let Some(url) = &lease.worker.url else {
+        return Err(Error::Internal("a worker of frames was taken for a command".into()));
+    };
+    let remote = Remote { url: url.to_string(), ..remote.clone() };
+    let place = remote::Place { remote: &remote, context_tokens: None, connect: deadlines.connect };
+    let seconds = deadlines.first_token.as_secs();
+    let late = |_| Error::Deadline { model: model.name.clone(), phase: Phase::FirstToken, seconds };
+    let opened = timeout(deadlines.first_token, dispatch.hosts.open(&place, request)).await;
+    let events = opened.map_err(late)??;
+    // The lease ends with the events.
+    let held = stream::unfold((events, lease), |(mut events, lease)| async {
+        let event = events.next().await?;
+        Some((event, (events, lease)))
+    });
+    within_deadlines(candidate, Box::pin(held)).await
+}
+
+/// The events of what runs here; one that is late, or a gap that is too long, ends them with an error.
+async fn within_deadlines(candidate: &Candidate, mut events: EventStream) -> Result<EventStream, Error> {
+    let deadlines = &candidate.model.deadlines;
+    let model = candidate.model.name.clone();
+    let late = move |phase, limit: Duration| Error::Deadline { model: model.clone(), phase, seconds: limit.as_secs() };
+    let limits = Limits { silence: deadlines.first_token, whole: deadlines.first_token };
+    let first = next_event(&mut events, limits).await;
+    let first = first.map_err(|limit| late(Phase::FirstToken, limit))??;
+    let limits = Limits { silence: deadlines.gap, whole: deadlines.gap };
+    Ok(with_gaps_limited(first, events, limits, move |limit| late(Phase::Gap, limit)))
+}
+
+async fn at_host(
+    dispatch: &Dispatch,
+    candidate: &Candidate,
+    host: &Remote,
+    request: &GenerateRequest,
+    permit: Place,
+) -> Result<EventStream, Error> {
+    let (deadlines, health) = (&candidate.model.deadlines, &dispatch.health);
+    let (expected, known) = expected(health, host, request);
+    let url = host.url.clone();
+    let silent = move |phase, limit: Duration| Error::Remote {
+        host: url.clone(),
+        cause: RemoteCause::Silent { phase, seconds: limit.as_secs() },
+    };
+    let first_limit = match candidate.model.first_token_is_set {
+        true => deadlines.first_token,
+        false => known.pace.first_limit(expected, deadlines.first_token),
+    };
+    let place = remote::Place { remote: host, context_tokens: host.context_tokens, connect: deadlines.connect };
+    let began = Instant::now();
+    let opened = timeout(first_limit, dispatch.hosts.open(&place, request)).await;
+    let mut events = opened.map_err(|_| silent(Phase::FirstToken, first_limit))??;
+    // Its headers were bytes too.
+    let whole = deadlines.first_token.saturating_sub(began.elapsed());
+    let first = next_event(&mut events, Limits { silence: first_limit.min(whole), whole }).await;
+    let first = first.map_err(|limit| silent(Phase::FirstToken, limit))??;
+    let gap = match candidate.model.gap_is_set {
+        true => deadlines.gap,
+        false => known.pace.gap_limit(deadlines.gap),
+    };
+    let took = began.elapsed();
+    let limits = Limits { silence: gap, whole: deadlines.gap };
+    let events = with_gaps_limited(first, events, limits, move |limit| silent(Phase::Gap, limit));
+    Ok(observed(events, host.clone(), health.clone(), permit, took))
+}
+
+/// How long nothing at all may come, and how long nothing that counts: bytes are a sign of life, and no tokens.
+#[derive(Clone, Copy)]
+struct Limits {
+    silence: Duration,
+    whole: Duration,
+}
+
+/// The next event that says something.
+///
+/// # Errors
+/// The limit that has passed.
+async fn next_event(events: &mut EventStream, limits: Limits) -> Result<Result<Event, Error>, Duration> {
+    let end = Instant::now() + limits.whole;
+    loop {
+        let silent = Instant::now() + limits.silence;
+        let limit = if silent < end { limits.silence } else { limits.whole };
+        match timeout_at(silent.min(end), events.next()).await {
+            Ok(Some(Ok(Event::Alive))) => {}
+            Ok(Some(event)) => return Ok(event),
+            Ok(None) => return Ok(Err(Error::Internal("the answer ended without its end mark".into()))),
+            Err(_) => return Err(limit),
+        }
     }
 }
 
-/// The stream with its first event in front; a gap longer than the limit ends it with an error.
-fn with_gaps_limited(first: Event, rest: EventStream, gap: Duration, late: Error) -> EventStream {
+/// The stream with its first event in front; a gap longer than the limits ends it with an error.
+fn with_gaps_limited(
+    first: Event,
+    rest: EventStream,
+    limits: Limits,
+    late: impl Fn(Duration) -> Error + Send + 'static,
+) -> EventStream {
     let goes_on = |event: &Event| !matches!(event, Event::Done { .. });
     let begun = goes_on(&first).then_some((rest, late));
     let rest = stream::unfold(begun, move |state| async move {
         let (mut rest, late) = state?;
-        match timeout(gap, rest.next()).await {
-            Ok(Some(Ok(event))) => {
+        match next_event(&mut rest, limits).await {
+            Ok(Ok(event)) => {
                 let state = goes_on(&event).then_some((rest, late));
                 Some((Ok(event), state))
             }
-            Ok(Some(Err(error))) => Some((Err(error), None)),
-            Ok(None) => Some((Err(Error::Internal("the answer ended without its end mark".into())), None)),
-            Err(_) => Some((Err(late), None)),
+            Ok(Err(error)) => Some((Err(error), None)),
+            Err(limit) => Some((Err(late(limit)), None)),
         }
     });
     Box::pin(stream::once(async { Ok(first) }).chain(rest))
@@ -102,19 +185,24 @@ struct Observed {
     remote: Remote,
     health: Health,
     gaps: Gaps,
+    took: Duration,
+    began: Instant,
     last: Option<Instant>,
-    _place: Option<OwnedSemaphorePermit>,
+    _place: Place,
 }
 
-fn observed(events: EventStream, remote: Remote, health: Health, place: Option<OwnedSemaphorePermit>) -> EventStream {
-    let observed = Observed { events, remote, health, gaps: Gaps::default(), last: None, _place: place };
+fn observed(events: EventStream, remote: Remote, health: Health, place: Place, took: Duration) -> EventStream {
+    let (gaps, began) = (Gaps::default(), Instant::now());
+    let observed = Observed { events, remote, health, gaps, took, began, last: None, _place: place };
     Box::pin(stream::unfold(Some(observed), |observed| async {
         let mut observed = observed?;
         let event = observed.events.next().await?;
         let now = Instant::now();
         match &event {
-            Ok(Event::Done { .. }) => {
-                observed.health.succeeded(&observed.remote, observed.gaps);
+            Ok(Event::Done { usage, timings, .. }) => {
+                let Observed { remote, health, gaps, took, began, .. } = &observed;
+                let (usage, timings) = (*usage, *timings);
+                health.succeeded(remote, &Sample { gaps: *gaps, first: *took, rest: now - *began, usage, timings });
                 return Some((event, None));
             }
             Ok(_) => {

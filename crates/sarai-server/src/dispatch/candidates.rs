@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use sarai_api::ollama::ignored_by_ollama;
 use sarai_api::openai::remote::unknown_to_openai;
-use sarai_core::{GenerateRequest, Prompt};
+use sarai_core::{Api, Error, GenerateRequest, Need, Prompt};
 
 use crate::catalog::Catalog;
-use crate::config::{Api, Deployment, Model, Remote};
-use crate::health::Health;
+use crate::config::{Deployment, Model, PROCESS, Remote, backend_name};
+use crate::health::{Expected, Health, Known};
 
 /// How much of a prompt decides which host is preferred: conversations that begin alike go to the same one, whose
 /// cache then has the beginning.
@@ -35,7 +35,7 @@ impl Candidate {
     pub fn remote(&self) -> Option<&Remote> {
         match self.deployment() {
             Deployment::Remote(remote) => Some(remote),
-            Deployment::Local { .. } => None,
+            Deployment::Local { .. } | Deployment::Process { .. } => None,
         }
     }
 
@@ -49,7 +49,27 @@ impl Candidate {
         label(&self.model, self.deployment())
     }
 
-    fn is(&self, other: &Self) -> bool {
+    /// Why it is not asked although it could be: it is beyond the local network, and the configuration does not want that.
+    pub fn is_too_far(&self, health: &Health) -> Option<Error> {
+        let remote = self.remote().filter(|remote| !remote.wan)?;
+        let known = health.of(remote);
+        let ms = known.round_trip.filter(|_| known.is_far)?.as_millis();
+        let reason = format!("{} is {ms} ms away, beyond the local network: set `wan: true` to use it", remote.url);
+        Some(Error::Unavailable { model: self.model.name.clone(), reason })
+    }
+
+    /// How much a beginning of a conversation likes this host.
+    fn affinity(&self, prefix: &[u8]) -> f64 {
+        let Some(remote) = self.remote() else { return 0.0 };
+        let mut hasher = DefaultHasher::new();
+        (&remote.url, prefix).hash(&mut hasher);
+        #[expect(clippy::cast_precision_loss, reason = "the upper bits are random enough")]
+        let uniform = ((hasher.finish() >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
+        f64::from(remote.weight) / -uniform.ln()
+    }
+
+    /// Whether both are the same place.
+    pub fn is(&self, other: &Self) -> bool {
         self.model.name == other.model.name && self.index == other.index
     }
 }
@@ -58,9 +78,10 @@ impl Candidate {
 pub fn label(model: &Model, deployment: &Deployment) -> String {
     match deployment {
         Deployment::Local { .. } => format!("{}@gguf_native", model.name),
+        Deployment::Process { .. } => format!("{}@{PROCESS}", model.name),
         Deployment::Remote(Remote { api, url, .. }) => {
             let host = url.split_once("://").map_or(url.as_str(), |(_, host)| host);
-            format!("{}@{}({host})", model.name, api.backend())
+            format!("{}@{}({host})", model.name, backend_name(*api))
         }
     }
 }
@@ -69,23 +90,50 @@ pub fn label(model: &Model, deployment: &Deployment) -> String {
 pub type Tier = Vec<Candidate>;
 
 /// Everybody who may answer, in order: the model's own deployments, then those of the models that it falls back to.
-pub fn tiers(catalog: &Catalog, model: &Arc<Model>, request: &GenerateRequest) -> Vec<Tier> {
+///
+/// # Errors
+/// The request needs what none of them can do.
+pub fn tiers(catalog: &Catalog, model: &Arc<Model>, request: &GenerateRequest) -> Result<Vec<Tier>, Error> {
     let mut tiers = of_model(model, model, request);
     for name in &model.fallback_models {
         if let Ok(other) = catalog.find(name) {
             tiers.extend(of_model(model, other, request));
         }
     }
-    tiers
+    match request.needs().first() {
+        Some(need) if tiers.is_empty() => Err(lacking(model, need)),
+        _ => Ok(tiers),
+    }
+}
+
+fn lacking(model: &Model, Need { param, lack }: &Need) -> Error {
+    let name = &model.name;
+    let message = format!("{lack} by any deployment of `{name}`: leave it out, or ask a model on a host that has it");
+    Error::invalid(param, message)
+}
+
+/// Whether a deployment can do what the request needs: what only the client's own API says, only a host that speaks it
+/// understands.
+fn is_able(deployment: &Deployment, request: &GenerateRequest) -> bool {
+    match (&request.extras, deployment) {
+        (Some(extras), Deployment::Remote(remote) | Deployment::Process { remote, .. }) => {
+            extras.needs.is_empty() || remote.api == extras.api
+        }
+        (Some(extras), Deployment::Local { .. }) => extras.needs.is_empty(),
+        (None, _) => true,
+    }
 }
 
 fn of_model(asked: &Arc<Model>, model: &Arc<Model>, request: &GenerateRequest) -> Vec<Tier> {
     let mut tiers: Vec<Tier> = Vec::new();
     for (index, deployment) in model.deployments.iter().enumerate() {
+        if !is_able(deployment, request) {
+            continue;
+        }
         let candidate =
             Candidate { model: Arc::clone(model), index, degraded: degraded(asked, model, deployment, request) };
         let same = |tier: &&mut Tier| match (tier[0].remote(), candidate.remote()) {
-            (Some(a), Some(b)) => a.api == b.api && a.model_name == b.model_name,
+            (Some(a), Some(b)) => (a.api, &a.model_name, a.priority) == (b.api, &b.model_name, b.priority),
             _ => false,
         };
         match tiers.last_mut().filter(same) {
@@ -99,29 +147,90 @@ fn of_model(asked: &Arc<Model>, model: &Arc<Model>, request: &GenerateRequest) -
 /// What an answer from there would lack.
 fn degraded(asked: &Model, model: &Model, deployment: &Deployment, request: &GenerateRequest) -> Vec<String> {
     let mut lost = match deployment {
-        Deployment::Remote(remote) => match remote.api {
+        Deployment::Remote(remote) | Deployment::Process { remote, .. } => match remote.api {
             Api::Ollama => ignored_by_ollama(&request.sampling),
             Api::OpenAi => unknown_to_openai(&request.sampling),
         },
         Deployment::Local { .. } => Vec::new(),
     };
+    if let Some(extras) = request.extras.as_deref()
+        && !matches!(deployment, Deployment::Remote(remote) | Deployment::Process { remote, .. } if remote.api == extras.api)
+    {
+        lost.extend(extras.degrades.iter().cloned());
+    }
     if asked.name != model.name {
         lost.push(format!("model:{}", model.name));
     }
     lost
 }
 
-/// Orders hosts that share the load: the least outstanding work first; among equals, each beginning of a conversation
-/// prefers its own host (rendezvous hashing), so that few move when one comes or goes.
-pub fn spread(tier: &mut Tier, request: &GenerateRequest, outstanding: impl Fn(&Remote) -> usize) {
+/// Costs that differ by less are equal: a host is not changed for them.
+const ABOUT_EQUAL: f64 = 1.3;
+/// What an answer takes where nothing is known, in seconds; and a load.
+const UNKNOWN_SERVICE: f64 = 1.0;
+const UNKNOWN_LOAD: f64 = 5.0;
+
+/// Orders hosts that share the load by what an answer would cost there: the work they have, how fast they are, whether the
+/// model is loaded, and their weight. Among equals, each beginning of a conversation prefers its own host (weighted
+/// rendezvous hashing), so that few move when one comes or goes.
+pub fn spread(tier: &mut Tier, request: &GenerateRequest, health: &Health) {
+    if tier.len() < 2 {
+        return;
+    }
     let prefix = prefix(request);
-    tier.sort_by_cached_key(|candidate| {
-        let Some(remote) = candidate.remote() else { return (0, 0) };
-        let mut hasher = DefaultHasher::new();
-        (&remote.url, &prefix).hash(&mut hasher);
-        (outstanding(remote), u64::MAX - hasher.finish())
+    let mut costs: Vec<(f64, f64)> = tier.iter().map(|one| (0.0, one.affinity(&prefix))).collect();
+    let expected: Vec<_> =
+        tier.iter().map(|one| one.remote().map(|remote| expected(health, remote, request))).collect();
+    // Of a host that was never asked nothing is known: it counts as the fastest, until it was.
+    let service = |expected: &Option<(Expected, Known)>| {
+        let (expected, known) = expected.as_ref()?;
+        known.pace.service(Expected { is_resident: true, ..*expected }).map(|time| time.as_secs_f64())
+    };
+    let fastest = expected.iter().filter_map(service).fold(f64::INFINITY, f64::min);
+    let fastest = if fastest.is_finite() { fastest } else { UNKNOWN_SERVICE };
+    for ((cost, _), (one, outlook)) in costs.iter_mut().zip(tier.iter().zip(&expected)) {
+        let (Some(remote), Some((expected, known))) = (one.remote(), outlook) else { continue };
+        let each = service(outlook).unwrap_or(fastest).max(0.001);
+        let load = match known.is_loaded {
+            Some(false) => {
+                let absent = known.pace.service(Expected { is_resident: false, ..*expected });
+                absent.map_or(UNKNOWN_LOAD, |absent| (absent.as_secs_f64() - each).max(UNKNOWN_LOAD.min(each)))
+            }
+            _ => 0.0,
+        };
+        #[expect(clippy::cast_precision_loss, reason = "requests at one host are few")]
+        let before = known.outstanding as f64 / f64::from(remote.weight);
+        *cost = each * (1.0 + before) + load;
+    }
+    let least = costs.iter().map(|(cost, _)| *cost).fold(f64::INFINITY, f64::min);
+    let mut order: Vec<_> = std::mem::take(tier).into_iter().zip(costs).collect();
+    order.sort_by(|(_, (a, a_likes)), (_, (b, b_likes))| {
+        let is_equal = |cost: f64| cost <= least * ABOUT_EQUAL;
+        match (is_equal(*a), is_equal(*b)) {
+            (true, true) => b_likes.total_cmp(a_likes),
+            (true, false) => std::cmp::Ordering::Less,
+            (false, true) => std::cmp::Ordering::Greater,
+            (false, false) => a.total_cmp(b),
+        }
     });
+    tier.extend(order.into_iter().map(|(one, _)| one));
 }
+
+/// What this request would meet at a host, and what is known of it.
+pub fn expected(health: &Health, remote: &Remote, request: &GenerateRequest) -> (Expected, Known) {
+    let bytes = match &request.prompt {
+        Prompt::Raw(text) => text.len(),
+        Prompt::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
+    };
+    let prompt_tokens = u32::try_from(bytes / BYTES_PER_TOKEN).unwrap_or(u32::MAX).saturating_add(16);
+    let answer_tokens = request.max_tokens.map_or(USUAL_ANSWER, |most| most.min(USUAL_ANSWER));
+    health.expected(remote, prompt_tokens, answer_tokens)
+}
+
+/// A low guess of what a token is, so that a deadline is not too short.
+const BYTES_PER_TOKEN: usize = 3;
+/// Tokens of an answer whose end is not known.
+const USUAL_ANSWER: u32 = 256;
 
 fn prefix(request: &GenerateRequest) -> Vec<u8> {
     let text: String = match &request.prompt {
@@ -129,6 +238,16 @@ fn prefix(request: &GenerateRequest) -> Vec<u8> {
         Prompt::Chat(messages) => messages.iter().take(2).map(|message| message.content.as_str()).collect(),
     };
     text.bytes().take(PREFIX_BYTES).collect()
+}
+
+/// Hosts that are far away come after those that are near.
+pub fn near_first(tiers: Vec<Tier>, health: &Health) -> Vec<Tier> {
+    let is_far = |one: &Candidate| one.remote().is_some_and(|remote| health.of(remote).is_far);
+    let split = |tier: Tier| {
+        let (far, near): (Tier, Tier) = tier.into_iter().partition(is_far);
+        [near, far]
+    };
+    tiers.into_iter().flat_map(split).filter(|tier| !tier.is_empty()).collect()
 }
 
 /// Who may go on with an answer that broke off at `current`: all others first, then itself.

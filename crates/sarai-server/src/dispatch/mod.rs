@@ -5,6 +5,7 @@
 
 mod attempt;
 mod candidates;
+mod hedge;
 mod resume;
 mod warm;
 
@@ -14,18 +15,18 @@ use futures_util::{StreamExt, stream};
 use sarai_api::Served;
 use sarai_core::{Attempt, Error, GenerateRequest, Phase, Residence};
 use sarai_plan::{EngineId, Want};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::backend::EventStream;
-use crate::backend::remote::{Hosts, Place};
-use crate::catalog::Catalog;
+use crate::backend::remote::{self, Hosts};
+use crate::catalog::Catalogs;
 use crate::config::{Deployment, Model};
-use crate::health::Health;
+use crate::health::{self, Health};
 use crate::planner::Planner;
 use crate::pool::Pool;
 pub use candidates::label;
-use candidates::{Candidate, Tier, spread, tiers};
+use candidates::{Candidate, Tier, near_first, spread, tiers};
+use hedge::Hedged;
 pub use warm::warm_fallbacks;
 
 /// An answer that has begun: its first event is there.
@@ -49,7 +50,7 @@ pub struct Manner {
 #[derive(Clone, Debug)]
 pub struct Dispatch {
     /// Models, and files of local deployments.
-    pub catalog: Arc<Catalog>,
+    pub catalogs: Catalogs,
     /// Plans of them.
     pub planner: Planner,
     /// Workers.
@@ -66,6 +67,8 @@ struct Ask<'a> {
     request: Arc<GenerateRequest>,
     manner: Manner,
     attempts: Vec<Attempt>,
+    /// The model's own worker, which may be asked while a host is late.
+    worker: Option<Candidate>,
     /// Whose breaker is open: asked only when nobody else answered.
     last_resort: Vec<Candidate>,
 }
@@ -97,8 +100,10 @@ impl Dispatch {
     /// The request is wrong, or nobody answered: the only one's error, or all of them.
     pub async fn answer(&self, model: &Arc<Model>, request: GenerateRequest, manner: Manner) -> Result<Answer, Error> {
         let request = Arc::new(request);
-        let tiers = tiers(&self.catalog, model, &request);
-        let mut ask = Ask { model, request, manner, attempts: Vec::new(), last_resort: Vec::new() };
+        let tiers = near_first(tiers(&self.catalogs.now(), model, &request)?, &self.health);
+        let is_own = |one: &&Candidate| one.model.name == model.name && one.remote().is_none();
+        let worker = tiers.iter().flatten().find(is_own).cloned();
+        let mut ask = Ask { model, request, manner, attempts: Vec::new(), worker, last_resort: Vec::new() };
         for tier in tiers {
             if let Some(answer) = self.ask_tier(&mut ask, tier).await? {
                 return Ok(answer);
@@ -123,14 +128,21 @@ impl Dispatch {
 
     /// Asks those who share the load until one answers.
     async fn ask_tier(&self, ask: &mut Ask<'_>, mut left: Tier) -> Result<Option<Answer>, Error> {
-        spread(&mut left, &ask.request, |remote| self.health.of(remote).outstanding);
+        spread(&mut left, &ask.request, &self.health);
         let arrived = Instant::now();
         while !left.is_empty() {
+            let mut changes = self.health.changes();
             left = self.usable(ask, left);
             let remotes: Vec<_> = left.iter().filter_map(Candidate::remote).collect();
             let Some(first) = left.first() else { break };
             let deadline = first.model.deadlines.queue;
-            let (index, place) = match timeout_at(arrived + deadline, self.health.place(&remotes)).await {
+            let found = tokio::select! {
+                biased;
+                found = timeout_at(arrived + deadline, self.health.place(&remotes)) => found,
+                // A breaker has opened or closed: others may be asked than those that are waited for.
+                Ok(()) = changes.changed() => continue,
+            };
+            let (index, place) = match found {
                 Ok(found) => found,
                 Err(_) => {
                     let model = first.model.name.clone();
@@ -161,6 +173,10 @@ impl Dispatch {
                 ask.note(&candidate, Error::Unavailable { model: ask.model.name.clone(), reason });
                 continue;
             }
+            if let Some(error) = candidate.is_too_far(&self.health) {
+                ask.note(&candidate, error);
+                continue;
+            }
             if !candidate.is_left_alone(&self.health) {
                 usable.push(candidate);
                 continue;
@@ -177,31 +193,46 @@ impl Dispatch {
         &self,
         ask: &mut Ask<'_>,
         candidate: &Candidate,
-        place: Option<OwnedSemaphorePermit>,
+        place: health::Place,
     ) -> Result<Option<Answer>, Error> {
-        let mut outcome = self.begin(ask, candidate, place).await;
+        let worker = ask.worker.clone().filter(|worker| is_allowed(worker, ask.manner.strict));
+        let (candidate, opened) = match (candidate.remote(), worker) {
+            (Some(remote), Some(worker)) => {
+                match hedge::open(self, (candidate, remote), &worker, &ask.request, place).await {
+                    Hedged::Host(opened) => (candidate.clone(), opened),
+                    Hedged::Worker(error, events) => {
+                        ask.note(candidate, error);
+                        (worker, Ok(events))
+                    }
+                }
+            }
+            _ => (candidate.clone(), attempt::open(self, candidate, &ask.request, place).await),
+        };
+        let mut outcome = self.begin(ask, &candidate, opened).await;
         if matches!(outcome, Err(Error::WorkerDied { .. })) {
             // Nothing was sent of it: it may be replayed, once.
-            outcome = self.begin(ask, candidate, None).await;
+            let again = attempt::open(self, &candidate, &ask.request, None).await;
+            outcome = self.begin(ask, &candidate, again).await;
         }
         match outcome {
-            Ok(events) => Ok(Some(ask.begun(candidate, events))),
+            Ok(events) => Ok(Some(ask.begun(&candidate, events))),
             Err(error) if error.may_succeed_elsewhere() => {
                 tracing::warn!(deployment = candidate.label(), %error, "attempt failed");
-                ask.note(candidate, error);
+                ask.note(&candidate, error);
                 Ok(None)
             }
             Err(error) => Err(error),
         }
     }
 
+    /// Makes of an attempt's events what the client wants.
     async fn begin(
         &self,
         ask: &Ask<'_>,
         candidate: &Candidate,
-        place: Option<OwnedSemaphorePermit>,
+        opened: Result<EventStream, Error>,
     ) -> Result<EventStream, Error> {
-        let events = attempt::open(self, candidate, &ask.request, place).await?;
+        let events = opened?;
         if ask.manner.whole {
             return gathered(events).await;
         }
@@ -234,13 +265,13 @@ impl Dispatch {
             || Error::Deadline { model: model.name.clone(), phase: Phase::Load, seconds: deadlines.load.as_secs() };
         let loaded = async {
             match deployment {
-                Deployment::Local { engine, context_tokens } => {
+                Deployment::Local { engine, context_tokens } | Deployment::Process { engine, context_tokens, .. } => {
                     let want = self.want(*engine, *context_tokens, residence).await?;
                     self.pool.acquire(*engine, want).await.map(drop)
                 }
                 Deployment::Remote(remote) => {
                     let context_tokens = residence.context_tokens.or(remote.context_tokens);
-                    let place = Place { remote, context_tokens, connect: deadlines.connect };
+                    let place = remote::Place { remote, context_tokens, connect: deadlines.connect };
                     self.hosts.load(&place, residence.keep_alive).await
                 }
             }
@@ -255,14 +286,14 @@ impl Dispatch {
     /// # Errors
     /// The engine's file cannot be used.
     pub async fn want(&self, engine: EngineId, context_tokens: u32, residence: Residence) -> Result<Want, Error> {
-        let (catalog, planner) = (Arc::clone(&self.catalog), self.planner.clone());
+        let (catalog, planner) = (self.catalogs.now(), self.planner.clone());
         let needed = residence.context_tokens.unwrap_or(context_tokens);
         let want = move || {
-            let file = catalog.file(engine)?;
+            let source = catalog.source(engine)?;
             let settings = catalog.engines[engine.0].settings;
             Ok(Want {
-                needed: planner.size(&file, settings, needed),
-                usual: planner.size(&file, settings, settings.context_tokens),
+                needed: planner.size(&source, settings, needed),
+                usual: planner.size(&source, settings, settings.context_tokens),
                 keep_alive: residence.keep_alive,
             })
         };
@@ -276,9 +307,10 @@ fn is_allowed(candidate: &Candidate, strict: bool) -> bool {
     !strict || candidate.degraded.is_empty()
 }
 
-/// What is said when no deployment answered. A prompt that is too long for all of them is the client's matter.
+/// What is said when no deployment answered. A prompt that is too long for all that could be asked is the client's matter.
 fn failed(model: &Model, mut attempts: Vec<Attempt>) -> Error {
-    let too_long = attempts.iter().position(|attempt| matches!(*attempt.error, Error::ContextOverflow { .. }));
+    let is_too_long = |attempt: &Attempt| matches!(*attempt.error, Error::ContextOverflow { .. });
+    let too_long = attempts.iter().position(is_too_long);
     match (attempts.len(), too_long) {
         (0, _) => Error::Unavailable {
             model: model.name.clone(),

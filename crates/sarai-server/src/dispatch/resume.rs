@@ -9,13 +9,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
-use sarai_core::{Error, Event, FinishReason, GenerateRequest, Phase, Prompt, Timings, Usage};
+use sarai_core::{Api, Error, Event, FinishReason, GenerateRequest, Phase, Prompt, Timings, Usage};
 use tokio::time::timeout;
 
 use super::candidates::{Candidate, tiers, to_resume};
 use super::{Dispatch, attempt, is_allowed};
 use crate::backend::EventStream;
-use crate::config::{Api, Deployment, Model, Resume};
+use crate::config::{Deployment, Model, Resume};
+use crate::health::Place;
 
 /// How often one answer is resumed at most.
 const MOST: usize = 4;
@@ -34,13 +35,15 @@ struct Running {
     journal: String,
     /// In so many pieces, which are tokens.
     pieces: u32,
+    /// Whether all that is out is text: hidden reasoning and tool calls cannot be gone on with.
+    is_text: bool,
     resumed: usize,
     waiting: VecDeque<Event>,
 }
 
 /// Whether an answer to this may be resumed: plain text only, never a constrained form.
 pub fn is_resumable(model: &Model, request: &GenerateRequest) -> bool {
-    model.resume != Resume::Never && !request.format.is_constrained()
+    model.resume != Resume::Never && !request.format.is_constrained() && request.needs().is_empty()
 }
 
 /// The same events; where they break off, those of whoever goes on.
@@ -61,13 +64,14 @@ pub fn resuming(
         events,
         journal: String::new(),
         pieces: 0,
+        is_text: true,
         resumed: 0,
         waiting: VecDeque::new(),
     };
     Box::pin(stream::unfold(Some(running), |running| async {
         let mut running = running?;
         let event = running.next().await;
-        let ends = !matches!(event, Ok(Event::Text(_) | Event::Resumed { .. }));
+        let ends = !matches!(event, Ok(Event::Text(_) | Event::Extra(_) | Event::Alive | Event::Resumed { .. }));
         Some((event, (!ends).then_some(running)))
     }))
 }
@@ -87,9 +91,17 @@ impl Running {
     }
 
     fn noted(&mut self, event: Event) -> Event {
-        if let Event::Text(text) = &event {
-            self.journal.push_str(text);
-            self.pieces += 1;
+        match &event {
+            Event::Text(text) => {
+                self.journal.push_str(text);
+                self.pieces += 1;
+            }
+            Event::Extra(extra) => {
+                self.journal.push_str(&extra.text);
+                self.pieces += u32::from(!extra.text.is_empty());
+                self.is_text &= extra.message.is_empty() && extra.choice.is_empty();
+            }
+            _ => {}
         }
         event
     }
@@ -99,7 +111,7 @@ impl Running {
         // What broke is let go of before anything is asked for: its place, its lease, its slot.
         self.events = Box::pin(stream::empty());
         self.resumed += 1;
-        if self.resumed > MOST || !error.may_succeed_elsewhere() {
+        if self.resumed > MOST || !self.is_text || !error.may_succeed_elsewhere() {
             return Err(error);
         }
         let reason = format!("{}: {error}", self.candidate.label());
@@ -127,12 +139,16 @@ impl Running {
 
     /// All others first, then who broke off; a host whose breaker is open only if there is nobody else.
     fn candidates(&self) -> Vec<Candidate> {
-        let all = to_resume(tiers(&self.dispatch.catalog, &self.model, &self.request), &self.candidate);
+        let tiers = tiers(&self.dispatch.catalogs.now(), &self.model, &self.request).unwrap_or_default();
+        let all = to_resume(tiers, &self.candidate);
+        let health = &self.dispatch.health;
         let may = |candidate: &Candidate| {
             let same = candidate.model.name == self.model.name;
-            (same || self.model.resume == Resume::Any) && is_allowed(candidate, self.strict)
+            (same || self.model.resume == Resume::Any)
+                && is_allowed(candidate, self.strict)
+                && candidate.is_too_far(health).is_none()
+                && !(candidate.is(&self.candidate) && candidate.remote().is_some_and(|remote| remote.managed_lb))
         };
-        let health = &self.dispatch.health;
         let (open, mut closed): (Vec<_>, Vec<_>) =
             all.into_iter().filter(may).partition(|one| one.is_left_alone(health));
         closed.extend(open);
@@ -156,6 +172,7 @@ impl Given<'_> {
                 let request = GenerateRequest { given: self.text.to_owned(), ..request.clone() };
                 attempt::open(self.dispatch, candidate, &request, None).await
             }
+            Deployment::Process { .. } => self.asked_again(candidate, None).await,
             Deployment::Remote(remote) => {
                 let place = || async {
                     let place = timeout(PLACE_WITHIN, self.dispatch.health.place(&[remote])).await;
@@ -180,25 +197,25 @@ impl Given<'_> {
                         let events = attempt::open(self.dispatch, candidate, &request, place().await?).await?;
                         Ok(with_given_counted(events, self.pieces))
                     }
-                    _ if is_determined(request) => {
-                        let events = attempt::open(self.dispatch, candidate, request, place().await?).await?;
-                        let gap = candidate.model.deadlines.gap;
-                        let other = || Error::Unavailable {
-                            model: candidate.model.name.clone(),
-                            reason: format!("{}, asked again, gives another text", candidate.label()),
-                        };
-                        caught_up(events, self.text, gap).await?.ok_or_else(other)
-                    }
-                    _ => Err(Error::Unavailable {
-                        model: candidate.model.name.clone(),
-                        reason: format!(
-                            "{} would give another text: only temperature 0 or a seed determine it",
-                            candidate.label()
-                        ),
-                    }),
+                    // A place is not waited for in vain.
+                    _ if !is_determined(request) => self.asked_again(candidate, None).await,
+                    _ => self.asked_again(candidate, place().await?).await,
                 }
             }
         }
+    }
+
+    /// Asks for the whole answer once more, and goes on with it where it says what is out already.
+    async fn asked_again(&self, candidate: &Candidate, place: Place) -> Result<EventStream, Error> {
+        let (model, label) = (candidate.model.name.clone(), candidate.label());
+        if !is_determined(self.request) {
+            let reason = format!("{label} would give another text: only temperature 0 or a seed determine it");
+            return Err(Error::Unavailable { model, reason });
+        }
+        let events = attempt::open(self.dispatch, candidate, self.request, place).await?;
+        let reason = format!("{label}, asked again, gives another text");
+        let gap = candidate.model.deadlines.gap;
+        caught_up(events, self.text, gap).await?.ok_or(Error::Unavailable { model, reason })
     }
 }
 
@@ -227,8 +244,12 @@ async fn caught_up(mut events: EventStream, out: &str, gap: Duration) -> Result<
     let mut said = String::new();
     while said.len() < out.len() {
         let event = timeout(gap, events.next()).await.ok().flatten();
-        let Some(Event::Text(text)) = event.transpose()? else { return Ok(None) };
-        said.push_str(&text);
+        match event.transpose()? {
+            Some(Event::Text(text)) => said.push_str(&text),
+            // What it says beyond text was said by the one before.
+            Some(Event::Extra(extra)) => said.push_str(&extra.text),
+            _ => return Ok(None),
+        }
         let common = said.len().min(out.len());
         if said.as_bytes()[..common] != out.as_bytes()[..common] {
             return Ok(None);

@@ -11,9 +11,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use sarai_core::Api;
 use serde_json::json;
 
-use crate::config::{Api, Config, Deployment, Model, Remote};
+use crate::config::{Config, Deployment, Model, Remote};
 use crate::dispatch::label;
 use crate::server::{Server, ServerError};
 pub use upstream::Fault;
@@ -77,7 +78,7 @@ pub async fn run(
     // What is learned in a drill is not the truth.
     staged.server.state_dir = std::env::temp_dir().join(format!("sarai-drill-{}", std::process::id()));
     let state_dir = staged.server.state_dir.clone();
-    let server = Server::start(staged, executable).await?;
+    let server = Server::start(staged, executable, None).await?;
     let url = format!("http://{}", server.address().map_err(ServerError::Serve)?);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let serving = tokio::spawn(server.serve(async { drop(stopped.await) }));

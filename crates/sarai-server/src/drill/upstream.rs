@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
-use crate::config::Api;
+use sarai_core::Api;
 
 /// Pieces of the whole answer.
 pub const PIECES: usize = 12;

@@ -49,11 +49,13 @@ pub struct Breaker {
     /// How often it has been opened since it was last closed.
     opened: u32,
     last: Option<Error>,
+    /// Whether it is open because the host said so.
+    asked_for_time: bool,
 }
 
 impl Default for Breaker {
     fn default() -> Self {
-        Self { state: State::Closed, failures: 0, opened: 0, last: None }
+        Self { state: State::Closed, failures: 0, opened: 0, last: None, asked_for_time: false }
     }
 }
 
@@ -72,18 +74,23 @@ impl Breaker {
     /// remembered until a stream of its own comes to an end.
     pub fn recovered(&mut self) {
         self.state = State::Closed;
+        self.asked_for_time = false;
         self.failures = FAILURES - 1;
     }
 
-    /// A stream came to its own end.
-    pub fn succeeded(&mut self) {
-        *self = Self::default();
+    /// A stream came to its own end. One that began before the host asked for time changes nothing about that.
+    pub fn succeeded(&mut self, now: Instant) {
+        match self.state {
+            State::Open { until } if self.asked_for_time && until > now => {}
+            _ => *self = Self::default(),
+        }
     }
 
     /// A request failed by the deployment's fault. `jitter` is from 0 to 1. Returns whether it opens now.
     pub fn failed(&mut self, error: &Error, now: Instant, jitter: f64) -> bool {
         self.failures += 1;
         self.last = Some(error.clone());
+        self.asked_for_time |= !retry_after(error).is_zero();
         let is_open = self.state != State::Closed;
         if !is_open && self.failures < FAILURES && !is_beyond_doubt(error) {
             return false;
@@ -147,7 +154,7 @@ mod tests {
         let now = Instant::now();
         let mut breaker = Breaker::default();
         assert!(!breaker.failed(&error(RemoteCause::Cut), now, 0.5));
-        breaker.succeeded();
+        breaker.succeeded(now);
         assert!(!breaker.failed(&error(RemoteCause::Cut), now, 0.5));
         assert!(breaker.failed(&error(RemoteCause::Cut), now, 0.5));
         let mut gone = Breaker::default();
@@ -166,7 +173,7 @@ mod tests {
             breaker.probing();
         }
         assert_eq!(rests, [1000, 2000, 4000, 8000, 16_000, 30_000, 30_000, 30_000]);
-        breaker.succeeded();
+        breaker.succeeded(now);
         assert_eq!(breaker.state(), State::Closed);
         breaker.failed(&gone, now, 0.0);
         assert_eq!(rest(&breaker, now), Some(Duration::from_millis(800)), "and it begins anew, with jitter");
@@ -194,7 +201,7 @@ mod tests {
             assert_eq!(rest(&breaker, now), Some(Duration::from_millis(wanted)));
             breaker.recovered();
         }
-        breaker.succeeded();
+        breaker.succeeded(now);
         assert!(!breaker.failed(&cut, now, 0.5), "a stream that came to its end makes all good");
     }
 
@@ -205,5 +212,11 @@ mod tests {
         let busy = RemoteCause::Status { status: 503, message: "busy".into(), retry_after: Some(20) };
         assert!(breaker.failed(&error(busy), now, 0.5));
         assert_eq!(rest(&breaker, now), Some(Duration::from_secs(20)));
+        breaker.succeeded(now);
+        assert_eq!(
+            rest(&breaker, now),
+            Some(Duration::from_secs(20)),
+            "an older stream that ends well does not matter"
+        );
     }
 }

@@ -1,6 +1,8 @@
-//! What is known of remote deployments: whether they answer, how fast, and how much they have to do.
+//! What is known of remote deployments: whether they answer, how fast, how far away, and how much they have to do.
 
 mod breaker;
+mod host;
+mod pace;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,24 +10,25 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use sarai_core::{Deadlines, Error, GenerateRequest, Message, Phase, Prompt, RemoteCause, Residence, Role, Sampling};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
 
 pub use breaker::State;
+pub use host::{Look, Place};
+pub use pace::{Expected, Gaps, Pace, Sample};
 
-use crate::backend::remote::{Hosts, Place};
-use crate::config::{Config, Deployment, Remote};
+use crate::backend::remote::{self, Hosts};
+use crate::catalog::Catalog;
+use crate::config::Remote;
 use crate::state::State as Learned;
 use breaker::Breaker;
+use host::Host;
 
-/// Gaps that must have been seen before their length is relied on.
-const GAPS_TO_LEARN: u32 = 32;
-/// A gap is too long at so many times the longest usual one, and not before the shortest limit.
-const GAP_FACTOR: u32 = 12;
-const SHORTEST_GAP_LIMIT: Duration = Duration::from_secs(4);
 /// Opened breakers that wait to be told of.
 const WAITING: usize = 64;
+/// How long a look at a host may take.
+const LOOK_WITHIN: Duration = Duration::from_secs(2);
 
 /// Names a deployment: the host and its model.
 type Key = (String, String);
@@ -37,45 +40,7 @@ struct Entry {
     prober: Option<AbortHandle>,
     /// Counts probers and successes: a prober that finds another number has been overtaken.
     turn: u64,
-    gaps: Gaps,
-}
-
-/// How long the pauses between pieces of an answer usually are.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Gaps {
-    seen: u32,
-    /// The longest one; each further gap lets it fade by a hundredth.
-    longest: Duration,
-}
-
-impl Gaps {
-    fn remembered((seen, longest_ms): (u32, u64)) -> Self {
-        Self { seen, longest: Duration::from_millis(longest_ms) }
-    }
-
-    fn to_remember(self) -> (u32, u64) {
-        (self.seen, u64::try_from(self.longest.as_millis()).unwrap_or(u64::MAX))
-    }
-
-    /// Takes one more into account.
-    pub fn saw(&mut self, gap: Duration) {
-        self.seen = self.seen.saturating_add(1);
-        self.longest = gap.max(self.longest.mul_f64(0.99));
-    }
-
-    /// Takes those of a whole stream into account.
-    fn absorb(&mut self, other: Self) {
-        let faded = self.longest.mul_f64(0.99_f64.powi(i32::try_from(other.seen.min(10_000)).unwrap_or(0)));
-        *self = Self { seen: self.seen.saturating_add(other.seen), longest: faded.max(other.longest) };
-    }
-
-    /// How long a gap may be, within the configured limit.
-    pub fn limit(&self, configured: Duration) -> Duration {
-        if self.seen < GAPS_TO_LEARN {
-            return configured;
-        }
-        (self.longest * GAP_FACTOR).max(SHORTEST_GAP_LIMIT).min(configured)
-    }
+    pace: Pace,
 }
 
 /// What is known of one deployment.
@@ -85,33 +50,48 @@ pub struct Known {
     pub state: State,
     /// Why it was opened.
     pub last: Option<Error>,
-    /// Requests that it answers for us now.
+    /// Requests that its host answers for us now.
     pub outstanding: usize,
+    /// What it usually does.
+    pub pace: Pace,
+    /// Whether its model is loaded there, if that is known.
+    pub is_loaded: Option<bool>,
+    /// The shortest round trip to its host that was seen lately.
+    pub round_trip: Option<Duration>,
+    /// Whether that is beyond the local network.
+    pub is_far: bool,
 }
 
 /// All remote deployments.
 #[derive(Clone)]
 pub struct Health {
     table: Table,
-    /// Places at each host, by its URL.
-    places: Arc<HashMap<String, (usize, Arc<Semaphore>)>>,
     /// Ends the probers with the last handle.
     _probers: Arc<EndProbers>,
 }
 
-/// What is known, and how to find out more.
+#[derive(Default)]
+struct Entries {
+    deployments: HashMap<Key, Entry>,
+    /// By URL.
+    hosts: HashMap<String, Host>,
+}
+
+/// What is known, and how to find out more. The lock is held for look-ups only.
 #[derive(Clone)]
 struct Table {
     hosts: Hosts,
-    entries: Arc<Mutex<HashMap<Key, Entry>>>,
+    entries: Arc<Mutex<Entries>>,
     learned: Arc<Learned>,
     /// Hears of each breaker that opens.
     opened: mpsc::Sender<Remote>,
+    /// Counts up when a breaker opens or closes: whoever waits for a place thinks again.
+    changed: watch::Sender<u64>,
 }
 
 impl std::fmt::Debug for Health {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Health").field("hosts", &self.places.len()).finish_non_exhaustive()
+        f.debug_struct("Health").field("hosts", &self.table.lock().hosts.len()).finish_non_exhaustive()
     }
 }
 
@@ -120,7 +100,7 @@ struct EndProbers(Table);
 impl Drop for EndProbers {
     fn drop(&mut self) {
         let mut entries = self.0.lock();
-        entries.values_mut().filter_map(|entry| entry.prober.take()).for_each(|prober| prober.abort());
+        entries.deployments.values_mut().filter_map(|entry| entry.prober.take()).for_each(|prober| prober.abort());
     }
 }
 
@@ -134,40 +114,69 @@ fn state_key(remote: &Remote) -> String {
 }
 
 impl Health {
-    /// Of every remote deployment in the configuration, with what was learned of it; and who hears of each breaker that
+    /// Of every remote deployment in the catalog, with what was learned of it; and who hears of each breaker that
     /// opens.
-    pub fn new(config: &Config, hosts: Hosts, learned: Arc<Learned>) -> (Self, mpsc::Receiver<Remote>) {
-        let (mut entries, mut places) = (HashMap::new(), HashMap::new());
-        for model in &config.models {
-            for deployment in &model.deployments {
-                let Deployment::Remote(remote) = deployment else { continue };
-                entries.entry(key(remote)).or_insert_with(|| Entry {
-                    deadlines: model.deadlines,
-                    breaker: Breaker::default(),
-                    prober: None,
-                    turn: 0,
-                    gaps: Gaps::remembered(learned.get(&state_key(remote)).gaps),
-                });
-                let most = places.entry(remote.url.clone()).or_insert(0);
-                *most = remote.max_outstanding.max(*most);
-            }
-        }
+    pub fn new(catalog: &Catalog, hosts: Hosts, learned: Arc<Learned>) -> (Self, mpsc::Receiver<Remote>) {
         let (opened, hears) = mpsc::channel(WAITING);
-        let table = Table { hosts, entries: Arc::new(Mutex::new(entries)), learned, opened };
-        let places = places.into_iter().map(|(url, most)| (url, (most, Arc::new(Semaphore::new(most))))).collect();
-        (Self { _probers: Arc::new(EndProbers(table.clone())), table, places: Arc::new(places) }, hears)
+        let (changed, _) = watch::channel(0);
+        let table = Table { hosts, entries: Arc::default(), learned, opened, changed };
+        let health = Self { _probers: Arc::new(EndProbers(table.clone())), table };
+        health.reconfigure(catalog);
+        (health, hears)
+    }
+
+    /// Takes another catalog's deployments for those there are; what is known of the ones in both is kept.
+    pub fn reconfigure(&self, catalog: &Catalog) {
+        let mut entries = self.table.lock();
+        let mut old = std::mem::take(&mut *entries);
+        let mut most: HashMap<String, Option<usize>> = HashMap::new();
+        for (model, remote) in catalog.remotes() {
+            let entry = old.deployments.remove(&key(remote)).unwrap_or_else(|| Entry {
+                deadlines: model.deadlines,
+                breaker: Breaker::default(),
+                prober: None,
+                turn: 0,
+                pace: self.table.learned.get(&state_key(remote)).pace,
+            });
+            let entry = Entry { deadlines: model.deadlines, ..entry };
+            entries.deployments.entry(key(remote)).or_insert(entry);
+            let most = most.entry(remote.url.clone()).or_insert(Some(0));
+            *most = most.zip(remote.max_outstanding).map(|(a, b)| a.max(b));
+        }
+        for (url, most) in most {
+            let mut host = old.hosts.remove(&url).unwrap_or_else(|| Host::new(most));
+            host.limit(most);
+            entries.hosts.insert(url, host);
+        }
+        drop(entries);
+        old.deployments.into_values().filter_map(|entry| entry.prober).for_each(|prober| prober.abort());
+        self.table.tell();
+        catalog.remotes().for_each(|(_, remote)| self.table.look_if_due(remote));
     }
 
     /// What is known of a deployment.
     pub fn of(&self, remote: &Remote) -> Known {
-        let breaker = self.table.breaker(remote);
-        let outstanding = self.places.get(&remote.url).map_or(0, |(most, free)| most - free.available_permits());
-        Known { state: breaker.state(), last: breaker.last().cloned(), outstanding }
+        let (entries, now) = (self.table.lock(), Instant::now());
+        let (entry, host) = (entries.deployments.get(&key(remote)), entries.hosts.get(&remote.url));
+        Known {
+            state: entry.map_or(State::Closed, |entry| entry.breaker.state()),
+            last: entry.and_then(|entry| entry.breaker.last().cloned()),
+            outstanding: host.map_or(0, Host::outstanding),
+            pace: entry.map(|entry| entry.pace).unwrap_or_default(),
+            is_loaded: host.and_then(|host| host.is_loaded(&remote.model_name, now)),
+            round_trip: host.and_then(Host::round_trip),
+            is_far: host.is_some_and(Host::is_far),
+        }
     }
 
     /// Whether its breaker says to leave it alone.
     pub fn is_open(&self, remote: &Remote) -> bool {
-        self.table.lock().get(&key(remote)).is_some_and(|entry| entry.breaker.state() != State::Closed)
+        self.table.breaker(remote).state() != State::Closed
+    }
+
+    /// Hears when a breaker opens or closes, or the deployments change.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.table.changed.subscribe()
     }
 
     /// Takes a place at one of these hosts, the first that has one; in this order if several have. What is no host has no
@@ -175,8 +184,8 @@ impl Health {
     ///
     /// # Cancel safety
     /// Whoever does not wait any more leaves all queues.
-    pub async fn place(&self, remotes: &[&Remote]) -> (usize, Option<OwnedSemaphorePermit>) {
-        let places = |remote: &&Remote| self.places.get(&remote.url).map(|(_, free)| Arc::clone(free));
+    pub async fn place(&self, remotes: &[&Remote]) -> (usize, Place) {
+        let places = |remote: &&Remote| self.table.lock().hosts.get(&remote.url).map(Host::places);
         let Some(places) = remotes.iter().map(places).collect::<Option<Vec<_>>>().filter(|places| !places.is_empty())
         else {
             return (0, None);
@@ -192,43 +201,60 @@ impl Health {
         (index, permit.ok())
     }
 
-    /// How long a gap in this deployment's streams may be.
-    pub fn gap_limit(&self, remote: &Remote, configured: Duration) -> Duration {
-        self.table.lock().get(&key(remote)).map_or(configured, |entry| entry.gaps.limit(configured))
+    /// What an answer of so many tokens to so long a prompt would meet at this deployment. Looks at its host in the
+    /// background, if that was not done lately.
+    pub fn expected(&self, remote: &Remote, prompt_tokens: u32, answer_tokens: u32) -> (Expected, Known) {
+        self.table.look_if_due(remote);
+        let known = self.of(remote);
+        let is_resident = known.is_loaded == Some(true);
+        (Expected { prompt_tokens, answer_tokens, is_resident }, known)
     }
 
-    /// A stream came to its own end, with these gaps.
-    pub fn succeeded(&self, remote: &Remote, gaps: Gaps) {
+    /// A stream came to its own end.
+    pub fn succeeded(&self, remote: &Remote, sample: &Sample) {
         let mut entries = self.table.lock();
-        let Some(entry) = entries.get_mut(&key(remote)) else { return };
-        if entry.breaker.state() != State::Closed {
-            tracing::info!(deployment = ?remote, "answers again");
+        if let Some(host) = entries.hosts.get_mut(&remote.url) {
+            host.has(&remote.model_name, Instant::now());
         }
-        entry.breaker.succeeded();
-        entry.turn += 1;
-        entry.gaps.absorb(gaps);
-        self.table.learned.learn(&state_key(remote), |learned| learned.gaps = entry.gaps.to_remember());
-        if let Some(prober) = entry.prober.take() {
-            prober.abort();
+        let Some(entry) = entries.deployments.get_mut(&key(remote)) else { return };
+        let was_open = entry.breaker.state() != State::Closed;
+        entry.breaker.succeeded(Instant::now());
+        entry.pace.saw(sample);
+        self.table.learned.learn(&state_key(remote), |learned| learned.pace = entry.pace);
+        if entry.breaker.state() == State::Closed {
+            entry.turn += 1;
+            if let Some(prober) = entry.prober.take() {
+                prober.abort();
+            }
+        }
+        if was_open && entry.breaker.state() == State::Closed {
+            tracing::info!(deployment = ?remote, "answers again");
+            self.table.tell();
         }
     }
 
     /// A request failed; only what is the deployment's fault counts.
     pub fn failed(&self, remote: &Remote, error: &Error) {
-        if !matches!(error, Error::Remote { .. }) {
+        let Error::Remote { cause, .. } = error else { return };
+        if remote.managed_lb && !matches!(cause, RemoteCause::Unreachable(_)) {
+            // One machine of the cluster, of which only its own balancer knows the others.
             return;
         }
         let mut entries = self.table.lock();
-        let Some(entry) = entries.get_mut(&key(remote)) else { return };
-        if let Error::Remote { cause: RemoteCause::Silent { phase: Phase::Gap, seconds }, .. } = error {
-            // The limit may have been learned too short: what was cut for it counts as a gap of this length.
-            entry.gaps.saw(Duration::from_secs(*seconds));
-            self.table.learned.learn(&state_key(remote), |learned| learned.gaps = entry.gaps.to_remember());
+        let Some(entry) = entries.deployments.get_mut(&key(remote)) else { return };
+        match cause {
+            RemoteCause::Silent { phase: Phase::Gap, seconds } => entry.pace.cut_for_gap(Duration::from_secs(*seconds)),
+            RemoteCause::Silent { seconds, .. } | RemoteCause::Late { seconds } => {
+                entry.pace.gave_up(Duration::from_secs(*seconds));
+            }
+            _ => {}
         }
+        self.table.learned.learn(&state_key(remote), |learned| learned.pace = entry.pace);
         if entry.breaker.failed(error, Instant::now(), rand::random()) {
             tracing::warn!(deployment = ?remote, %error, "breaker opens");
             // Who is too busy to hear of it misses a convenience.
             let _ = self.table.opened.try_send(remote.clone());
+            self.table.tell();
         }
         if entry.breaker.state() != State::Closed && entry.prober.as_ref().is_none_or(AbortHandle::is_finished) {
             entry.turn += 1;
@@ -239,12 +265,33 @@ impl Health {
 }
 
 impl Table {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Entry>> {
+    fn lock(&self) -> MutexGuard<'_, Entries> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn tell(&self) {
+        self.changed.send_modify(|count| *count += 1);
+    }
+
     fn breaker(&self, remote: &Remote) -> Breaker {
-        self.lock().get(&key(remote)).map(|entry| entry.breaker.clone()).unwrap_or_default()
+        self.lock().deployments.get(&key(remote)).map(|entry| entry.breaker.clone()).unwrap_or_default()
+    }
+
+    /// Looks at a host, aside, if that was not done lately.
+    fn look_if_due(&self, remote: &Remote) {
+        let mut entries = self.lock();
+        let is_due = entries.hosts.get_mut(&remote.url).is_some_and(|host| host.is_to_be_looked_at(Instant::now()));
+        let connect = entries.deployments.get(&key(remote)).map(|entry| entry.deadlines.connect);
+        let Some(connect) = connect.filter(|_| is_due) else { return };
+        let (table, remote) = (self.clone(), remote.clone());
+        // It ends by itself, soon.
+        tokio::spawn(async move {
+            if let Ok(Ok(look)) = timeout(LOOK_WITHIN, table.hosts.look(&remote, connect)).await
+                && let Some(host) = table.lock().hosts.get_mut(&remote.url)
+            {
+                host.saw(look, Instant::now());
+            }
+        });
     }
 
     /// Recovers without traffic: after each rest, one real token is asked for.
@@ -259,12 +306,14 @@ impl Table {
             let Some(deadlines) = self.begin_probe(&remote, turn) else { return };
             let outcome = self.probe(&remote, &deadlines).await;
             let mut entries = self.lock();
-            let Some(entry) = entries.get_mut(&key(&remote)).filter(|entry| entry.turn == turn) else { return };
+            let entry = entries.deployments.get_mut(&key(&remote)).filter(|entry| entry.turn == turn);
+            let Some(entry) = entry else { return };
             match outcome {
                 Ok(()) => {
                     tracing::info!(deployment = ?remote, "answers again: breaker closes");
                     entry.breaker.recovered();
                     entry.prober = None;
+                    self.tell();
                     return;
                 }
                 Err(error) => {
@@ -277,14 +326,14 @@ impl Table {
 
     fn begin_probe(&self, remote: &Remote, turn: u64) -> Option<Deadlines> {
         let mut entries = self.lock();
-        let entry = entries.get_mut(&key(remote)).filter(|entry| entry.turn == turn)?;
+        let entry = entries.deployments.get_mut(&key(remote)).filter(|entry| entry.turn == turn)?;
         entry.breaker.probing();
         Some(entry.deadlines)
     }
 
     /// Asks for one token: a list of models that is there proves nothing.
     async fn probe(&self, remote: &Remote, deadlines: &Deadlines) -> Result<(), Error> {
-        let place = Place { remote, context_tokens: remote.context_tokens, connect: deadlines.connect };
+        let place = remote::Place { remote, context_tokens: remote.context_tokens, connect: deadlines.connect };
         let hello = Message { role: Role::User, content: "Hi".into() };
         let request = GenerateRequest {
             prompt: Prompt::Chat(vec![hello]),
@@ -294,6 +343,7 @@ impl Table {
             format: sarai_core::Format::Text,
             residence: Residence::default(),
             given: String::new(),
+            extras: None,
         };
         let silent = || Error::Remote {
             host: remote.url.clone(),
@@ -311,29 +361,5 @@ impl Table {
             Err(Error::InvalidRequest { .. }) => Ok(()),
             outcome => outcome,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_limit_of_a_gap_is_learned_and_never_beyond_the_configured_one() {
-        let (ms, configured) = (Duration::from_millis, Duration::from_secs(60));
-        let mut gaps = Gaps::default();
-        assert_eq!(gaps.limit(configured), configured, "nothing is known yet");
-        for _ in 0..40 {
-            gaps.saw(ms(50));
-        }
-        assert_eq!(gaps.limit(configured), SHORTEST_GAP_LIMIT, "a host may pause for other clients");
-        gaps.saw(ms(2_000));
-        assert_eq!(gaps.limit(configured), ms(24_000));
-        gaps.saw(ms(9_000));
-        assert_eq!(gaps.limit(configured), configured);
-        for _ in 0..500 {
-            gaps.saw(ms(50));
-        }
-        assert_eq!(gaps.limit(configured), SHORTEST_GAP_LIMIT, "and forgotten");
     }
 }

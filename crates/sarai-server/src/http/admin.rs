@@ -1,6 +1,7 @@
 //! What the server says of itself: health, readiness, and who is resident.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use axum::extract::State;
@@ -13,6 +14,7 @@ use sarai_plan::EngineId;
 use serde_json::{Value, json};
 
 use super::{App, json_response};
+use crate::catalog::Catalog;
 use crate::config::{Deployment, Model, Remote};
 use crate::dispatch::label;
 use crate::machine::process::{Memory, measure};
@@ -30,8 +32,9 @@ pub async fn health() -> Response {
 pub async fn ready(State(app): State<App>) -> Response {
     let hosts = host_states(&app).await;
     let snapshot = app.gateway.dispatch.pool.snapshot().await;
+    let catalog = app.gateway.catalog();
     let states: Vec<_> =
-        app.gateway.catalog.models.iter().map(|model| model_state(&app, model, snapshot.as_ref(), &hosts)).collect();
+        catalog.models.iter().map(|model| model_state(&app, model, snapshot.as_ref(), &hosts)).collect();
     let ready = states.iter().any(|state| state["available"] == true);
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, json_response(HeaderMap::new(), &json!({ "ready": ready, "models": states }))).into_response()
@@ -43,16 +46,16 @@ pub async fn ps(State(app): State<App>) -> Response {
     let Some(snapshot) = app.gateway.dispatch.pool.snapshot().await else {
         return json_response(HeaderMap::new(), &json!({ "models": [] }));
     };
-    let memory = measure_all(&snapshot).await;
-    let catalog = &app.gateway.catalog;
+    let catalog = &app.gateway.catalog();
+    let memory = measure_all(catalog, &snapshot).await;
     let mut resident = Vec::new();
     for model in &catalog.models {
         for deployment in &model.deployments {
-            let Deployment::Local { engine, context_tokens } = deployment else { continue };
-            let Some(worker) = snapshot.workers.get(engine) else { continue };
-            let measured = memory.get(engine).copied().unwrap_or_default();
-            let sarai = worker_row(&snapshot, *engine, worker.pid, measured);
-            let context = worker.info.context_tokens.min(*context_tokens);
+            let Some((engine, context_tokens)) = deployment.engine() else { continue };
+            let Some(worker) = snapshot.workers.get(&engine) else { continue };
+            let measured = memory.get(&engine).copied().unwrap_or_default();
+            let sarai = worker_row(&snapshot, engine, worker.pid, measured);
+            let context = worker.info.context_tokens.min(context_tokens);
             let expires = snapshot.rows[engine.0].expires_at;
             let expires = expires.map(|at| SystemTime::now() + Duration::from_millis(at.saturating_sub(snapshot.now)));
             resident.push(process_entry(&catalog.facts(model), measured.total().0, context, expires, sarai));
@@ -61,7 +64,7 @@ pub async fn ps(State(app): State<App>) -> Response {
     let states: Vec<_> = catalog.models.iter().map(|model| model_state(&app, model, Some(&snapshot), &hosts)).collect();
     let workers = snapshot.workers.iter().map(|(engine, worker)| {
         let mut row = worker_row(&snapshot, *engine, worker.pid, memory.get(engine).copied().unwrap_or_default());
-        row["models"] = catalog.engines[engine.0].label.clone().into();
+        row["models"] = catalog.engines.get(engine.0).map(|engine| engine.label.clone()).into();
         row
     });
     let server = measure(std::process::id()).unwrap_or_default();
@@ -71,6 +74,7 @@ pub async fn ps(State(app): State<App>) -> Response {
         "max_concurrent_llms": snapshot.limits.max_concurrent_llms,
         "server_bytes": snapshot.server, "strategy": snapshot.limits.strategy.name(), "pressure": snapshot.is_pressed,
         "decisions": super::pool::decisions(&app, &snapshot),
+        "requests": { "in_flight": app.gateway.admission.in_flight(), "queued": app.gateway.admission.queued() },
         "server": { "anonymous_bytes": server.anonymous, "file_bytes": server.file },
         "workers": workers.collect::<Vec<_>>(), "models": states,
     });
@@ -85,9 +89,11 @@ fn worker_row(snapshot: &Snapshot, engine: EngineId, pid: u32, memory: Memory) -
     })
 }
 
-async fn measure_all(snapshot: &Snapshot) -> HashMap<EngineId, Memory> {
+async fn measure_all(catalog: &Arc<Catalog>, snapshot: &Snapshot) -> HashMap<EngineId, Memory> {
     let pids: Vec<_> = snapshot.workers.iter().map(|(engine, worker)| (*engine, worker.pid)).collect();
-    let all = move || pids.into_iter().filter_map(|(engine, pid)| Some((engine, measure(pid)?))).collect();
+    let catalog = Arc::clone(catalog);
+    let measured = move |(engine, pid)| Some((engine, catalog.measure(engine, pid, measure)?));
+    let all = move || pids.into_iter().filter_map(measured).collect();
     tokio::task::spawn_blocking(all).await.unwrap_or_default()
 }
 
@@ -95,14 +101,11 @@ type HostStates = HashMap<String, Result<Vec<String>, RemoteCause>>;
 
 /// Asks every remote host for its models, all at once.
 async fn host_states(app: &App) -> HostStates {
+    let catalog = app.gateway.catalog();
     let mut remotes: Vec<(&Remote, Duration)> = Vec::new();
-    for model in &app.gateway.catalog.models {
-        for deployment in &model.deployments {
-            if let Deployment::Remote(remote) = deployment
-                && !remotes.iter().any(|(known, _)| known.url == remote.url)
-            {
-                remotes.push((remote, model.deadlines.connect));
-            }
+    for (model, remote) in catalog.remotes() {
+        if !remotes.iter().any(|(known, _)| known.url == remote.url) {
+            remotes.push((remote, model.deadlines.connect));
         }
     }
     let asked = remotes.into_iter().map(|(remote, connect)| async move {
@@ -117,7 +120,9 @@ fn model_state(app: &App, model: &Model, snapshot: Option<&Snapshot>, hosts: &Ho
     let mut deployments = Vec::new();
     for deployment in &model.deployments {
         let (state, reason) = match deployment {
-            Deployment::Local { engine, .. } => local_state(app, *engine, snapshot),
+            Deployment::Local { engine, .. } | Deployment::Process { engine, .. } => {
+                local_state(app, *engine, snapshot)
+            }
             Deployment::Remote(remote) => remote_state(&remote.url, &remote.model_name, hosts),
         };
         let mut row = json!({ "deployment": label(model, deployment), "state": state, "reason": reason });
@@ -125,6 +130,9 @@ fn model_state(app: &App, model: &Model, snapshot: Option<&Snapshot>, hosts: &Ho
             let known = app.gateway.dispatch.health.of(remote);
             row["breaker"] = known.state.name().into();
             row["outstanding"] = known.outstanding.into();
+            row["loaded"] = known.is_loaded.into();
+            row["round_trip_ms"] = known.round_trip.map(|time| time.as_secs_f64() * 1e3).into();
+            row["wan"] = known.is_far.into();
         }
         deployments.push(row);
     }
@@ -137,7 +145,7 @@ fn model_state(app: &App, model: &Model, snapshot: Option<&Snapshot>, hosts: &Ho
 fn local_state(app: &App, engine: EngineId, snapshot: Option<&Snapshot>) -> (&'static str, Option<String>) {
     let row = snapshot.map(|snapshot| &snapshot.rows[engine.0]);
     match row.map_or("absent", |row| row.state.name()) {
-        "absent" => match app.gateway.catalog.file(engine) {
+        "absent" => match app.gateway.catalog().source(engine) {
             Ok(_) => ("absent", snapshot.and_then(|snapshot| snapshot.failures.get(&engine).cloned())),
             Err(error) => ("unavailable", Some(error.to_string())),
         },

@@ -31,7 +31,7 @@ pub async fn version() -> Response {
 
 /// `GET /api/tags`.
 pub async fn tags(State(app): State<App>) -> Response {
-    let catalog = &app.gateway.catalog;
+    let catalog = &app.gateway.catalog();
     let models: Vec<_> = catalog.models.iter().map(|model| ollama::list_entry(&catalog.facts(model))).collect();
     json_response(HeaderMap::new(), &json!({ "models": models }))
 }
@@ -40,11 +40,11 @@ pub async fn tags(State(app): State<App>) -> Response {
 pub async fn show(State(app): State<App>, request: Request) -> Result<Response, Failure> {
     let show = async {
         let name = ollama::parse_model_name(&body::read(request, &app).await?)?;
-        let catalog = &app.gateway.catalog;
+        let catalog = &app.gateway.catalog();
         let model = catalog.find(&name)?;
         let file = model.deployments.iter().find_map(|deployment| match deployment {
             Deployment::Local { engine, .. } => catalog.file(*engine).ok(),
-            Deployment::Remote(_) => None,
+            Deployment::Remote(_) | Deployment::Process { .. } => None,
         });
         let mut info = Map::new();
         for (key, value) in file.iter().flat_map(|file| &file.header.metadata) {
@@ -95,8 +95,7 @@ async fn generated(app: App, kind: Kind, parsed: Parsed, strict: bool) -> Result
     let mut headers = served_headers(&answer.served);
     if !delivery.stream {
         let whole = stream::collect(answer.events).await?;
-        let end = End { finish: whole.finish, usage: &whole.usage, timings: &whole.timings, served: &answer.served };
-        return Ok(json_response(headers, &writer.done(SystemTime::now(), &whole.text, &end)));
+        return Ok(json_response(headers, &writer.whole(SystemTime::now(), whole, &answer.served)));
     }
     headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/x-ndjson"));
     let mut served = answer.served;
@@ -112,6 +111,11 @@ fn encode(writer: &LineWriter, served: &mut Served, event: Result<Event, Error>)
             return String::new();
         }
         Ok(Event::Text(text)) => writer.text(now, &text),
+        Ok(Event::Extra(extra)) => match writer.extra(now, *extra) {
+            Some(line) => line,
+            None => return String::new(),
+        },
+        Ok(Event::Alive) => return String::new(),
         Ok(Event::Done { finish, usage, timings }) => {
             writer.done(now, "", &End { finish, usage: &usage, timings: &timings, served })
         }

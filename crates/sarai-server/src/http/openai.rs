@@ -27,13 +27,15 @@ pub async fn completion(State(app): State<App>, request: Request) -> Result<Resp
 
 /// `GET /v1/models`.
 pub async fn models(State(app): State<App>) -> Response {
-    let models = app.gateway.catalog.models.iter().map(|model| openai::model(&model.name, 0));
+    let catalog = app.gateway.catalog();
+    let models = catalog.models.iter().map(|model| openai::model(&model.name, 0));
     json_response(HeaderMap::new(), &openai::models(models.collect()))
 }
 
 /// `GET /v1/models/{id}`.
 pub async fn model(State(app): State<App>, Path(id): Path<String>) -> Result<Response, Failure> {
-    let model = app.gateway.catalog.find(&id).map_err(Failure::OpenAi)?;
+    let catalog = app.gateway.catalog();
+    let model = catalog.find(&id).map_err(Failure::OpenAi)?;
     Ok(json_response(HeaderMap::new(), &openai::model(&model.name, 0)))
 }
 
@@ -57,7 +59,7 @@ async fn answer(
     let mut headers = served_headers(&answer.served);
     if !delivery.stream {
         let whole = stream::collect(answer.events).await?;
-        let body = writer.whole(&whole.text, whole.finish, &whole.usage, &answer.served, &whole.timings);
+        let body = writer.whole(whole, &answer.served);
         return Ok(json_response(headers, &body));
     }
     headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/event-stream"));
@@ -75,6 +77,8 @@ fn encode(writer: &ChunkWriter, served: &mut Served, event: Result<Event, Error>
             String::new()
         }
         Ok(Event::Text(text)) => sse(&writer.text(&text)),
+        Ok(Event::Extra(extra)) => writer.extra(*extra).map(|chunk| sse(&chunk)).unwrap_or_default(),
+        Ok(Event::Alive) => String::new(),
         Ok(Event::Done { finish, usage, timings }) => {
             let mut end = sse(&writer.finish(finish, served, &timings));
             if let Some(chunk) = writer.usage(&usage) {

@@ -63,8 +63,8 @@ pub fn decisions(app: &App, snapshot: &Snapshot) -> Vec<Value> {
     snapshot.decisions.iter().map(|decision| decision_body(app, decision, snapshot.now)).collect()
 }
 
-fn name(app: &App, engine: EngineId) -> &str {
-    &app.gateway.catalog.engines[engine.0].label
+fn name(app: &App, engine: EngineId) -> String {
+    app.gateway.catalog().engines.get(engine.0).map(|engine| engine.label.clone()).unwrap_or_default()
 }
 
 fn decision_body(app: &App, decision: &Decision, now: u64) -> Value {
@@ -92,13 +92,14 @@ pub async fn plan(State(app): State<App>, request: Request) -> Result<Response, 
 }
 
 async fn what_if(app: &App, name: &str, residence: Residence) -> Result<Value, Error> {
-    let model = app.gateway.catalog.find(name)?;
+    let catalog = app.gateway.catalog();
+    let model = catalog.find(name)?;
     let dispatch = &app.gateway.dispatch;
     let mut deployments = Vec::new();
     for deployment in &model.deployments {
         let mut row = match deployment {
             Deployment::Remote(_) => json!({ "verdict": "remote" }),
-            Deployment::Local { engine, context_tokens } => {
+            Deployment::Local { engine, context_tokens } | Deployment::Process { engine, context_tokens, .. } => {
                 match dispatch.want(*engine, *context_tokens, residence).await {
                     Err(error) => json!({ "verdict": "unavailable", "reason": error.to_string() }),
                     Ok(want) => {
@@ -172,11 +173,12 @@ pub async fn unload(State(app): State<App>, request: Request) -> Result<Response
 /// What is known of every remote deployment.
 fn hosts(app: &App) -> Vec<(String, Known)> {
     let health = &app.gateway.dispatch.health;
-    let models = app.gateway.catalog.models.iter();
+    let catalog = app.gateway.catalog();
+    let models = catalog.models.iter();
     let deployments = models.flat_map(|model| model.deployments.iter().map(move |deployment| (model, deployment)));
     let known = |(model, deployment): (&Arc<Model>, &Deployment)| match deployment {
         Deployment::Remote(remote) => Some((label(model, deployment), health.of(remote))),
-        Deployment::Local { .. } => None,
+        Deployment::Local { .. } | Deployment::Process { .. } => None,
     };
     deployments.filter_map(known).collect()
 }
@@ -184,6 +186,6 @@ fn hosts(app: &App) -> Vec<(String, Known)> {
 /// `GET /metrics`, in Prometheus's text format.
 pub async fn metrics(State(app): State<App>) -> Result<Response, Failure> {
     let snapshot = snapshot(&app).await.map_err(Failure::OpenAi)?;
-    let text = metrics::render(&snapshot, |engine| name(&app, engine).to_owned(), &hosts(&app));
+    let text = metrics::render(&snapshot, |engine| name(&app, engine), &hosts(&app), &app.gateway.admission);
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
 }

@@ -10,7 +10,8 @@ use std::time::Duration;
 use axum::body::Body;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
-use sarai_core::{Error, Event, FinishReason, Timings, Usage};
+use sarai_api::Whole;
+use sarai_core::{Error, Event, Extra};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -98,30 +99,25 @@ impl<F: FnMut(Result<Event, Error>) -> Bytes + Unpin> Stream for Pieces<F> {
     }
 }
 
-/// A whole answer.
-pub struct Whole {
-    /// The text.
-    pub text: String,
-    /// Why it ended.
-    pub finish: FinishReason,
-    /// Tokens.
-    pub usage: Usage,
-    /// Time.
-    pub timings: Timings,
-}
-
 /// Collects an answer.
 ///
 /// # Errors
 /// It ended with an error, or without an end.
 pub async fn collect(mut events: EventStream) -> Result<Whole, Error> {
-    let mut text = String::new();
+    let (mut text, mut extra) = (String::new(), None::<Box<Extra>>);
     while let Some(event) = events.next().await {
         match event? {
             Event::Text(more) => text.push_str(&more),
+            Event::Extra(more) => {
+                text.push_str(&more.text);
+                match &mut extra {
+                    Some(known) => known.absorb(*more),
+                    None => extra = Some(more),
+                }
+            }
             // Whole answers are not resumed: they are asked for anew.
-            Event::Resumed { .. } => {}
-            Event::Done { finish, usage, timings } => return Ok(Whole { text, finish, usage, timings }),
+            Event::Resumed { .. } | Event::Alive => {}
+            Event::Done { finish, usage, timings } => return Ok(Whole { text, finish, usage, timings, extra }),
         }
     }
     Err(Error::Internal("the answer ended without its end mark".into()))

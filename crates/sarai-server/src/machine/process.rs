@@ -41,6 +41,33 @@ fn parse(text: &str) -> Option<Memory> {
     Some(Memory { anonymous: Bytes(kib("Anonymous:")? << 10), file: Bytes(kib("Pss_File:")? << 10) })
 }
 
+/// A process and all that descend from it, itself first.
+pub fn tree(pid: u32) -> Vec<u32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let parents: Vec<(u32, u32)> = numbers.filter_map(|child| Some((child, parent(child)?))).collect();
+    let mut pids = vec![pid];
+    let mut next = 0;
+    while next < pids.len() {
+        let of = pids[next];
+        pids.extend(parents.iter().filter(|(_, parent)| *parent == of).map(|(child, _)| child));
+        next += 1;
+    }
+    pids
+}
+
+fn parent(pid: u32) -> Option<u32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name stands in brackets, and may have any character in it.
+    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+}
+
+/// All processes of a tree together, by whatever measures one.
+pub fn of_tree(pid: u32, one: impl Fn(u32) -> Option<Memory>) -> Option<Memory> {
+    let all = tree(pid).into_iter().filter_map(one);
+    all.reduce(|a, b| Memory { anonymous: a.anonymous + b.anonymous, file: a.file + b.file })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -57,6 +84,25 @@ mod tests {
         let (glance, measure) = (glance.unwrap_or_default(), measure.unwrap_or_default());
         assert!(glance.anonymous.as_mib() > 0.5 * measure.anonymous.as_mib(), "{glance:?} {measure:?}");
         assert!(glance.anonymous.as_mib() < 2.0 * measure.anonymous.as_mib() + 1.0, "{glance:?} {measure:?}");
+    }
+
+    #[test]
+    #[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+    fn a_tree_has_the_children_of_the_children_too() {
+        let mut shell = std::process::Command::new("sh");
+        let mut child =
+            shell.args(["-c", "sh -c 'read x; :' ; :"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let began = std::time::Instant::now();
+        while tree(std::process::id()).len() < 3 {
+            assert!(began.elapsed().as_secs() < 10, "the shell has a shell of its own");
+            std::thread::yield_now();
+        }
+        assert_eq!(tree(std::process::id())[..2], [std::process::id(), child.id()]);
+        let alone = glance(child.id()).unwrap();
+        assert!(of_tree(child.id(), glance).unwrap().total() > alone.total());
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert_eq!(of_tree(child.id(), glance), None);
     }
 
     #[test]

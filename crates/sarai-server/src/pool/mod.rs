@@ -45,6 +45,7 @@ enum Message {
     Observed(Box<observe::Seen>),
     Probed(EngineId, Result<EngineMemory, String>),
     Unload(EngineId),
+    Reconfigure(Arc<Catalog>, MemoryConfig),
     Snapshot(oneshot::Sender<Snapshot>),
     WhatIf(EngineId, Box<Want>, oneshot::Sender<WhatIf>),
     Stop(oneshot::Sender<()>),
@@ -130,6 +131,12 @@ impl Pool {
     /// Unloads an engine, once it is idle.
     pub fn unload(&self, engine: EngineId) {
         self.send(Message::Unload(engine));
+    }
+
+    /// Takes a catalog that succeeds the one there is, and other limits. Engines that are to be loaded otherwise are unloaded once
+    /// they are idle.
+    pub fn reconfigure(&self, catalog: Arc<Catalog>, memory: MemoryConfig) {
+        self.send(Message::Reconfigure(catalog, memory));
     }
 
     /// The pool as it stands.

@@ -1,5 +1,6 @@
 //! What the pool sees: memory of its workers and of the machine, and dry runs while nobody asks for anything.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use sarai_core::{Bytes, EngineMemory};
@@ -12,6 +13,7 @@ use super::owner::{Owner, budget, load_spec};
 use crate::machine;
 use crate::machine::pressure::Reading;
 use crate::machine::process::{self, Memory};
+use crate::source::Source;
 use crate::supervise::probe::probe;
 use crate::supervise::spare;
 
@@ -38,10 +40,11 @@ impl Owner {
             return;
         }
         let workers: Vec<_> = self.live().collect();
+        let catalog = Arc::clone(&self.catalog);
         let (groups, pool, memory) = (self.groups.clone(), self.pool.clone(), self.memory);
         let planner = self.planner.clone();
         tokio::task::spawn_blocking(move || {
-            let measured = |(id, pid, context)| Some((id, pid, context, process::measure(pid)?));
+            let measured = |(id, pid, context)| Some((id, pid, context, catalog.measure(id, pid, process::measure)?));
             pool.send(Message::Observed(Box::new(Seen {
                 server: process::measure(std::process::id()).unwrap_or_default().total() + spare::TAKES,
                 available: machine::free(),
@@ -86,7 +89,7 @@ impl Owner {
 
     /// Nothing is loaded, or refused, on figures of a second ago; and all figures are of one moment.
     pub(super) fn look_again(&mut self) {
-        let glance = |(id, pid, _)| Some((id, measured(process::glance(pid)?)));
+        let glance = |(id, pid, _)| Some((id, measured(self.catalog.measure(id, pid, process::glance)?)));
         let workers = self.live().filter_map(glance).collect();
         let (server, available) = (self.server_takes(), machine::free());
         self.apply(PoolEvent::Observed(Observation {
@@ -103,11 +106,10 @@ impl Owner {
 
     fn remember(&mut self, engine: EngineId, measured: Measured) {
         let slot = &mut self.workers[engine.0];
-        slot.most = slot.most.max(measured.anonymous);
+        let Some(source) = slot.source.clone() else { return };
+        slot.most = slot.most.max(source.counted(measured));
         let settings = self.settings_of(engine);
-        if let Some(file) = &self.workers[engine.0].file {
-            self.planner.measured(file, settings, measured);
-        }
+        self.planner.measured(&source, settings, measured);
     }
 
     /// The settings that an engine's worker has now.
@@ -118,7 +120,7 @@ impl Owner {
 
     /// What a dry run takes: the tables of the vocabulary and a process.
     fn probe_takes(&self, engine: EngineId) -> Bytes {
-        let Ok(file) = self.catalog.file(engine) else { return Bytes::ZERO };
+        let Ok(file) = self.catalog.file(engine).map(Source::File) else { return Bytes::ZERO };
         let plan = self.planner.plan(&file, self.catalog.engines[engine.0].settings);
         // While it reads, the tokenizer is there twice.
         plan.part("vocabulary") * 2 + plan.part("process") + plan.part("binary")
@@ -133,7 +135,7 @@ impl Owner {
         for index in 0..self.catalog.engines.len() {
             let engine = EngineId(index);
             let config = &self.catalog.engines[index];
-            let Ok(file) = self.catalog.file(engine) else { continue };
+            let Ok(file @ Source::File(_)) = self.catalog.source(engine) else { continue };
             let known = self.planner.is_probed(&file, config.settings) || self.unprobable.contains(&engine);
             if known || self.probe_takes(engine) > self.ledger.free() {
                 continue;
@@ -153,7 +155,7 @@ impl Owner {
 
     pub(super) fn probed(&mut self, engine: EngineId, outcome: Result<EngineMemory, String>) {
         self.probing = None;
-        match (outcome, self.catalog.file(engine)) {
+        match (outcome, self.catalog.source(engine)) {
             (Ok(memory), Ok(file)) => self.planner.probed(&file, self.catalog.engines[engine.0].settings, memory),
             (Err(reason), _) => {
                 tracing::warn!(model = self.label(engine), reason, "the dry run failed");

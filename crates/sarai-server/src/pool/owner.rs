@@ -20,9 +20,9 @@ use crate::config::MemoryConfig;
 use crate::machine;
 use crate::machine::cgroup::Groups;
 use crate::machine::pressure::Reading;
-use crate::model_file::ModelFile;
 use crate::planner::Planner;
-use crate::supervise::child::{Ended, Report, Start, Stop, Worker, supervise};
+use crate::source::Source;
+use crate::supervise::child::{Ended, Load, Report, Start, Stop, Worker, supervise};
 
 /// How often memory is measured while anything is busy; else every tenth time.
 const MEASURE_EVERY: Duration = Duration::from_secs(1);
@@ -38,8 +38,8 @@ pub(super) struct Slot {
     /// From the start of the process.
     pub pid: Option<u32>,
     worker: Option<Worker>,
-    /// The file that it was loaded from.
-    pub file: Option<Arc<ModelFile>>,
+    /// What it was loaded from.
+    pub source: Option<Source>,
     /// What it was last loaded with, or resized to.
     pub size: Size,
     /// Memory of its own at the most, while it had this size.
@@ -89,19 +89,7 @@ pub(super) struct Owner {
 impl Owner {
     pub(super) fn new(parts: Parts, pool: Pool) -> Self {
         let Parts { catalog, planner, memory, executable } = parts;
-        let spec = |(index, engine): (usize, &crate::config::Engine)| EngineSpec {
-            label: engine.label.clone(),
-            is_llm: engine.is_llm,
-            evictable: engine.evictable,
-            keep_alive: engine.keep_alive,
-            reload: catalog.file(EngineId(index)).map_or(1000, |file| planner.reload(&file)),
-        };
-        let limits = Limits {
-            budget: budget(memory),
-            max_concurrent_llms: memory.max_concurrent_llms,
-            strategy: memory.strategy,
-        };
-        let specs = catalog.engines.iter().enumerate().map(spec).collect();
+        let (limits, specs) = (limits(memory), specs(&catalog, &planner));
         Self {
             ledger: Ledger::new(limits, specs),
             workers: catalog.engines.iter().map(|_| Slot::default()).collect(),
@@ -179,6 +167,7 @@ impl Owner {
             Message::Report(engine, report) => self.reported(engine, report),
             Message::Observed(observation) => self.observed(&observation),
             Message::Probed(engine, outcome) => self.probed(engine, outcome),
+            Message::Reconfigure(catalog, memory) => self.reconfigure(catalog, memory),
             Message::Unload(engine) => self.apply(PoolEvent::UnloadAsked(engine)),
             Message::Snapshot(reply) => drop(reply.send(self.snapshot())),
             Message::WhatIf(engine, want, reply) => {
@@ -191,6 +180,19 @@ impl Owner {
             }
         }
         self.share_cores();
+    }
+
+    fn reconfigure(&mut self, catalog: Arc<Catalog>, memory: MemoryConfig) {
+        let old = std::mem::replace(&mut self.catalog, catalog);
+        self.memory = memory;
+        self.workers.resize_with(self.catalog.engines.len(), Slot::default);
+        self.ledger.reconfigure(limits(memory), specs(&self.catalog, &self.planner));
+        for (index, engine) in old.engines.iter().enumerate() {
+            if !engine.loads_like(&self.catalog.engines[index]) {
+                self.apply(PoolEvent::UnloadAsked(EngineId(index)));
+            }
+        }
+        self.look_again();
     }
 
     fn wanted(&mut self, engine: EngineId, ticket: Ticket, want: Want, reply: Reply) {
@@ -223,8 +225,8 @@ impl Owner {
                 tracing::info!(model = self.catalog.engines[engine.0].label, pid = worker.pid, ?took, "loaded");
                 slot.worker = Some(worker);
                 slot.failure = None;
-                if let Some(file) = &slot.file {
-                    self.planner.loaded(file, Millis::try_from(took.as_millis()).unwrap_or(Millis::MAX));
+                if let Some(source) = &slot.source {
+                    self.planner.loaded(source, Millis::try_from(took.as_millis()).unwrap_or(Millis::MAX));
                 }
                 self.apply(PoolEvent::Loaded(engine));
                 self.observe();
@@ -250,7 +252,7 @@ impl Owner {
     fn exited(&mut self, engine: EngineId, ended: Ended) {
         let settings = self.settings_of(engine);
         let slot = &mut self.workers[engine.0];
-        let (file, most, was_loaded) = (slot.file.take(), std::mem::take(&mut slot.most), slot.worker.is_some());
+        let (source, most, was_loaded) = (slot.source.take(), std::mem::take(&mut slot.most), slot.worker.is_some());
         slot.stop = None;
         slot.pid = None;
         slot.worker = None;
@@ -263,13 +265,13 @@ impl Owner {
         }
         slot.failure = ended.failure;
         let mut raise = Bytes::ZERO;
-        if let Some(file) = file {
+        if let Some(source) = source {
             if ended.out_of_memory {
                 self.oom_kills += 1;
-                raise = self.planner.killed(&file, settings);
+                raise = self.planner.killed(&source, settings);
                 tracing::warn!(model = self.label(engine), by = %raise, "its next load is planned higher");
             } else if !failed && was_loaded {
-                self.planner.ended(&file, settings, most);
+                self.planner.ended(&source, settings, most);
             }
         }
         self.apply(PoolEvent::Exited { engine, raise, available: Some(machine::free()) });
@@ -365,15 +367,23 @@ impl Owner {
         }
         let config = &self.catalog.engines[engine.0];
         let settings = Settings { context_tokens, ..config.settings };
-        let mut spec = load_spec(config, settings, self.threads_of(engine, 1));
-        let file = self.catalog.file(engine).ok();
-        spec.idle = file.as_ref().map(|file| idle_pieces(&file.header, settings.repack)).unwrap_or_default();
-        let start = Start { executable: self.executable.clone(), spec, load_deadline: config.load_deadline };
+        let source = self.catalog.source(engine).ok();
+        let load = match &source {
+            Some(Source::Process(process)) => Load::Process(Arc::clone(process)),
+            Some(Source::File(file)) => {
+                let idle = idle_pieces(&file.header, settings.repack);
+                Load::File(LoadSpec { idle, ..load_spec(config, settings, self.threads_of(engine, 1)) })
+            }
+            // The worker says what is wrong with it.
+            None => Load::File(load_spec(config, settings, self.threads_of(engine, 1))),
+        };
+        let (executable, label) = (self.executable.clone(), config.label.clone());
+        let start = Start { executable, label, load, load_deadline: config.load_deadline };
         let (stop, on_stop) = oneshot::channel();
         let slot = &mut self.workers[engine.0];
         slot.stop = Some(stop);
         slot.load_began = Some(Instant::now());
-        slot.file = file;
+        slot.source = source;
         slot.most = Bytes::ZERO;
         slot.size = self.ledger.size(engine);
         let pool = self.pool.clone();
@@ -448,6 +458,21 @@ impl Owner {
         decisions.reverse();
         WhatIf { effects, decisions, free: ledger.free() }
     }
+}
+
+fn limits(memory: MemoryConfig) -> Limits {
+    Limits { budget: budget(memory), max_concurrent_llms: memory.max_concurrent_llms, strategy: memory.strategy }
+}
+
+fn specs(catalog: &Catalog, planner: &Planner) -> Vec<EngineSpec> {
+    let spec = |(index, engine): (usize, &crate::config::Engine)| EngineSpec {
+        label: engine.label.clone(),
+        is_llm: engine.is_llm,
+        evictable: engine.evictable,
+        keep_alive: engine.keep_alive,
+        reload: catalog.source(EngineId(index)).map_or(1000, |source| planner.reload(&source)),
+    };
+    catalog.engines.iter().enumerate().map(spec).collect()
 }
 
 /// The least of what was configured, what the machine has and what the control group allows; of the latter two the

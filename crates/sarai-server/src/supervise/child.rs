@@ -4,6 +4,7 @@
 //! end is closed; if it does not, it is killed.
 
 use std::collections::VecDeque;
+use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
@@ -17,21 +18,23 @@ use sarai_core::frame::{self, FromWorker, HEADER_BYTES, LoadSpec, LoadedInfo, To
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStderr, Command};
 use tokio::sync::{Semaphore, mpsc, oneshot};
+use tracing::Level;
 
 use super::route::Routes;
+use crate::config::Process;
 use crate::machine::cgroup::Groups;
 
 /// How long a worker may take to end by itself.
-const END_GRACE: Duration = Duration::from_secs(2);
+pub const END_GRACE: Duration = Duration::from_secs(2);
 /// How the system writes that a process was killed.
 const KILLED: &str = "signal: 9";
 /// How long a thread of OpenMP's (GNU) spins at a barrier before it sleeps, in turns of its loop: long enough for a worker
 /// that is alone, and short enough that two workers, at moments when they have more threads than there are cores, do not
 /// keep each other off them. By default they spin 300 times as long, and 14 + 18 tokens/s came of 78 + 116 alone; with
 /// this, 32 + 33, and alone as before.
-const SPIN: (&str, &str) = ("GOMP_SPINCOUNT", "1000");
+pub const SPIN: (&str, &str) = ("GOMP_SPINCOUNT", "1000");
 /// Lines of a worker's log that are kept for its crash report.
 const LAST_WORDS: usize = 5;
 
@@ -42,13 +45,15 @@ pub struct Worker {
     pub pid: u32,
     /// What it loaded.
     pub info: LoadedInfo,
+    /// The API of a command; a worker of ours is sent frames.
+    pub url: Option<Arc<str>>,
     /// Places for generations.
     pub slots: Arc<Semaphore>,
     /// Requests it is answering.
     pub routes: Routes,
     // Unbounded in type: a guard that is dropped must be able to send. In fact a request sends two commands.
-    commands: mpsc::UnboundedSender<ToWorker>,
-    ids: Arc<AtomicU64>,
+    pub(super) commands: mpsc::UnboundedSender<ToWorker>,
+    pub(super) ids: Arc<AtomicU64>,
 }
 
 impl Worker {
@@ -96,25 +101,39 @@ pub struct Ended {
     pub out_of_memory: bool,
 }
 
+/// What is started.
+#[derive(Clone, Debug)]
+pub enum Load {
+    /// A worker of ours, with this file.
+    File(LoadSpec),
+    /// A command, below a shepherd.
+    Process(Arc<Process>),
+}
+
 /// What starts a worker.
 #[derive(Clone, Debug)]
 pub struct Start {
-    /// The binary to run, with `worker llama`.
+    /// The binary to run, as a worker.
     pub executable: PathBuf,
+    /// The models that it serves, for people.
+    pub label: String,
     /// What to load.
-    pub spec: LoadSpec,
+    pub load: Load,
     /// How long that may take.
     pub load_deadline: Duration,
 }
 
 /// Runs a worker until it ends, or until `stop` is dropped or sent; reports what happens, `Exited` last.
 pub async fn supervise(start: Start, stop: oneshot::Receiver<Stop>, report: impl Fn(Report) + Send) {
-    let model = start.spec.model.clone();
+    let model = start.label.clone();
     let groups = Groups::of_this_process();
     let kills = groups.kills();
-    let (failure, places) = match launch(&start.executable, Kind::Llama, &start.spec.model) {
-        Ok(launched) => run(launched, &start, stop, &report).await,
-        Err(error) => (Some(format!("the worker cannot be started ({error})")), None),
+    let (failure, places) = match &start.load {
+        Load::File(spec) => match launch(&start.executable, ["llama", &model], [SPIN]) {
+            Ok(launched) => run(launched, (&start, spec), stop, &report).await,
+            Err(error) => (Some(format!("the worker cannot be started ({error})")), None),
+        },
+        Load::Process(process) => super::process::run(process, &start, stop, &report).await,
     };
     // The counter tells of the whole group: a worker that was not killed did not die of it.
     let out_of_memory = failure.as_ref().is_some_and(|reason| reason.contains(KILLED)) && groups.kills() > kills;
@@ -140,42 +159,31 @@ pub async fn supervise(start: Start, stop: oneshot::Receiver<Stop>, report: impl
 pub struct Launched {
     /// The process.
     pub child: Child,
-    pid: u32,
+    pub(super) pid: u32,
     /// What it sends.
     pub reader: BufReader<OwnedReadHalf>,
     /// What it is sent.
     pub writer: OwnedWriteHalf,
 }
 
-/// Kinds of children.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Computes.
-    Llama,
-    /// Makes a dry run.
-    Probe,
-    /// Does nothing.
-    Spare,
-}
-
-/// Starts a child in a process group of its own.
+/// Starts `sarai worker` with these arguments and variables, in a process group of its own.
 ///
 /// # Errors
 /// The system cannot.
-pub fn launch(executable: &Path, kind: Kind, label: &str) -> std::io::Result<Launched> {
+pub fn launch<A: AsRef<OsStr>, V: AsRef<OsStr>>(
+    executable: &Path,
+    arguments: impl IntoIterator<Item = A>,
+    variables: impl IntoIterator<Item = (V, V)>,
+) -> std::io::Result<Launched> {
     let (ours, theirs) = StdUnixStream::pair()?;
     ours.set_nonblocking(true)?;
-    let kind = match kind {
-        Kind::Llama => "llama",
-        Kind::Probe => "probe",
-        Kind::Spare => "spare",
-    };
     let child = Command::new(executable)
-        .args(["worker", kind, label])
+        .arg("worker")
+        .args(arguments)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
-        .env(SPIN.0, SPIN.1)
+        .envs(variables)
         .process_group(0)
         .kill_on_drop(true)
         .spawn()?;
@@ -185,25 +193,25 @@ pub fn launch(executable: &Path, kind: Kind, label: &str) -> std::io::Result<Lau
 }
 
 /// Requests of a worker, and the places for them.
-type Places = (Routes, Arc<Semaphore>);
+pub(super) type Places = (Routes, Arc<Semaphore>);
 
 /// Returns why the worker ended, or `None` if it was stopped, and whoever must be told.
 async fn run(
     mut launched: Launched,
-    start: &Start,
+    (start, spec): (&Start, &LoadSpec),
     mut stop: oneshot::Receiver<Stop>,
     report: &(impl Fn(Report) + Send),
 ) -> (Option<String>, Option<Places>) {
     report(Report::Started(launched.pid));
-    let slots = Arc::new(Semaphore::new(start.spec.parallel as usize));
+    let slots = Arc::new(Semaphore::new(spec.parallel as usize));
     let (commands, to_write) = mpsc::unbounded_channel();
     let (loaded, mut on_loaded) = mpsc::channel(1);
     let routes = Routes::open();
-    let last_words = tokio::spawn(read_log(launched.child.stderr.take(), start.spec.model.clone()));
+    let last_words = tokio::spawn(read_log(launched.child.stderr.take(), start.label.clone(), Level::DEBUG));
     let writing = tokio::spawn(write_frames(launched.writer, to_write));
     let (resized, mut on_resized) = mpsc::unbounded_channel();
     let mut reading = tokio::spawn(read_frames(launched.reader, routes.clone(), loaded, resized));
-    let _ = commands.send(ToWorker::Load(start.spec.clone()));
+    let _ = commands.send(ToWorker::Load(spec.clone()));
 
     let loading = tokio::time::timeout(start.load_deadline, on_loaded.recv());
     let outcome = tokio::select! {
@@ -212,6 +220,7 @@ async fn run(
                 report(Report::Loaded(Worker {
                     pid: launched.pid,
                     info,
+                    url: None,
                     slots: Arc::clone(&slots),
                     routes: routes.clone(),
                     commands: commands.clone(),
@@ -234,7 +243,7 @@ async fn run(
     // Closing our end asks the worker to go.
     drop(commands);
     writing.abort();
-    let status = end(&mut launched.child).await;
+    let status = end(&mut launched.child, END_GRACE).await;
     let words = last_words.await.unwrap_or_default();
     let failure = match outcome {
         Outcome::Stopped => None,
@@ -244,14 +253,14 @@ async fn run(
     (failure, Some((routes, slots)))
 }
 
-enum Outcome {
+pub(super) enum Outcome {
     Stopped,
     Failed(String),
     Died,
 }
 
 impl Outcome {
-    fn of(stop: Result<Stop, oneshot::error::RecvError>) -> Self {
+    pub(super) fn of(stop: Result<Stop, oneshot::error::RecvError>) -> Self {
         match stop {
             Ok(Stop::Because(reason)) => Self::Failed(reason),
             Ok(Stop::Idle) | Err(_) => Self::Stopped,
@@ -268,8 +277,8 @@ pub fn with_words(reason: String, words: &VecDeque<String>) -> String {
 }
 
 /// Waits for the child to end, and kills it if it does not.
-pub async fn end(child: &mut Child) -> Option<ExitStatus> {
-    match tokio::time::timeout(END_GRACE, child.wait()).await {
+pub async fn end(child: &mut Child, grace: Duration) -> Option<ExitStatus> {
+    match tokio::time::timeout(grace, child.wait()).await {
         Ok(status) => status.ok(),
         Err(_) => {
             let _ = child.start_kill();
@@ -325,12 +334,15 @@ async fn read_frames(
 }
 
 /// Logs what the worker writes, and returns its last lines.
-pub async fn read_log(stderr: Option<tokio::process::ChildStderr>, model: String) -> VecDeque<String> {
+pub async fn read_log(stderr: Option<ChildStderr>, model: String, level: Level) -> VecDeque<String> {
     let mut words = VecDeque::new();
     let Some(stderr) = stderr else { return words };
     let mut lines = BufReader::new(stderr).lines();
     while let Ok(Some(line)) = lines.next_line().await {
-        tracing::debug!(model, line, "worker");
+        match level {
+            Level::DEBUG => tracing::debug!(model, line, "worker"),
+            _ => tracing::info!(model, line, "process"),
+        }
         words.push_back(line);
         if words.len() > LAST_WORDS {
             words.pop_front();

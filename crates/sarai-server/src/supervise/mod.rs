@@ -2,5 +2,7 @@
 
 pub mod child;
 pub mod probe;
+pub mod process;
 pub mod route;
+pub mod shepherd;
 pub mod spare;

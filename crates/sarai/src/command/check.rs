@@ -14,6 +14,10 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode, Failure> {
     for model in &config.models {
         let places = model.deployments.iter().map(|deployment| match deployment {
             Deployment::Remote(remote) => format!("{} on {}", remote.model_name, remote.url),
+            Deployment::Process { engine, .. } => {
+                let process = config.engines[engine.0].process.as_ref();
+                process.map(|process| process.command.join(" ")).unwrap_or_default()
+            }
             Deployment::Local { engine, .. } => {
                 let path = &config.engines[engine.0].path;
                 let missing = if path.exists() { "" } else { " (not there yet)" };

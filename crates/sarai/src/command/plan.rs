@@ -2,18 +2,20 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use sarai_core::frame::LoadSpec;
 use sarai_core::{Bytes, EngineMemory, Part};
+use sarai_plan::EngineId;
 use sarai_plan::estimate::{PARTS, Plan, Repack, Settings, idle_pieces, largest_context};
 use sarai_plan::ledger::Limits;
 use sarai_plan::system::{Answers, Component, Place, Route, Scenario, System};
-use sarai_plan::{EngineId, Header};
 use sarai_server::config::resolve::{machine_repack, machine_threads};
 use sarai_server::config::{self, Config, Deployment, Environment};
 use sarai_server::machine;
 use sarai_server::model_file::{FileError, ModelFile};
 use sarai_server::planner::{Planner, correct};
+use sarai_server::source::Source;
 use sarai_server::state::State;
 use sarai_server::supervise::probe::probe;
 use serde_json::{Value, json};
@@ -160,7 +162,7 @@ fn dry_run(path: &Path, settings: Settings) -> Result<EngineMemory, String> {
 fn configuration(args: &PlanArgs) -> Result<ExitCode, Failure> {
     let config = config::load(&args.config.config, &Environment::of_process()).map_err(Failure::misused)?;
     let files: Vec<_> = config.engines.iter().map(EngineFiles::read).collect();
-    let planner = Planner::new(std::sync::Arc::new(State::open(&config.server.state_dir)));
+    let planner = Planner::new(Arc::new(State::open(&config.server.state_dir)));
     let present: Vec<_> = files.iter().map(|files| files.as_ref().ok()).collect();
     let machine = args.ram.unwrap_or_else(|| machine::limit().unwrap_or(Bytes(u64::MAX)));
     let budget = config.memory.max_ram.min(of_machine(machine));
@@ -173,16 +175,20 @@ fn configuration(args: &PlanArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// An engine's file, and its projector's.
+/// What an engine is loaded from, and its projector's file.
 struct EngineFiles {
-    model: ModelFile,
+    model: Source,
     projector: Option<ModelFile>,
 }
 
 impl EngineFiles {
     fn read(engine: &config::Engine) -> Result<Self, FileError> {
         let projector = engine.projector.as_deref().map(ModelFile::read).transpose()?;
-        Ok(Self { model: ModelFile::read(&engine.path)?, projector })
+        let model = match &engine.process {
+            Some(process) => Source::Process(Arc::clone(process)),
+            None => Source::File(Arc::new(ModelFile::read(&engine.path)?)),
+        };
+        Ok(Self { model, projector })
     }
 
     fn plan(&self, planner: &Planner, settings: Settings) -> Plan {
@@ -197,7 +203,7 @@ impl EngineFiles {
 fn system<'a>(config: &Config, files: &[Option<&'a EngineFiles>], planner: &Planner, limits: Limits) -> System<'a> {
     let component = |(engine, files): (&config::Engine, &Option<&'a EngineFiles>)| Component {
         label: engine.label.clone(),
-        header: files.map(|files| &files.model.header as &Header),
+        header: files.and_then(|files| files.model.header()),
         projector: files.and_then(|files| files.projector.as_ref()).map(|file| &file.header),
         settings: engine.settings,
         plan: files.map_or_else(Plan::default, |files| files.plan(planner, engine.settings)),
@@ -207,7 +213,7 @@ fn system<'a>(config: &Config, files: &[Option<&'a EngineFiles>], planner: &Plan
     };
     let place = |deployment: &Deployment| match deployment {
         Deployment::Remote(remote) => Place::Remote(remote.url.clone()),
-        Deployment::Local { engine, .. } => Place::Local(*engine),
+        Deployment::Local { engine, .. } | Deployment::Process { engine, .. } => Place::Local(*engine),
     };
     let route = |model: &config::Model| Route {
         name: model.name.clone(),

@@ -23,7 +23,8 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, Failure> {
     }
     let first_model = config.models.first().map(|model| model.name.clone()).unwrap_or_default();
     command::runtime()?.block_on(async {
-        let server = Server::start(config, PathBuf::from(THIS_BINARY)).await.map_err(Failure::failed)?;
+        let file = Some(args.config.config.clone());
+        let server = Server::start(config, PathBuf::from(THIS_BINARY), file).await.map_err(Failure::failed)?;
         let address = server.address().map_err(Failure::failed)?;
         tracing::info!(%address, "listening");
         greet(&address.to_string(), &first_model);

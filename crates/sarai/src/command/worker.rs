@@ -3,12 +3,20 @@
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 
+use sarai_server::supervise::shepherd;
+
 use crate::args::WorkerKind;
 use crate::log;
 
 /// Runs until the server closes its end of the socket, which is our standard input.
 pub fn run(kind: &WorkerKind) -> ExitCode {
     let work = match kind {
+        WorkerKind::Shepherd { command, .. } => {
+            return shepherd::run(command).unwrap_or_else(|error| {
+                log::complain(&format!("shepherd: {error}"));
+                ExitCode::FAILURE
+            });
+        }
         WorkerKind::Llama { .. } => sarai_llama::run_worker,
         WorkerKind::Probe { .. } => sarai_llama::run_probe,
         WorkerKind::Spare { .. } => sarai_llama::run_spare,

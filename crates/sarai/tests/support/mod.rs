@@ -9,6 +9,8 @@
     reason = "tests fail by panicking, and each uses a part"
 )]
 
+pub mod host;
+
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -253,6 +255,12 @@ impl Ollama {
             assert!(Instant::now() < deadline, "ollama never started a runner");
             tokio::task::yield_now().await;
         }
+    }
+
+    /// Sends a signal to it and all its runners.
+    pub fn signal(&self, signal: &str) {
+        let group = format!("-{}", self.child.as_ref().unwrap().id());
+        assert!(Command::new("kill").args([signal, "--", &group]).status().unwrap().success());
     }
 
     /// Kills it with all its runners.

@@ -1,0 +1,174 @@
+//! What is known of one host, whatever its models: places at it, how far away it is, and which models it has loaded.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+
+/// What was seen of a host's models counts for so long.
+const FRESH: Duration = Duration::from_secs(20);
+/// Between two looks at a host that is in use.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// A round trip within a local network; of several, the shortest counts, for a host may be busy.
+const LOCAL: Duration = Duration::from_millis(20);
+/// Looks that count.
+const LOOKS: usize = 5;
+
+/// What a look at a host has shown.
+#[derive(Clone, Debug)]
+pub struct Look {
+    /// How long it took.
+    pub round_trip: Duration,
+    /// Models that it has loaded; `None` where its API has no word for it.
+    pub loaded: Option<Vec<String>>,
+}
+
+/// One host.
+#[derive(Debug)]
+pub struct Host {
+    /// Requests that it answers for us at most; `None` is without limit.
+    most: Option<usize>,
+    free: Arc<Semaphore>,
+    round_trips: Vec<Duration>,
+    loaded: Option<(Instant, Vec<String>)>,
+    looked: Option<Instant>,
+}
+
+/// Places of a host without limit.
+const UNLIMITED: usize = 1 << 20;
+
+impl Host {
+    /// A host of which nothing is known.
+    pub fn new(most: Option<usize>) -> Self {
+        let free = Arc::new(Semaphore::new(most.unwrap_or(UNLIMITED)));
+        Self { most, free, round_trips: Vec::new(), loaded: None, looked: None }
+    }
+
+    /// Changes how many requests it answers for us; those under way go on.
+    pub fn limit(&mut self, most: Option<usize>) {
+        let (old, new) = (self.most.unwrap_or(UNLIMITED), most.unwrap_or(UNLIMITED));
+        self.most = most;
+        if new >= old {
+            self.free.add_permits(new - old);
+            return;
+        }
+        let taken = self.free.forget_permits(old - new);
+        if taken < old - new {
+            // The others are taken out as they come back, by whoever is first to ask for them.
+            let free = Arc::clone(&self.free);
+            let rest = u32::try_from(old - new - taken).unwrap_or(u32::MAX);
+            tokio::spawn(async move {
+                if let Ok(permits) = free.acquire_many_owned(rest).await {
+                    permits.forget();
+                }
+            });
+        }
+    }
+
+    /// Its places.
+    pub fn places(&self) -> Arc<Semaphore> {
+        Arc::clone(&self.free)
+    }
+
+    /// Requests that it answers for us now.
+    pub fn outstanding(&self) -> usize {
+        self.most.unwrap_or(UNLIMITED).saturating_sub(self.free.available_permits())
+    }
+
+    /// Whether it is time to look at it again; whoever is told so looks.
+    pub fn is_to_be_looked_at(&mut self, now: Instant) -> bool {
+        let is_due = self.looked.is_none_or(|looked| now - looked >= LOOK_EVERY);
+        if is_due {
+            self.looked = Some(now);
+        }
+        is_due
+    }
+
+    /// Takes a look into account.
+    pub fn saw(&mut self, look: Look, now: Instant) {
+        self.round_trips.push(look.round_trip);
+        if self.round_trips.len() > LOOKS {
+            self.round_trips.remove(0);
+        }
+        self.loaded = look.loaded.map(|loaded| (now, loaded));
+    }
+
+    /// A model has just answered there: it is loaded.
+    pub fn has(&mut self, model: &str, now: Instant) {
+        match &mut self.loaded {
+            Some((_, loaded)) if loaded.iter().any(|known| is_same(known, model)) => {}
+            Some((_, loaded)) => loaded.push(model.to_owned()),
+            None => self.loaded = Some((now, vec![model.to_owned()])),
+        }
+    }
+
+    /// Whether a model is loaded there; `None` if that is not known.
+    pub fn is_loaded(&self, model: &str, now: Instant) -> Option<bool> {
+        let (_, loaded) = self.loaded.as_ref().filter(|(seen, _)| now - *seen < FRESH)?;
+        Some(loaded.iter().any(|known| is_same(known, model)))
+    }
+
+    /// The shortest round trip that was seen lately.
+    pub fn round_trip(&self) -> Option<Duration> {
+        self.round_trips.iter().min().copied()
+    }
+
+    /// Whether it is beyond the local network.
+    pub fn is_far(&self) -> bool {
+        self.round_trip().is_some_and(|round_trip| round_trip > LOCAL)
+    }
+}
+
+fn is_same(known: &str, model: &str) -> bool {
+    known == model || known.strip_suffix(":latest") == Some(model)
+}
+
+/// A place at a host, given back on drop; `None` where there is nothing to hold.
+pub type Place = Option<OwnedSemaphorePermit>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn look(ms: u64, loaded: &[&str]) -> Look {
+        let loaded = Some(loaded.iter().map(|name| (*name).to_owned()).collect());
+        Look { round_trip: Duration::from_millis(ms), loaded }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_short_round_trip_shows_that_a_busy_host_is_near() {
+        let mut host = Host::new(Some(2));
+        assert!(!host.is_far(), "not known is near");
+        host.saw(look(60, &[]), Instant::now());
+        assert!(host.is_far());
+        host.saw(look(2, &[]), Instant::now());
+        assert!(!host.is_far());
+        (0..LOOKS).for_each(|_| host.saw(look(50, &[]), Instant::now()));
+        assert!(host.is_far(), "it has moved away");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_seen_loaded_is_forgotten_after_a_while() {
+        let mut host = Host::new(Some(2));
+        assert_eq!(host.is_loaded("solar", Instant::now()), None);
+        host.saw(look(1, &["solar:latest"]), Instant::now());
+        assert_eq!(host.is_loaded("solar", Instant::now()), Some(true));
+        assert_eq!(host.is_loaded("other", Instant::now()), Some(false));
+        tokio::time::advance(FRESH).await;
+        assert_eq!(host.is_loaded("solar", Instant::now()), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lower_limit_holds_once_those_under_way_are_done() {
+        let mut host = Host::new(Some(3));
+        let held: Vec<_> = (0..3).filter_map(|_| host.places().try_acquire_owned().ok()).collect();
+        host.limit(Some(1));
+        tokio::task::yield_now().await;
+        drop(held);
+        tokio::task::yield_now().await;
+        assert_eq!((host.outstanding(), host.places().available_permits()), (0, 1));
+        host.limit(None);
+        assert_eq!(host.places().available_permits(), UNLIMITED);
+    }
+}

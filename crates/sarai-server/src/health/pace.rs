@@ -1,0 +1,256 @@
+//! How fast a deployment usually is, phase by phase: learned from whole answers, and the source of deadlines and scores.
+//! Pure.
+
+use std::time::Duration;
+
+use sarai_core::{Timings, Usage};
+use serde::{Deserialize, Serialize};
+
+/// Gaps that must have been seen before their length is relied on.
+const GAPS_TO_LEARN: u32 = 32;
+/// Answers that must have been seen before the time to their first token is relied on.
+const ANSWERS_TO_LEARN: u32 = 8;
+/// A gap is too long at so many times the longest usual one, and not before the shortest limit.
+const GAP_FACTOR: u32 = 12;
+const SHORTEST_GAP_LIMIT: Duration = Duration::from_secs(4);
+/// A first token is too late at so many times what is usual, and not before the shortest limit: other clients of the host
+/// may be before us.
+const FIRST_FACTOR: u32 = 6;
+const SHORTEST_FIRST_LIMIT: Duration = Duration::from_secs(20);
+/// After so many times what is usual, somebody else is asked as well.
+const LATE_FACTOR: u32 = 2;
+const SHORTEST_LATE: Duration = Duration::from_secs(2);
+/// When somebody else is asked as well while nothing is known yet.
+const LATE_UNKNOWN: Duration = Duration::from_secs(10);
+/// A host says that it loaded for a few milliseconds with every answer; this is a real load.
+const A_LOAD: Duration = Duration::from_millis(700);
+/// Shorter prompts tell nothing of the speed.
+const TOKENS_TO_LEARN: u32 = 48;
+/// What one more answer does to a mean.
+const NEW: f64 = 0.2;
+/// How much of a longest time is left after one more that was shorter.
+const FADES: f64 = 0.99;
+
+/// How long the pauses between pieces of an answer usually are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gaps {
+    seen: u32,
+    /// The longest one; each further gap lets it fade by a hundredth.
+    longest: Duration,
+}
+
+impl Gaps {
+    /// Takes one more into account.
+    pub fn saw(&mut self, gap: Duration) {
+        self.seen = self.seen.saturating_add(1);
+        self.longest = gap.max(self.longest.mul_f64(FADES));
+    }
+
+    /// Takes those of a whole stream into account.
+    fn absorb(&mut self, other: Self) {
+        let faded = self.longest.mul_f64(FADES.powi(i32::try_from(other.seen.min(10_000)).unwrap_or(0)));
+        *self = Self { seen: self.seen.saturating_add(other.seen), longest: faded.max(other.longest) };
+    }
+}
+
+/// One whole answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample {
+    /// Pauses between its pieces.
+    pub gaps: Gaps,
+    /// From the request to the first token.
+    pub first: Duration,
+    /// From the first token to the end.
+    pub rest: Duration,
+    /// Tokens.
+    pub usage: Usage,
+    /// What the host says of its time; zero where it says nothing.
+    pub timings: Timings,
+}
+
+/// What was learned of one deployment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Pace {
+    gaps: Gaps,
+    answers: u32,
+    /// Seconds per token of a prompt, the longest usual ones.
+    prefill: f64,
+    /// Mean seconds per token of an answer.
+    decode: f64,
+    /// Seconds to the first token beyond load and prefill, the longest usual ones.
+    wait: f64,
+    /// Seconds of a load, the longest usual ones.
+    load: f64,
+}
+
+impl Pace {
+    /// Takes an answer into account.
+    pub fn saw(&mut self, sample: &Sample) {
+        self.gaps.absorb(sample.gaps);
+        let Sample { first, rest, usage, timings, .. } = *sample;
+        let load = if timings.load >= A_LOAD { timings.load } else { Duration::ZERO };
+        let working = first.saturating_sub(load);
+        let prefill = if timings.prefill.is_zero() { working } else { timings.prefill.min(working) };
+        if !load.is_zero() {
+            self.load = longest(self.load, load.as_secs_f64());
+        }
+        let computed = usage.prompt_tokens.saturating_sub(usage.cached_tokens);
+        if computed >= TOKENS_TO_LEARN || (self.prefill == 0.0 && computed > 0) {
+            self.prefill = longest(self.prefill, prefill.as_secs_f64() / f64::from(computed));
+        }
+        if usage.completion_tokens > 1 {
+            let each = rest.as_secs_f64() / f64::from(usage.completion_tokens - 1);
+            self.decode = if self.decode == 0.0 { each } else { self.decode + NEW * (each - self.decode) };
+        }
+        let beyond = working.as_secs_f64() - self.prefill * f64::from(usage.prompt_tokens);
+        self.wait = longest(self.wait, beyond.max(0.0));
+        self.answers = self.answers.saturating_add(1);
+    }
+
+    /// A stream was cut for a gap of this length: the limit may have been too short.
+    pub fn cut_for_gap(&mut self, gap: Duration) {
+        self.gaps.saw(gap);
+    }
+
+    /// An answer was given up before its first token after so long: it may have been too early.
+    pub fn gave_up(&mut self, after: Duration) {
+        self.wait = longest(self.wait, after.as_secs_f64());
+    }
+
+    /// How long a gap may be, within the configured limit.
+    #[must_use]
+    pub fn gap_limit(&self, configured: Duration) -> Duration {
+        if self.gaps.seen < GAPS_TO_LEARN {
+            return configured;
+        }
+        (self.gaps.longest * GAP_FACTOR).max(SHORTEST_GAP_LIMIT).min(configured)
+    }
+
+    /// How long nothing at all may come before the first token, within the configured limit.
+    #[must_use]
+    pub fn first_limit(&self, expected: Expected, configured: Duration) -> Duration {
+        // A load that was never seen may take anything.
+        let is_known = self.answers >= ANSWERS_TO_LEARN && (expected.is_resident || self.load > 0.0);
+        match is_known {
+            true => (self.usual(expected) * FIRST_FACTOR).max(SHORTEST_FIRST_LIMIT).min(configured),
+            false => configured,
+        }
+    }
+
+    /// When the first token is so late that somebody else is asked as well.
+    #[must_use]
+    pub fn late(&self, expected: Expected) -> Duration {
+        match self.answers >= ANSWERS_TO_LEARN / 2 {
+            true => (self.usual(expected) * LATE_FACTOR).max(SHORTEST_LATE),
+            false => LATE_UNKNOWN,
+        }
+    }
+
+    /// What an answer takes, so that hosts can be compared; `None` while nothing is known.
+    #[must_use]
+    pub fn service(&self, expected: Expected) -> Option<Duration> {
+        let decode = Duration::from_secs_f64(self.decode * f64::from(expected.answer_tokens));
+        (self.answers > 0).then(|| self.usual(expected) + decode)
+    }
+
+    fn usual(&self, expected: Expected) -> Duration {
+        let load = if expected.is_resident { 0.0 } else { self.load };
+        let seconds = self.wait + self.prefill * f64::from(expected.prompt_tokens) + load;
+        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 64)
+    }
+}
+
+/// What is expected of a deployment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expected {
+    /// Tokens of the prompt, estimated.
+    pub prompt_tokens: u32,
+    /// Tokens of the answer, at most.
+    pub answer_tokens: u32,
+    /// Whether the model is loaded there.
+    pub is_resident: bool,
+}
+
+fn longest(known: f64, new: f64) -> f64 {
+    new.max(known * FADES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    fn answer(first_ms: u64, prompt_tokens: u32) -> Sample {
+        Sample {
+            gaps: Gaps::default(),
+            first: Duration::from_millis(first_ms),
+            rest: Duration::from_secs(1),
+            usage: Usage { prompt_tokens, cached_tokens: 0, completion_tokens: 11 },
+            timings: Timings::default(),
+        }
+    }
+
+    fn expected(prompt_tokens: u32, is_resident: bool) -> Expected {
+        Expected { prompt_tokens, answer_tokens: 100, is_resident }
+    }
+
+    fn with_gaps(pace: &mut Pace, gaps: impl IntoIterator<Item = u64>) {
+        let mut seen = Gaps::default();
+        gaps.into_iter().for_each(|ms| seen.saw(Duration::from_millis(ms)));
+        pace.gaps.absorb(seen);
+    }
+
+    #[test]
+    fn the_limit_of_a_gap_is_learned_and_never_beyond_the_configured_one() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.gap_limit(MINUTE), MINUTE, "nothing is known yet");
+        with_gaps(&mut pace, std::iter::repeat_n(50, 40));
+        assert_eq!(pace.gap_limit(MINUTE), SHORTEST_GAP_LIMIT, "a host may pause for other clients");
+        with_gaps(&mut pace, [2_000]);
+        assert_eq!(pace.gap_limit(MINUTE), Duration::from_secs(24));
+        pace.cut_for_gap(Duration::from_secs(9));
+        assert_eq!(pace.gap_limit(MINUTE), MINUTE);
+        with_gaps(&mut pace, std::iter::repeat_n(50, 500));
+        assert_eq!(pace.gap_limit(MINUTE), SHORTEST_GAP_LIMIT, "and forgotten");
+    }
+
+    #[test]
+    fn a_long_prompt_and_a_cold_model_are_given_their_time() {
+        let mut pace = Pace::default();
+        let hour = MINUTE * 60;
+        assert_eq!(pace.first_limit(expected(10, true), hour), hour, "nothing is known yet");
+        assert_eq!(pace.late(expected(10, true)), LATE_UNKNOWN);
+        for _ in 0..10 {
+            pace.saw(&answer(1_000, 100));
+        }
+        assert_eq!(pace.first_limit(expected(100, true), hour), SHORTEST_FIRST_LIMIT);
+        assert_eq!(pace.late(expected(100, true)), SHORTEST_LATE);
+        assert_eq!(pace.first_limit(expected(10_000, true), hour).as_secs(), 600, "10 ms a token, six times over");
+        assert_eq!(pace.late(expected(10_000, true)).as_secs(), 200);
+        assert_eq!(pace.first_limit(expected(100, false), hour), hour, "no load was seen yet");
+        let load = Timings { load: Duration::from_secs(90), ..Timings::default() };
+        pace.saw(&Sample { first: Duration::from_secs(91), timings: load, ..answer(0, 100) });
+        assert_eq!(pace.first_limit(expected(100, false), hour).as_secs(), 546);
+        assert!(pace.first_limit(expected(100, true), hour) < MINUTE, "a load is not taken for a slow prompt");
+    }
+
+    #[test]
+    fn what_was_cut_for_too_short_a_limit_is_given_longer_the_next_time() {
+        let mut pace = Pace::default();
+        (0..10).for_each(|_| pace.saw(&answer(100, 100)));
+        let before = pace.first_limit(expected(100, true), MINUTE * 60);
+        pace.gave_up(before);
+        assert!(pace.first_limit(expected(100, true), MINUTE * 60) > before * 2);
+    }
+
+    #[test]
+    fn the_faster_host_takes_less_for_the_same_answer() {
+        let (mut fast, mut slow) = (Pace::default(), Pace::default());
+        assert_eq!(fast.service(expected(100, true)), None);
+        fast.saw(&answer(100, 100));
+        slow.saw(&answer(1_000, 100));
+        assert!(fast.service(expected(100, true)) < slow.service(expected(100, true)));
+    }
+}

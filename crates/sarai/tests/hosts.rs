@@ -1,0 +1,493 @@
+//! Several hosts of a model, how they are chosen, limited, added and left; and what passes through to them.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+use support::host::{Host, Step, last_line, line, ok, ollama, openai};
+use support::{Answer, Ollama, Sarai, chat, smollm2};
+
+fn served_by(answer: &Answer) -> &str {
+    answer.header("x-sarai-served-by").unwrap()
+}
+
+/// `solar` on one host, whatever else is said of it.
+fn on_host(url: &str, more: &str) -> String {
+    format!("models:\n  solar:\n    backend: ollama_http\n    url: \"{url}\"\n    model_name: m\n{more}")
+}
+
+/// With a worker of this file as its fallback.
+fn with_worker(more: &str) -> String {
+    format!("    fallback: gguf_native\n    gguf_path: {}\n    context_length: 1024\n{more}", smollm2())
+}
+
+fn text_of(answer: &Answer) -> String {
+    answer.sse().iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect()
+}
+
+async fn ask(sarai: &Sarai, more: Value) -> Answer {
+    sarai.post("/v1/chat/completions", chat("solar", "Hello.", more)).await
+}
+
+#[tokio::test]
+async fn what_the_client_says_beyond_what_is_known_here_reaches_the_host_and_what_the_host_says_the_client() {
+    let call =
+        json!({ "index": 0, "id": "call_1", "type": "function", "function": { "name": "weather", "arguments": "" } });
+    let delta = |delta: Value| json!({ "id": "x", "service_tier": "default", "choices": [{ "index": 0, "delta": delta, "finish_reason": null }] });
+    let part = |text: &str| delta(json!({ "tool_calls": [{ "index": 0, "function": { "arguments": text } }] }));
+    let end = json!({ "id": "x", "choices": [{ "index": 0, "delta": {}, "finish_reason": "tool_calls" }] });
+    let usage = json!({ "id": "x", "choices": [], "usage": { "prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13 } });
+    let chunks = [
+        delta(json!({ "role": "assistant", "tool_calls": [call] })),
+        part("{\"city\":"),
+        part("\"Oslo\"}"),
+        end,
+        usage,
+    ];
+    let host = Host::start(move |_, _| openai(&chunks));
+    let config = format!(
+        "models:\n  solar: {{ backend: openai_http, url: \"{}/v1\", model_name: m, api_key: secret }}\n",
+        host.url
+    );
+    let sarai = Sarai::start(&config);
+    let tools = json!([{ "type": "function", "function": { "name": "weather", "parameters": { "type": "object" } } }]);
+    let more =
+        json!({ "tools": tools, "tool_choice": "auto", "vendor_option": { "a": 1 }, "parallel_tool_calls": false });
+    let whole = ask(&sarai, more.clone()).await;
+    let asked = host.asked()[0].clone();
+    assert!(asked.head.to_ascii_lowercase().contains("authorization: bearer secret"), "{}", asked.head);
+    for key in ["tools", "tool_choice", "vendor_option", "parallel_tool_calls"] {
+        assert_eq!(asked.body[key], more[key], "{key}");
+    }
+    let body = whole.json();
+    let choice = &body["choices"][0];
+    assert_eq!(choice["finish_reason"], "tool_calls", "{body}");
+    let called = &choice["message"]["tool_calls"][0];
+    assert_eq!((&called["id"], &called["function"]["arguments"]), (&json!("call_1"), &json!("{\"city\":\"Oslo\"}")));
+    assert_eq!(body["service_tier"], "default", "{body}");
+    let mut streamed = more;
+    streamed["stream"] = true.into();
+    let events = ask(&sarai, streamed).await;
+    let arguments: String = events
+        .sse()
+        .iter()
+        .filter_map(|event| event["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"].as_str())
+        .collect();
+    assert_eq!(arguments, "{\"city\":\"Oslo\"}", "{}", events.text);
+    assert!(events.text.contains("\"finish_reason\":\"tool_calls\"") && events.text.ends_with("data: [DONE]\n\n"));
+}
+
+/// A real Ollama knows log probabilities, which nothing here reads.
+#[tokio::test]
+async fn a_real_ollamas_log_probabilities_come_through() {
+    let ollama = Ollama::start();
+    let config = on_host(&ollama.url, "").replace("model_name: m", "model_name: solar");
+    let sarai = Sarai::start(&config);
+    let body = json!({
+        "model": "solar", "stream": false, "messages": [{ "role": "user", "content": "Name a colour." }],
+        "options": { "temperature": 0, "seed": 7, "num_predict": 4 }, "logprobs": true, "top_logprobs": 2,
+    });
+    let direct = sarai.client.post(format!("{}/api/chat", ollama.url)).body(body.to_string()).send().await.unwrap();
+    let direct = Answer::of(direct).await.json();
+    assert_eq!(direct["logprobs"].as_array().map(Vec::len), Some(4), "this Ollama has them: {direct}");
+    let ours = sarai.post("/api/chat", body.to_string()).await.json();
+    assert_eq!(ours["logprobs"], direct["logprobs"]);
+    let mut streamed = body;
+    streamed["stream"] = true.into();
+    let lines = sarai.post("/api/chat", streamed.to_string()).await.lines();
+    let tokens = lines.iter().filter_map(|line| line["logprobs"].as_array()).map(Vec::len).sum::<usize>();
+    assert_eq!(tokens, 4, "{lines:?}");
+}
+
+#[tokio::test]
+async fn what_only_a_host_can_do_is_never_asked_of_a_worker() {
+    let host = Host::start(|_, _| vec![]);
+    let config = on_host(&host.url, &with_worker(""));
+    let sarai = Sarai::start(&config);
+    let tools = json!([{ "type": "function", "function": { "name": "f", "parameters": {} } }]);
+    let body =
+        json!({ "model": "solar", "stream": false, "messages": [{ "role": "user", "content": "Hi" }], "tools": tools });
+    let failed = sarai.post("/api/chat", body.to_string()).await;
+    assert_eq!(failed.status, 502, "the worker, which knows no tools, is no fallback for this: {}", failed.text);
+    let refused = ask(&sarai, json!({ "tools": tools })).await;
+    assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("tools")), "{}", refused.text);
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_before_any_header_came_cancels_at_the_host_and_nobody_is_asked_again() {
+    let host = Host::start(|_, _| vec![Step::Hold]);
+    let sarai = Sarai::start(&on_host(&host.url, &with_worker("")));
+    for stream in [false, true] {
+        let before = host.asked().len();
+        let body = chat("solar", "Hello.", json!({ "stream": stream }));
+        let asked = tokio::spawn(sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body).send());
+        host.until("the request", |asked| asked.len() == before + 1).await;
+        asked.abort();
+        host.until("the client's leave", |asked| asked[before].left.is_some()).await;
+        sarai.until("its place is free", |ps| ps["models"][0]["deployments"][0]["outstanding"] == 0).await;
+        assert_eq!(host.asked().len(), before + 1, "nothing is tried again for a client that has left");
+        assert!(sarai.worker_pids().await.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn requests_beyond_a_hosts_limit_wait_here_in_their_order() {
+    let host = Host::start(|_, _| {
+        let mut steps = vec![Step::Wait(Duration::from_millis(60))];
+        steps.extend(ollama(&["done"]));
+        steps
+    });
+    let sarai = Sarai::start(&on_host(&host.url, "    max_outstanding: 1\n"));
+    let mut answers = Vec::new();
+    for n in 0..6 {
+        let body = chat("solar", &format!("number {n}"), json!({}));
+        answers.push(tokio::spawn(sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body).send()));
+        // The next one comes when this one waits.
+        sarai.until("it is there", |ps| ps["requests"]["in_flight"] == n + 1).await;
+    }
+    for answer in answers {
+        assert_eq!(answer.await.unwrap().unwrap().status(), 200);
+    }
+    let order: Vec<_> =
+        host.asked().iter().map(|asked| asked.body["messages"][0]["content"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(order, (0..6).map(|n| format!("number {n}")).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_managed_cluster_is_neither_queued_for_nor_asked_twice_and_the_worker_stands_behind_it() {
+    let cluster = Host::start(|_, body| match body["messages"][0]["content"] == "Hello." {
+        true => vec![Step::Send("HTTP/1.1 503 Busy\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".into())],
+        false => vec![Step::Hold],
+    });
+    let sarai = Sarai::start(&on_host(&cluster.url, &with_worker("    managed_lb: true\n")));
+    for n in 1..=4 {
+        let answer = ask(&sarai, json!({ "max_tokens": 2 })).await;
+        assert_eq!((answer.status, served_by(&answer)), (200, "solar@gguf_native"), "{}", answer.text);
+        assert_eq!(cluster.asked().len(), n, "asked once for each, and its breaker stays closed");
+    }
+    let long = |n: usize| chat("solar", &format!("hold {n}"), json!({}));
+    let held: Vec<_> = (0..5)
+        .map(|n| tokio::spawn(sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(long(n)).send()))
+        .collect();
+    cluster.until("all five at once", |asked| asked.len() == 9).await;
+    held.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+#[tokio::test]
+async fn hosts_share_the_load_by_their_weights_and_those_of_a_higher_priority_stand_by() {
+    let hosts: Vec<_> = (0..3).map(|_| Host::start(|_, _| ollama(&["yes"]))).collect();
+    let urls = format!(
+        "[{{ url: \"{}\", weight: 3 }}, \"{}\", {{ url: \"{}\", priority: 1 }}]",
+        hosts[0].url, hosts[1].url, hosts[2].url
+    );
+    let config = format!("models:\n  solar: {{ backend: ollama_http, urls: {urls}, model_name: m }}\n");
+    let sarai = Sarai::start(&config);
+    for n in 0..120 {
+        let answer = sarai.post("/v1/chat/completions", chat("solar", &format!("conversation {n}"), json!({}))).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+    }
+    let counts: Vec<_> = hosts.iter().map(|host| host.asked().len()).collect();
+    assert!(counts[0] > counts[1] && counts[1] > 5 && counts[2] == 0, "{counts:?}");
+}
+
+#[tokio::test]
+async fn a_model_is_asked_where_it_is_loaded() {
+    let (a, b) = (Ollama::start(), Ollama::start());
+    let load = json!({ "model": "solar", "stream": false }).to_string();
+    let sarai =
+        Sarai::start(&format!("models:\n  solar: {{ backend: ollama_http, urls: [\"{}\", \"{}\"] }}\n", a.url, b.url));
+    let loaded = sarai.client.post(format!("{}/api/generate", b.url)).body(load).send().await.unwrap();
+    assert_eq!(loaded.status(), 200);
+    let is_seen = |ps: &Value| ps["models"][0]["deployments"].as_array().unwrap().iter().any(|d| d["loaded"] == true);
+    let began = Instant::now();
+    // A host is looked at when it is used; until then by what it was seen at when the server started.
+    while !is_seen(&sarai.ps().await) {
+        assert!(began.elapsed() < Duration::from_secs(20), "never seen");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    for n in 0..4 {
+        let answer =
+            sarai.post("/v1/chat/completions", chat("solar", &format!("{n}"), json!({ "max_tokens": 2 }))).await;
+        assert_eq!(served_by(&answer), format!("solar@ollama_http(127.0.0.1:{})", b.port));
+    }
+}
+
+/// Passes bytes on to a host, each direction late.
+fn far_away(to: &str, late: Duration) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let to = to.strip_prefix("http://").unwrap().to_owned();
+    let pass = move |mut from: TcpStream, mut to: TcpStream| {
+        std::thread::spawn(move || {
+            let mut buffer = [0; 65536];
+            while let Ok(read @ 1..) = from.read(&mut buffer) {
+                std::thread::sleep(late);
+                if to.write_all(&buffer[..read]).is_err() {
+                    break;
+                }
+            }
+            let _ = to.shutdown(std::net::Shutdown::Write);
+        });
+    };
+    std::thread::spawn(move || {
+        for socket in listener.incoming().map_while(Result::ok) {
+            let Ok(host) = TcpStream::connect(&to) else { continue };
+            pass(socket.try_clone().unwrap(), host.try_clone().unwrap());
+            pass(host, socket);
+        }
+    });
+    url
+}
+
+#[tokio::test]
+async fn a_host_beyond_the_local_network_is_used_only_where_that_is_configured() {
+    let ollama = Ollama::start();
+    let far = far_away(&ollama.url, Duration::from_millis(25));
+    for wan in [false, true] {
+        let config =
+            on_host(&far, &with_worker(&format!("    wan: {wan}\n"))).replace("model_name: m", "model_name: solar");
+        let sarai = Sarai::start(&config);
+        sarai.until("it is measured", |ps| ps["models"][0]["deployments"][0]["wan"] == true).await;
+        let answer = ask(&sarai, json!({ "max_tokens": 2 })).await;
+        assert_eq!((answer.status, served_by(&answer).contains("ollama_http")), (200, wan), "{:?}", answer.headers);
+        let reason = answer.header("x-sarai-fallback-reason").unwrap_or_default();
+        assert_eq!(reason.contains("beyond the local network"), !wan, "{reason}");
+    }
+}
+
+/// A real host that stands still: its kernel takes the connection, and nothing comes.
+#[tokio::test]
+async fn while_a_host_is_late_the_worker_is_asked_too_and_the_first_one_answers() {
+    let ollama = Ollama::start();
+    let config = on_host(&ollama.url, &with_worker("    deadlines: { first_token_seconds: 60 }\n"))
+        .replace("model_name: m", "model_name: solar");
+    let sarai = Sarai::start(&config);
+    for _ in 0..5 {
+        assert!(served_by(&ask(&sarai, json!({ "max_tokens": 2 })).await).contains("ollama_http"));
+    }
+    ollama.signal("-STOP");
+    let began = Instant::now();
+    let answer = ask(&sarai, json!({ "max_tokens": 4, "stream": true })).await;
+    assert_eq!((answer.status, served_by(&answer)), (200, "solar@gguf_native"), "{}", answer.text);
+    assert!(began.elapsed() < Duration::from_secs(40), "long before the host's deadline: {:?}", began.elapsed());
+    assert!(answer.header("x-sarai-fallback-reason").unwrap().contains("late"), "{:?}", answer.headers);
+    ollama.signal("-CONT");
+    sarai.until("its place is free", |ps| ps["models"][0]["deployments"][0]["outstanding"] == 0).await;
+    sarai.until("it is up", |ps| ps["models"][0]["deployments"][0]["breaker"] == "closed").await;
+    assert!(served_by(&ask(&sarai, json!({ "max_tokens": 2 })).await).contains("ollama_http"));
+}
+
+#[tokio::test]
+async fn the_one_that_loses_the_race_is_cancelled_at_the_host() {
+    let host = Host::start(|_, _| vec![Step::Hold]);
+    let sarai = Sarai::start(&on_host(&host.url, &with_worker("")));
+    let answer = ask(&sarai, json!({ "max_tokens": 2 })).await;
+    assert_eq!((answer.status, served_by(&answer)), (200, "solar@gguf_native"), "{}", answer.text);
+    let asked = host.until("it is told", |asked| asked.iter().all(|asked| asked.left.is_some())).await;
+    assert_eq!(asked.len(), 1, "asked once");
+}
+
+#[tokio::test]
+async fn a_stall_is_noticed_within_a_few_of_the_hosts_usual_gaps() {
+    let host = Host::start(|number, _| {
+        let mut steps = vec![Step::Send(ok("application/x-ndjson"))];
+        for n in 0..20 {
+            steps.push(Step::Send(line(&format!("{n} "))));
+            steps.push(Step::Wait(Duration::from_millis(2)));
+        }
+        steps.push(if number < 3 { Step::Send(last_line(json!({}))) } else { Step::Hold });
+        steps
+    });
+    // The limit in the configuration is what counts until the gaps are known: far longer than this test may take.
+    let sarai = Sarai::start(&on_host(&host.url, &with_worker("")));
+    for _ in 0..3 {
+        assert_eq!(ask(&sarai, json!({})).await.status, 200);
+    }
+    let began = Instant::now();
+    let answer = ask(&sarai, json!({ "stream": true, "max_tokens": 40 })).await;
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    assert!(text_of(&answer).starts_with("0 1 2 3 "), "{}", answer.text);
+    let end = answer.sse().into_iter().find(|event| event["sarai"]["resumed"].is_array()).expect("it is resumed");
+    assert!(end["sarai"]["resumed"][0]["reason"].as_str().unwrap().contains("sent nothing"), "{end}");
+    let learned = std::fs::read_dir(sarai.folder.path().join("state")).unwrap().count();
+    assert!(learned > 0, "what was learned outlives the server");
+}
+
+#[tokio::test]
+async fn another_model_goes_on_where_the_policy_allows_it() {
+    let cut =
+        |_: usize, _: &Value| vec![Step::Send(format!("{}{}", ok("application/x-ndjson"), line("The answer is")))];
+    for (policy, goes_on) in [("any", true), ("same_model", false)] {
+        let host = Host::start(cut);
+        let more = format!(
+            "    fallback_models: [lfm2]\n    resume: {policy}\n  lfm2: {{ backend: gguf_native, gguf_path: {} }}\n",
+            smollm2()
+        );
+        let sarai = Sarai::start(&on_host(&host.url, &more));
+        let answer = ask(&sarai, json!({ "stream": true })).await;
+        assert_eq!(answer.text.ends_with("data: [DONE]\n\n"), goes_on, "{policy}: {}", answer.text);
+        if goes_on {
+            let end = answer.sse().into_iter().find(|event| event["sarai"]["resumed"].is_array()).unwrap();
+            assert_eq!(end["sarai"]["resumed"][0]["by"], "lfm2@gguf_native");
+            assert!(end["sarai"]["degraded"].to_string().contains("model:lfm2"), "{end}");
+        }
+    }
+}
+
+/// A raw prompt goes on at another Ollama from the exact text.
+#[tokio::test]
+async fn a_raw_prompt_that_was_cut_goes_on_at_another_real_ollama() {
+    let ollama = Ollama::start();
+    let body = |model: &str| json!({ "model": model, "stream": true, "raw": true, "prompt": "Once upon a time", "options": { "temperature": 0, "num_predict": 24 } });
+    let response = |lines: &[Value]| -> String { lines.iter().filter_map(|line| line["response"].as_str()).collect() };
+    let client = reqwest_client();
+    let direct = client.post(format!("{}/api/generate", ollama.url)).body(body("solar").to_string()).send();
+    let lines = Answer::of(direct.await.unwrap()).await.lines();
+    let whole = response(&lines);
+    let pieces: Vec<String> = lines.iter().take(8).map(|line| line["response"].as_str().unwrap().to_owned()).collect();
+    let cut = Host::start(move |_, _| {
+        let lines: String = pieces
+            .iter()
+            .map(|text| format!("{}\n", json!({ "model": "solar", "response": text, "done": false })))
+            .collect();
+        vec![Step::Send(format!("{}{lines}", ok("application/x-ndjson")))]
+    });
+    let sarai = Sarai::start(&format!(
+        "models:\n  solar: {{ backend: ollama_http, urls: [\"{}\", {{ url: \"{}\", priority: 1 }}] }}\n",
+        cut.url, ollama.url
+    ));
+    let ours = sarai.post("/api/generate", body("solar").to_string()).await.lines();
+    let end = ours.last().unwrap();
+    assert_eq!(end["sarai"]["resumed"].as_array().map(Vec::len), Some(1), "{end}");
+    assert_eq!(response(&ours), whole, "one text, nothing doubled and nothing missing");
+    assert_eq!(end["eval_count"], 24, "{end}");
+}
+
+fn reqwest_client() -> reqwest::Client {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::builder().no_proxy().build().unwrap()
+}
+
+#[tokio::test]
+async fn hosts_come_and_go_while_the_server_runs_and_a_bad_file_changes_nothing() {
+    let (a, b) = (Host::start(|_, _| ollama(&["from a"])), Host::start(|_, _| ollama(&["from b"])));
+    let slow = Host::start(|_, _| {
+        let mut steps = vec![Step::Send(ok("application/x-ndjson"))];
+        for n in 0..40 {
+            steps.push(Step::Send(line(&format!("{n} "))));
+            steps.push(Step::Wait(Duration::from_millis(100)));
+        }
+        steps.push(Step::Send(last_line(json!({}))));
+        steps
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let (hosts, log) = (folder.path().join("hosts"), folder.path().join("log"));
+    std::fs::write(&hosts, format!("{} # the first\n", a.url)).unwrap();
+    let config = |more: &str| {
+        format!(
+            "models:\n  solar: {{ backend: ollama_http, hosts_file: {}, model_name: m }}\n  slow: {{ backend: ollama_http, url: \"{}\", model_name: m }}\n{more}",
+            hosts.display(),
+            slow.url
+        )
+    };
+    let sarai = Sarai::start_with(&config(""), Stdio::from(std::fs::File::create(&log).unwrap()));
+    let said = async |what: &str, times: usize| {
+        let began = Instant::now();
+        while std::fs::read_to_string(&log).unwrap().matches(what).count() < times {
+            assert!(began.elapsed() < Duration::from_secs(20), "never said: {what}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let content = async || ask(&sarai, json!({})).await.json()["choices"][0]["message"]["content"].clone();
+    assert_eq!(content().await, "from a");
+    let running = sarai.client.post(format!("{}/v1/chat/completions", sarai.url));
+    let running = running.body(chat("slow", "count", json!({ "stream": true }))).send().await.unwrap();
+
+    std::fs::write(&hosts, format!("{} weight=2\n", b.url)).unwrap();
+    said("the configuration is taken", 1).await;
+    assert_eq!(content().await, "from b", "noticed without a signal");
+
+    std::fs::write(&hosts, format!("{} weight=none\n", a.url)).unwrap();
+    said("the configuration is not taken", 1).await;
+    assert_eq!(content().await, "from b", "a bad file changes nothing");
+
+    std::fs::write(&hosts, format!("{}\n", a.url)).unwrap();
+    said("the configuration is taken", 2).await;
+    let file = sarai.folder.path().join("sarai.yaml");
+    std::fs::write(&file, config("  third: { backend: ollama_http, url: \"http://127.0.0.1:1\" }\n")).unwrap();
+    let hup = || assert!(Command::new("kill").args(["-HUP", &sarai.pid().to_string()]).status().unwrap().success());
+    hup();
+    said("the configuration is taken", 3).await;
+    let list = sarai.get("/v1/models").await.text;
+    assert!(list.contains("third"), "a model too: {list}");
+    std::fs::write(&file, "models: [").unwrap();
+    hup();
+    said("the configuration is not taken", 2).await;
+    assert_eq!(content().await, "from a");
+
+    let events = Answer::of(running).await;
+    assert_eq!(text_of(&events), (0..40).map(|n| format!("{n} ")).collect::<String>(), "a running answer goes on");
+    assert!(events.text.ends_with("data: [DONE]\n\n"));
+}
+
+#[tokio::test]
+async fn a_name_stands_for_all_its_addresses_where_that_is_configured() {
+    let host = Host::start(|_, _| ollama(&["here"]));
+    let port = host.url.rsplit(':').next().unwrap();
+    let sarai = Sarai::start(&on_host(&format!("http://localhost:{port}"), "    dns: true\n"));
+    let answer = ask(&sarai, json!({})).await;
+    assert_eq!((answer.status, served_by(&answer)), (200, &*format!("solar@ollama_http(127.0.0.1:{port})")));
+}
+
+#[tokio::test]
+async fn heartbeats_are_signs_of_life_and_not_tokens() {
+    let beats =
+        |n: usize| (0..n).flat_map(|_| [Step::Send(": alive\n\n".into()), Step::Wait(Duration::from_millis(50))]);
+    let chunk = |delta: Value, finish: Value| {
+        format!("data: {}\n\n", json!({ "choices": [{ "index": 0, "delta": delta, "finish_reason": finish }] }))
+    };
+    let host = Host::start(move |number, _| {
+        let mut steps = vec![Step::Send(ok("text/event-stream"))];
+        steps.extend(beats(if number == 0 { 30 } else { 400 }));
+        let text = chunk(json!({ "content": "late" }), Value::Null) + &chunk(json!({}), json!("stop"));
+        steps.push(Step::Send(text + "data: [DONE]\n\n"));
+        steps
+    });
+    let config = |deadlines: &str| {
+        format!(
+            "models:\n  solar: {{ backend: openai_http, url: \"{}/v1\", model_name: m, deadlines: {{ {deadlines} }} }}\n",
+            host.url
+        )
+    };
+    let sarai = Sarai::start(&config("first_token_seconds: 4"));
+    let alive = ask(&sarai, json!({})).await;
+    assert_eq!(alive.json()["choices"][0]["message"]["content"], "late", "{}", alive.text);
+    let only_beats = ask(&sarai, json!({})).await;
+    assert_ne!(only_beats.status, 200, "beats without a token for longer than the deadline: {}", only_beats.text);
+}
+
+#[tokio::test]
+async fn a_stream_through_sarai_is_passed_on_piece_by_piece() {
+    let host = Host::start(|_, _| {
+        let mut steps = vec![Step::Send(ok("application/x-ndjson")), Step::Send(line("first "))];
+        steps.push(Step::Hold);
+        steps
+    });
+    let sarai = Sarai::start(&on_host(&host.url, "    resume: never\n"));
+    let body = chat("solar", "Hello.", json!({ "stream": true }));
+    let response = sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body).send().await.unwrap();
+    let mut chunks = response.bytes_stream();
+    let mut seen = String::new();
+    while !seen.contains("first ") {
+        seen.push_str(&String::from_utf8_lossy(&chunks.next().await.unwrap().unwrap()));
+    }
+    drop(chunks);
+    host.until("the client's leave in mid-stream", |asked| asked[0].left.is_some()).await;
+}
