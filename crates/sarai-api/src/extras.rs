@@ -47,6 +47,14 @@ impl Rest {
         }
     }
 
+    /// All that is set, but for what is needed and these, is lost where it is not understood.
+    pub fn degrades_without(&mut self, harmless: &[&str]) {
+        let Extras { fields, needs, .. } = &self.extras;
+        let is_needed = |name: &str| needs.iter().any(|need| need.param == name) || harmless.contains(&name);
+        let lost = fields.iter().filter(|(name, value)| !check::is_default(value) && !is_needed(name));
+        self.extras.degrades = lost.map(|(name, _)| name.clone()).collect();
+    }
+
     /// Something else is needed.
     pub fn need_also(&mut self, param: &str, lack: String) {
         self.extras.needs.push(Need { param: param.to_owned(), lack });

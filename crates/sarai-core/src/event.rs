@@ -54,6 +54,12 @@ pub struct Extra {
 }
 
 impl Extra {
+    /// Whether it has nothing of the answer itself.
+    #[must_use]
+    pub fn only_describes(&self) -> bool {
+        self.text.is_empty() && self.choice.is_empty() && self.message.is_empty()
+    }
+
     /// Puts a later step's fields to these, for an answer that is wanted whole: texts and lists grow, what has an `index` is
     /// found by it, anything else is replaced.
     pub fn absorb(&mut self, later: Self) {
@@ -66,13 +72,17 @@ impl Extra {
     }
 }
 
+/// What a step says whole, however often.
+const WHOLE: [&str; 6] = ["index", "id", "type", "name", "role", "format"];
 /// Deeper than any answer nests what grows.
 const DEEPEST: usize = 16;
 
 fn merge_fields(into: &mut Map<String, Value>, later: Map<String, Value>, depth: usize) {
     for (key, value) in later {
         match into.get_mut(&key) {
-            Some(known) if depth < DEEPEST && key != "index" => merge(known, value, depth + 1),
+            // Steps that have nothing more to say of it.
+            Some(_) if value.is_null() || value == "" => {}
+            Some(known) if depth < DEEPEST && !WHOLE.contains(&key.as_str()) => merge(known, value, depth + 1),
             _ => drop(into.insert(key, value)),
         }
     }

@@ -35,7 +35,7 @@ pub struct Live {
 struct Watched {
     path: PathBuf,
     files: Vec<PathBuf>,
-    stamps: Vec<Option<(SystemTime, u64)>>,
+    stamps: Vec<Stamp>,
     names: Names,
 }
 
@@ -46,7 +46,7 @@ pub async fn keep_current(path: PathBuf, config: Config, names: Names, live: Liv
         return tracing::warn!("SIGHUP cannot be heard: the configuration is not read again");
     };
     let mut watched = Watched { path, files: Vec::new(), stamps: Vec::new(), names };
-    watched.watch(&config);
+    watched.watch(&config, HashMap::new());
     let mut current = config;
     let mut look = tokio::time::interval(LOOK_EVERY);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
@@ -58,6 +58,8 @@ pub async fn keep_current(path: PathBuf, config: Config, names: Names, live: Liv
         };
         looks = looks.wrapping_add(1);
         let has_changed = watched.have_files_changed();
+        // Of before they are read: what is written meanwhile is seen at the next look.
+        let read = watched.files.iter().cloned().zip(watched.stamps.clone()).collect();
         let mut written = None;
         if asked || has_changed {
             match watched.read().await {
@@ -78,18 +80,19 @@ pub async fn keep_current(path: PathBuf, config: Config, names: Names, live: Liv
             continue;
         }
         live.take(&current, &config, &watched.names);
-        watched.watch(&config);
+        watched.watch(&config, read);
         current = config;
     }
 }
 
 impl Watched {
-    fn watch(&mut self, config: &Config) {
+    /// Watches the files of a configuration, since their stamps as far as those are known.
+    fn watch(&mut self, config: &Config, known: HashMap<PathBuf, Stamp>) {
         self.files = [self.path.clone(), PathBuf::from(".env")].into_iter().chain(config.host_files.clone()).collect();
-        self.stamps = self.stamps_now();
+        self.stamps = self.files.iter().map(|file| known.get(file).copied().unwrap_or_else(|| stamp(file))).collect();
     }
 
-    fn stamps_now(&self) -> Vec<Option<(SystemTime, u64)>> {
+    fn stamps_now(&self) -> Vec<Stamp> {
         self.files.iter().map(|file| stamp(file)).collect()
     }
 
@@ -106,7 +109,10 @@ impl Watched {
     }
 }
 
-fn stamp(file: &Path) -> Option<(SystemTime, u64)> {
+/// When a file was changed last, and its length; `None` while it is not there.
+type Stamp = Option<(SystemTime, u64)>;
+
+fn stamp(file: &Path) -> Stamp {
     let meta = std::fs::metadata(file).ok()?;
     Some((meta.modified().ok()?, meta.len()))
 }

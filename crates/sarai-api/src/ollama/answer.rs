@@ -103,8 +103,16 @@ impl LineWriter {
 
 /// The fields of a host, where they belong.
 fn put(line: &mut Value, kind: Kind, extra: Extra) {
-    if kind == Kind::Chat {
-        extra.message.into_iter().for_each(|(name, value)| line["message"][name] = value);
+    match kind {
+        Kind::Chat => extra.message.into_iter().for_each(|(name, value)| line["message"][name] = value),
+        // Hidden reasoning of a host that was asked for a chat stands beside the text here.
+        Kind::Generate => {
+            extra
+                .message
+                .into_iter()
+                .filter(|(name, _)| name == "thinking")
+                .for_each(|(name, value)| line[name] = value);
+        }
     }
     extra.top.into_iter().for_each(|(name, value)| line[name] = value);
 }

@@ -88,7 +88,7 @@ struct LineMessage {
 }
 
 /// What every line has, and the writer of the answer writes anew.
-const WRITTEN_ANEW: [&str; 5] = ["model", "created_at", "role", "total_duration", "remote_model"];
+const WRITTEN_ANEW: [&str; 6] = ["model", "created_at", "role", "total_duration", "remote_model", "sarai"];
 
 fn beyond(mut fields: Map<String, Value>) -> Map<String, Value> {
     fields.retain(|name, value| !value.is_null() && !WRITTEN_ANEW.contains(&name.as_str()));

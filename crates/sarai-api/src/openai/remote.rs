@@ -44,7 +44,22 @@ pub fn request(model: &str, request: &GenerateRequest) -> (&'static str, Value) 
         }
     }
     if let Some(extras) = request.extras.as_deref().filter(|extras| extras.api == Api::OpenAi) {
-        extras.fields.iter().for_each(|(name, value)| body[name] = value.clone());
+        for (name, value) in &extras.fields {
+            match name.as_str() {
+                // What it says of other things counts; usage is wanted here in any case.
+                "stream_options" => {
+                    let options = value.as_object().into_iter().flatten().filter(|(key, _)| *key != "include_usage");
+                    options.for_each(|(key, value)| body["stream_options"][key] = value.clone());
+                }
+                "max_completion_tokens" => {
+                    // By the name that the client has for it.
+                    if let Some(most) = body.as_object_mut().and_then(|body| body.remove("max_tokens")) {
+                        body[name] = most;
+                    }
+                }
+                _ => body[name] = value.clone(),
+            }
+        }
     }
     (path, body)
 }
@@ -98,7 +113,7 @@ struct Delta {
 }
 
 /// What the writer of the answer writes anew.
-const WRITTEN_ANEW: [&str; 6] = ["id", "object", "created", "model", "index", "role"];
+const WRITTEN_ANEW: [&str; 7] = ["id", "object", "created", "model", "index", "role", "sarai"];
 
 fn beyond(mut fields: Map<String, Value>) -> Map<String, Value> {
     fields.retain(|name, value| !value.is_null() && !WRITTEN_ANEW.contains(&name.as_str()));

@@ -123,12 +123,47 @@ const READ: [&str; 10] = [
 ];
 
 /// Fields that change what is asked for.
-const NEEDS: [&str; 9] =
-    ["tools", "functions", "logprobs", "top_logprobs", "grammar", "json_schema", "audio", "echo", "suffix"];
+const NEEDS: [&str; 17] = [
+    "tools",
+    "functions",
+    "logprobs",
+    "top_logprobs",
+    "grammar",
+    "json_schema",
+    "audio",
+    "echo",
+    "suffix",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+    "regex",
+    "ebnf",
+    "stop_token_ids",
+];
+/// Fields that do not change the answer, or only together with others.
+const HARMLESS: [&str; 12] = [
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "prompt_cache_key",
+    "safety_identifier",
+    "cache_prompt",
+    "keep_alive",
+    "priority",
+    "tool_choice",
+    "function_call",
+    "parallel_tool_calls",
+];
 
 fn rest_of(body: &[u8]) -> Result<Rest, Error> {
     let mut rest = Rest::of(Api::OpenAi, body, &[&READ[..], &SAMPLING[..]].concat())?;
     rest.need(&NEEDS);
+    rest.degrades_without(&HARMLESS);
+    // What is read of these is not all that they may say.
+    ["response_format", "stream_options", "max_completion_tokens"].iter().try_for_each(|name| rest.keep(body, name))?;
     Ok(rest)
 }
 

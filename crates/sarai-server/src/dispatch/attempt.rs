@@ -88,8 +88,8 @@ async fn within_deadlines(candidate: &Candidate, mut events: EventStream) -> Res
     let deadlines = &candidate.model.deadlines;
     let model = candidate.model.name.clone();
     let late = move |phase, limit: Duration| Error::Deadline { model: model.clone(), phase, seconds: limit.as_secs() };
-    let limits = Limits { silence: deadlines.first_token, whole: deadlines.first_token };
-    let first = next_event(&mut events, limits).await;
+    let until = Instant::now() + deadlines.first_token;
+    let first = first_event(&mut events, deadlines.first_token, until).await;
     let first = first.map_err(|limit| late(Phase::FirstToken, limit))??;
     let limits = Limits { silence: deadlines.gap, whole: deadlines.gap };
     Ok(with_gaps_limited(first, events, limits, move |limit| late(Phase::Gap, limit)))
@@ -117,19 +117,21 @@ async fn at_host(
     let began = Instant::now();
     let opened = timeout(first_limit, dispatch.hosts.open(&place, request)).await;
     let mut events = opened.map_err(|_| silent(Phase::FirstToken, first_limit))??;
-    // Its headers were bytes too.
-    let whole = deadlines.first_token.saturating_sub(began.elapsed());
-    let first = next_event(&mut events, Limits { silence: first_limit.min(whole), whole }).await;
-    let first = first.map_err(|limit| silent(Phase::FirstToken, limit))??;
+    let until = began + deadlines.first_token;
+    let first = first_event(&mut events, first_limit, until).await;
+    let (early, first) = first.map_err(|limit| silent(Phase::FirstToken, limit))??;
     let gap = match candidate.model.gap_is_set {
         true => deadlines.gap,
         false => known.pace.gap_limit(deadlines.gap),
     };
     let took = began.elapsed();
     let limits = Limits { silence: gap, whole: deadlines.gap };
-    let events = with_gaps_limited(first, events, limits, move |limit| silent(Phase::Gap, limit));
+    let events = with_gaps_limited((early, first), events, limits, move |limit| silent(Phase::Gap, limit));
     Ok(observed(events, host.clone(), health.clone(), permit, took))
 }
+
+/// Steps that only describe the answer and are kept until its first token.
+const MOST_EARLY: usize = 16;
 
 /// How long nothing at all may come, and how long nothing that counts: bytes are a sign of life, and no tokens.
 #[derive(Clone, Copy)]
@@ -156,9 +158,31 @@ async fn next_event(events: &mut EventStream, limits: Limits) -> Result<Result<E
     }
 }
 
+/// The first event of an answer, which has a token or ends it; and what came before it, which only describes the answer.
+///
+/// # Errors
+/// The limit that has passed.
+async fn first_event(
+    events: &mut EventStream,
+    silence: Duration,
+    until: Instant,
+) -> Result<Result<(Vec<Event>, Event), Error>, Duration> {
+    let mut early = Vec::new();
+    loop {
+        let whole = until.saturating_duration_since(Instant::now());
+        match next_event(events, Limits { silence: silence.min(whole), whole }).await? {
+            Ok(Event::Extra(extra)) if extra.only_describes() && early.len() < MOST_EARLY => {
+                early.push(Event::Extra(extra));
+            }
+            Ok(event) => return Ok(Ok((early, event))),
+            Err(error) => return Ok(Err(error)),
+        }
+    }
+}
+
 /// The stream with its first event in front; a gap longer than the limits ends it with an error.
 fn with_gaps_limited(
-    first: Event,
+    (early, first): (Vec<Event>, Event),
     rest: EventStream,
     limits: Limits,
     late: impl Fn(Duration) -> Error + Send + 'static,
@@ -176,7 +200,8 @@ fn with_gaps_limited(
             Err(limit) => Some((Err(late(limit)), None)),
         }
     });
-    Box::pin(stream::once(async { Ok(first) }).chain(rest))
+    let begun = early.into_iter().chain([first]).map(Ok);
+    Box::pin(stream::iter(begun).chain(rest))
 }
 
 /// A host's stream while it is watched: how it ends is what counts.
@@ -186,28 +211,32 @@ struct Observed {
     health: Health,
     gaps: Gaps,
     took: Duration,
-    began: Instant,
-    last: Option<Instant>,
+    /// How long its events were waited for; how long the client took to read them is not its matter.
+    rest: Duration,
+    has_begun: bool,
     _place: Place,
 }
 
 fn observed(events: EventStream, remote: Remote, health: Health, place: Place, took: Duration) -> EventStream {
-    let (gaps, began) = (Gaps::default(), Instant::now());
-    let observed = Observed { events, remote, health, gaps, took, began, last: None, _place: place };
+    let gaps = Gaps::default();
+    let observed =
+        Observed { events, remote, health, gaps, took, rest: Duration::ZERO, has_begun: false, _place: place };
     Box::pin(stream::unfold(Some(observed), |observed| async {
         let mut observed = observed?;
+        let asked = Instant::now();
         let event = observed.events.next().await?;
-        let now = Instant::now();
+        let gap = asked.elapsed();
+        observed.rest += gap;
         match &event {
             Ok(Event::Done { usage, timings, .. }) => {
-                let Observed { remote, health, gaps, took, began, .. } = &observed;
+                let Observed { remote, health, gaps, took, rest, .. } = &observed;
                 let (usage, timings) = (*usage, *timings);
-                health.succeeded(remote, &Sample { gaps: *gaps, first: *took, rest: now - *began, usage, timings });
+                health.succeeded(remote, &Sample { gaps: *gaps, first: *took, rest: *rest, usage, timings });
                 return Some((event, None));
             }
             Ok(_) => {
-                if let Some(last) = observed.last.replace(now) {
-                    observed.gaps.saw(now - last);
+                if std::mem::replace(&mut observed.has_begun, true) {
+                    observed.gaps.saw(gap);
                 }
             }
             Err(error) => {

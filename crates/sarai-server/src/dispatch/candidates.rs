@@ -52,6 +52,8 @@ impl Candidate {
     /// Why it is not asked although it could be: it is beyond the local network, and the configuration does not want that.
     pub fn is_too_far(&self, health: &Health) -> Option<Error> {
         let remote = self.remote().filter(|remote| !remote.wan)?;
+        // It may have come nearer.
+        health.look(remote);
         let known = health.of(remote);
         let ms = known.round_trip.filter(|_| known.is_far)?.as_millis();
         let reason = format!("{} is {ms} ms away, beyond the local network: set `wan: true` to use it", remote.url);

@@ -44,6 +44,8 @@ pub async fn open(
     tokio::select! {
         opened = &mut asked => match opened {
             Ok(events) => Hedged::Host(Ok(events)),
+            // What is wrong with the request is wrong anywhere.
+            Err(error) if !error.may_succeed_elsewhere() => Hedged::Host(Err(error)),
             Err(error) => match also.await {
                 Ok(events) => Hedged::Worker(error, events),
                 Err(_) => Hedged::Host(Err(error)),
@@ -55,7 +57,10 @@ pub async fn open(
                 drop(asked);
                 let cause = RemoteCause::Late { seconds: began.elapsed().as_secs() };
                 let late = Error::Remote { host: remote.url.clone(), cause };
-                dispatch.health.failed(remote, &late);
+                if known.is_loaded != Some(false) {
+                    // A host that loads takes its time.
+                    dispatch.health.failed(remote, &late);
+                }
                 Hedged::Worker(late, events)
             }
             Err(error) => {

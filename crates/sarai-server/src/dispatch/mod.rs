@@ -10,6 +10,7 @@ mod resume;
 mod warm;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use sarai_api::Served;
@@ -127,66 +128,88 @@ impl Dispatch {
     }
 
     /// Asks those who share the load until one answers.
-    async fn ask_tier(&self, ask: &mut Ask<'_>, mut left: Tier) -> Result<Option<Answer>, Error> {
+    async fn ask_tier(&self, ask: &mut Ask<'_>, tier: Tier) -> Result<Option<Answer>, Error> {
+        let mut left = self.fitting(ask, tier);
         spread(&mut left, &ask.request, &self.health);
         let arrived = Instant::now();
-        while !left.is_empty() {
-            let mut changes = self.health.changes();
-            left = self.usable(ask, left);
-            let remotes: Vec<_> = left.iter().filter_map(Candidate::remote).collect();
-            let Some(first) = left.first() else { break };
-            let deadline = first.model.deadlines.queue;
-            let found = tokio::select! {
-                biased;
-                found = timeout_at(arrived + deadline, self.health.place(&remotes)) => found,
-                // A breaker has opened or closed: others may be asked than those that are waited for.
-                Ok(()) = changes.changed() => continue,
+        while let Some((deadline, found)) = self.wait_for_place(&left, arrived).await {
+            let Some((index, place)) = found else {
+                let late = |candidate: &Candidate| Error::Deadline {
+                    model: candidate.model.name.clone(),
+                    phase: Phase::Queue,
+                    seconds: deadline.as_secs(),
+                };
+                left.drain(..).for_each(|candidate| ask.note(&candidate, late(&candidate)));
+                break;
             };
-            let (index, place) = match found {
-                Ok(found) => found,
-                Err(_) => {
-                    let model = first.model.name.clone();
-                    let late = Error::Deadline { model, phase: Phase::Queue, seconds: deadline.as_secs() };
-                    left.iter().for_each(|candidate| ask.note(candidate, late.clone()));
-                    break;
-                }
-            };
-            if left[index].is_left_alone(&self.health) {
-                // Its breaker has opened while its place was waited for.
-                continue;
-            }
             let candidate = left.remove(index);
             if let Some(answer) = self.ask_one(ask, &candidate, place).await? {
                 return Ok(Some(answer));
             }
         }
-        Ok(None)
-    }
-
-    /// Those that may be asked now; of the others it is noted why not.
-    fn usable(&self, ask: &mut Ask<'_>, tier: Tier) -> Tier {
-        let mut usable = Vec::new();
-        for candidate in tier {
-            if !is_allowed(&candidate, ask.manner.strict) {
-                let lost = candidate.degraded.join(", ");
-                let reason = format!("x-sarai-strict refuses a degraded answer, and this one would lack: {lost}");
-                ask.note(&candidate, Error::Unavailable { model: ask.model.name.clone(), reason });
-                continue;
-            }
-            if let Some(error) = candidate.is_too_far(&self.health) {
-                ask.note(&candidate, error);
-                continue;
-            }
-            if !candidate.is_left_alone(&self.health) {
-                usable.push(candidate);
-                continue;
-            }
+        // Of these, none has recovered meanwhile.
+        for candidate in left {
             if let Some(last) = candidate.remote().and_then(|remote| self.health.of(remote).last) {
                 ask.note(&candidate, last);
             }
             ask.last_resort.push(candidate);
         }
-        usable
+        Ok(None)
+    }
+
+    /// Waits for a place at one of those that are not left alone: its index and the place, or nothing within the deadline;
+    /// `None` if all are left alone. Who waits keeps its turn, unless a breaker changes who may be asked.
+    async fn wait_for_place(
+        &self,
+        left: &[Candidate],
+        arrived: Instant,
+    ) -> Option<(Duration, Option<(usize, health::Place)>)> {
+        let askable = || -> Vec<usize> {
+            let all = left.iter().enumerate();
+            all.filter(|(_, one)| !one.is_left_alone(&self.health)).map(|(index, _)| index).collect()
+        };
+        loop {
+            let mut changes = self.health.changes();
+            let current = askable();
+            let deadline = left[*current.first()?].model.deadlines.queue;
+            let remotes: Vec<_> = current.iter().filter_map(|&index| left[index].remote()).collect();
+            let mut place = Box::pin(timeout_at(arrived + deadline, self.health.place(&remotes)));
+            loop {
+                tokio::select! {
+                    biased;
+                    found = &mut place => {
+                        let found = found.ok().map(|(at, place)| (current[at], place));
+                        // Its breaker may have opened while its place was waited for.
+                        match found {
+                            Some((index, _)) if left[index].is_left_alone(&self.health) => break,
+                            found => return Some((deadline, found)),
+                        }
+                    }
+                    Ok(()) = changes.changed() => {
+                        if askable() != current {
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Those whose answer would do; of the others it is noted why not.
+    fn fitting(&self, ask: &mut Ask<'_>, tier: Tier) -> Tier {
+        let mut fitting = Vec::new();
+        for candidate in tier {
+            if !is_allowed(&candidate, ask.manner.strict) {
+                let lost = candidate.degraded.join(", ");
+                let reason = format!("x-sarai-strict refuses a degraded answer, and this one would lack: {lost}");
+                ask.note(&candidate, Error::Unavailable { model: ask.model.name.clone(), reason });
+            } else if let Some(error) = candidate.is_too_far(&self.health) {
+                ask.note(&candidate, error);
+            } else {
+                fitting.push(candidate);
+            }
+        }
+        fitting
     }
 
     async fn ask_one(

@@ -28,12 +28,14 @@ use host::Host;
 /// Opened breakers that wait to be told of.
 const WAITING: usize = 64;
 /// How long a look at a host may take.
-const LOOK_WITHIN: Duration = Duration::from_secs(2);
+const LOOK_WITHIN: Duration = Duration::from_secs(10);
 
 /// Names a deployment: the host and its model.
 type Key = (String, String);
 
 struct Entry {
+    /// As it is configured now: a prober that began before uses it too.
+    remote: Remote,
     deadlines: Deadlines,
     breaker: Breaker,
     /// Probes it while it is open.
@@ -132,13 +134,14 @@ impl Health {
         let mut most: HashMap<String, Option<usize>> = HashMap::new();
         for (model, remote) in catalog.remotes() {
             let entry = old.deployments.remove(&key(remote)).unwrap_or_else(|| Entry {
+                remote: remote.clone(),
                 deadlines: model.deadlines,
                 breaker: Breaker::default(),
                 prober: None,
                 turn: 0,
                 pace: self.table.learned.get(&state_key(remote)).pace,
             });
-            let entry = Entry { deadlines: model.deadlines, ..entry };
+            let entry = Entry { remote: remote.clone(), deadlines: model.deadlines, ..entry };
             entries.deployments.entry(key(remote)).or_insert(entry);
             let most = most.entry(remote.url.clone()).or_insert(Some(0));
             *most = most.zip(remote.max_outstanding).map(|(a, b)| a.max(b));
@@ -185,20 +188,22 @@ impl Health {
     /// # Cancel safety
     /// Whoever does not wait any more leaves all queues.
     pub async fn place(&self, remotes: &[&Remote]) -> (usize, Place) {
-        let places = |remote: &&Remote| self.table.lock().hosts.get(&remote.url).map(Host::places);
-        let Some(places) = remotes.iter().map(places).collect::<Option<Vec<_>>>().filter(|places| !places.is_empty())
-        else {
+        let of = |remote: &Remote| self.table.lock().hosts.get(&remote.url).map(Host::places);
+        // A host that the configuration does not have any more has no place to wait for.
+        let places: Vec<_> =
+            remotes.iter().enumerate().filter_map(|(index, remote)| Some((index, of(remote)?))).collect();
+        if places.is_empty() {
             return (0, None);
-        };
-        if let Some(free) = places.iter().enumerate().find_map(|(n, place)| {
-            let permit = Arc::clone(place).try_acquire_owned().ok()?;
-            Some((n, Some(permit)))
-        }) {
-            return free;
         }
-        let waiting = places.into_iter().map(|place| Box::pin(place.acquire_owned()));
-        let (permit, index, _) = futures_util::future::select_all(waiting).await;
-        (index, permit.ok())
+        let free = |(index, place): &(usize, Arc<tokio::sync::Semaphore>)| {
+            Some((*index, Arc::clone(place).try_acquire_owned().ok()))
+        };
+        if let Some(found) = places.iter().filter_map(free).find(|(_, permit)| permit.is_some()) {
+            return found;
+        }
+        let waiting =
+            places.into_iter().map(|(index, place)| Box::pin(async move { (index, place.acquire_owned().await.ok()) }));
+        futures_util::future::select_all(waiting).await.0
     }
 
     /// What an answer of so many tokens to so long a prompt would meet at this deployment. Looks at its host in the
@@ -208,6 +213,11 @@ impl Health {
         let known = self.of(remote);
         let is_resident = known.is_loaded == Some(true);
         (Expected { prompt_tokens, answer_tokens, is_resident }, known)
+    }
+
+    /// Looks at a host in the background, if that was not done lately.
+    pub fn look(&self, remote: &Remote) {
+        self.table.look_if_due(remote);
     }
 
     /// A stream came to its own end.
@@ -236,10 +246,6 @@ impl Health {
     /// A request failed; only what is the deployment's fault counts.
     pub fn failed(&self, remote: &Remote, error: &Error) {
         let Error::Remote { cause, .. } = error else { return };
-        if remote.managed_lb && !matches!(cause, RemoteCause::Unreachable(_)) {
-            // One machine of the cluster, of which only its own balancer knows the others.
-            return;
-        }
         let mut entries = self.table.lock();
         let Some(entry) = entries.deployments.get_mut(&key(remote)) else { return };
         match cause {
@@ -250,6 +256,10 @@ impl Health {
             _ => {}
         }
         self.table.learned.learn(&state_key(remote), |learned| learned.pace = entry.pace);
+        if remote.managed_lb && !matches!(cause, RemoteCause::Unreachable(_)) {
+            // One machine of the cluster, of which only its own balancer knows the others.
+            return;
+        }
         if entry.breaker.failed(error, Instant::now(), rand::random()) {
             tracing::warn!(deployment = ?remote, %error, "breaker opens");
             // Who is too busy to hear of it misses a convenience.
@@ -303,8 +313,8 @@ impl Table {
                 // The host has asked for more time.
                 continue;
             }
-            let Some(deadlines) = self.begin_probe(&remote, turn) else { return };
-            let outcome = self.probe(&remote, &deadlines).await;
+            let Some((current, deadlines)) = self.begin_probe(&remote, turn) else { return };
+            let outcome = self.probe(&current, &deadlines).await;
             let mut entries = self.lock();
             let entry = entries.deployments.get_mut(&key(&remote)).filter(|entry| entry.turn == turn);
             let Some(entry) = entry else { return };
@@ -324,11 +334,11 @@ impl Table {
         }
     }
 
-    fn begin_probe(&self, remote: &Remote, turn: u64) -> Option<Deadlines> {
+    fn begin_probe(&self, remote: &Remote, turn: u64) -> Option<(Remote, Deadlines)> {
         let mut entries = self.lock();
         let entry = entries.deployments.get_mut(&key(remote)).filter(|entry| entry.turn == turn)?;
         entry.breaker.probing();
-        Some(entry.deadlines)
+        Some((entry.remote.clone(), entry.deadlines))
     }
 
     /// Asks for one token: a list of models that is there proves nothing.

@@ -82,6 +82,8 @@ pub struct Pace {
     wait: f64,
     /// Seconds of a load, the longest usual ones.
     load: f64,
+    /// After so many seconds without a first token it was given up, since it last answered.
+    gave_up: f64,
 }
 
 impl Pace {
@@ -106,6 +108,7 @@ impl Pace {
         let beyond = working.as_secs_f64() - self.prefill * f64::from(usage.prompt_tokens);
         self.wait = longest(self.wait, beyond.max(0.0));
         self.answers = self.answers.saturating_add(1);
+        self.gave_up = 0.0;
     }
 
     /// A stream was cut for a gap of this length: the limit may have been too short.
@@ -115,7 +118,7 @@ impl Pace {
 
     /// An answer was given up before its first token after so long: it may have been too early.
     pub fn gave_up(&mut self, after: Duration) {
-        self.wait = longest(self.wait, after.as_secs_f64());
+        self.gave_up = self.gave_up.max(after.as_secs_f64());
     }
 
     /// How long a gap may be, within the configured limit.
@@ -133,7 +136,10 @@ impl Pace {
         // A load that was never seen may take anything.
         let is_known = self.answers >= ANSWERS_TO_LEARN && (expected.is_resident || self.load > 0.0);
         match is_known {
-            true => (self.usual(expected) * FIRST_FACTOR).max(SHORTEST_FIRST_LIMIT).min(configured),
+            true => {
+                let usual = self.usual(expected).max(Duration::from_secs_f64(self.gave_up));
+                (usual * FIRST_FACTOR).max(SHORTEST_FIRST_LIMIT).min(configured)
+            }
             false => configured,
         }
     }
@@ -141,7 +147,8 @@ impl Pace {
     /// When the first token is so late that somebody else is asked as well.
     #[must_use]
     pub fn late(&self, expected: Expected) -> Duration {
-        match self.answers >= ANSWERS_TO_LEARN / 2 {
+        let is_known = self.answers >= ANSWERS_TO_LEARN / 2 && (expected.is_resident || self.load > 0.0);
+        match is_known {
             true => (self.usual(expected) * LATE_FACTOR).max(SHORTEST_LATE),
             false => LATE_UNKNOWN,
         }

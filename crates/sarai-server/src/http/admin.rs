@@ -127,6 +127,7 @@ fn model_state(app: &App, model: &Model, snapshot: Option<&Snapshot>, hosts: &Ho
         };
         let mut row = json!({ "deployment": label(model, deployment), "state": state, "reason": reason });
         if let Deployment::Remote(remote) = deployment {
+            app.gateway.dispatch.health.look(remote);
             let known = app.gateway.dispatch.health.of(remote);
             row["breaker"] = known.state.name().into();
             row["outstanding"] = known.outstanding.into();
