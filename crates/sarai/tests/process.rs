@@ -198,3 +198,32 @@ async fn mistakes_in_the_configuration_of_a_command_are_told_with_their_fix() {
         assert!(!output.status.success() && said.contains(says), "{lines}: {said}");
     }
 }
+
+/// llama.cpp's own server, from its package on PyPI.
+#[tokio::test]
+async fn a_real_server_from_pypi_is_run_and_what_only_it_can_do_passes_through() {
+    let python = std::env::var("SARAI_PYTHON").expect("SARAI_PYTHON names no Python: run `make test`");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/clients/llama_server.py");
+    let sarai = Sarai::start(&format!(
+        "models:\n  small:\n    backend: process\n    command: [{python}, {script}, {}, '${{PORT}}']\n    memory_gb: 0.8\n",
+        smollm2()
+    ));
+    let more = json!({ "logprobs": true, "top_logprobs": 2, "max_tokens": 6 });
+    let whole = ask(&sarai, more.clone()).await;
+    assert_eq!((whole.status, whole.header("x-sarai-served-by")), (200, Some("small@process")), "{}", whole.text);
+    let (whole, mut more) = (whole.json(), more);
+    let known = |logprobs: &serde_json::Value| logprobs["content"].as_array().map_or(0, Vec::len);
+    assert_eq!(known(&whole["choices"][0]["logprobs"]), 6, "{whole}");
+    assert_eq!(whole["usage"]["completion_tokens"], 6);
+    more["stream"] = true.into();
+    let streamed = ask(&sarai, more).await;
+    let all: usize = streamed.sse().iter().map(|event| known(&event["choices"][0]["logprobs"])).sum();
+    assert_eq!(all, 6, "{}", streamed.text);
+    let worker = sarai.ps().await["workers"][0].clone();
+    let mapped = std::fs::metadata(smollm2()).unwrap().len();
+    let taken = worker["anonymous_bytes"].as_u64().unwrap() + worker["file_bytes"].as_u64().unwrap();
+    assert!(taken > mapped, "Python below the shepherd, with the weights: {worker}");
+    let pids = tree(worker["pid"].as_u64().unwrap());
+    drop(sarai);
+    until_gone("stopped", &pids).await;
+}

@@ -163,7 +163,13 @@ impl Owner {
                     self.apply(PoolEvent::Abandoned(ticket));
                 }
             }
-            Message::Released(engine) => self.apply(PoolEvent::Released(engine)),
+            Message::Released(engine) => {
+                self.apply(PoolEvent::Released(engine));
+                if self.catalog.engines[engine.0].process.is_some() {
+                    // Of a command nothing else says what an answer makes it take.
+                    self.observe();
+                }
+            }
             Message::Report(engine, report) => self.reported(engine, report),
             Message::Observed(observation) => self.observed(&observation),
             Message::Probed(engine, outcome) => self.probed(engine, outcome),
