@@ -9,7 +9,7 @@ export SARAI_MODELS = $(SARAI_CACHE)/models
 # One profile for all: llama.cpp is built once.
 CARGO_FLAGS = --release --locked
 
-.PHONY: run test lint unit bench bench-memory bench-cage deps models demo-models sketches ollama clients build
+.PHONY: run test lint unit bench bench-memory bench-cage bench-gateway deps models demo-models sketches ollama clients build
 
 run: build demo-models
 	@exec $(CARGO_TARGET_DIR)/release/sarai serve --config config/demo.yaml
@@ -40,6 +40,10 @@ bench-memory: build models sketches
 # LLAMA_SERVER names the latter's binary; docs/memory.md says how to get one.
 bench-cage: build models ollama
 	SARAI_OLLAMA=$$(scripts/build_ollama.sh) python3 scripts/bench_cage.py $(CAGE)
+
+# What passes through to a host, beside asking it directly, nginx as a plain proxy, and LiteLLM's.
+bench-gateway: build
+	env $$(scripts/gateway_peers.sh) cargo bench --profile release --locked -p sarai --bench gateway
 
 deps:
 	@scripts/install_deps.sh

@@ -94,7 +94,7 @@ async fn a_command_is_started_by_its_first_request_measured_as_a_tree_and_stoppe
     // The next one is planned with what was measured.
     assert_eq!(ask(&sarai, json!({})).await.status, 200);
     let planned = sarai.ps().await["workers"][0]["planned_bytes"].as_u64().unwrap();
-    assert!(planned < 3 << 29 && planned >= 100 << 20, "{planned}");
+    assert!((100 << 20..3 << 29).contains(&planned), "{planned}");
     let pids = processes_of(folder.path());
     drop(sarai);
     until_gone("the server is stopped", &pids).await;

@@ -98,6 +98,7 @@ struct Chunk {
 
 #[derive(Deserialize)]
 struct Choice {
+    #[serde(alias = "message")]
     delta: Option<Delta>,
     text: Option<String>,
     finish_reason: Option<String>,
@@ -152,6 +153,23 @@ impl SseReader {
             let end = self.end().ok_or(RemoteCause::Cut)?;
             return Ok(RemoteLine { step: None, end: Some(end) });
         }
+        self.chunk(data)
+    }
+
+    /// Reads the body of a server that was asked to stream and answers whole.
+    ///
+    /// # Errors
+    /// It is no answer, or has not come to its end.
+    pub fn whole(&mut self, body: &[u8]) -> Result<RemoteLine, RemoteCause> {
+        if body.trim_ascii().is_empty() {
+            return Err(RemoteCause::Cut);
+        }
+        let RemoteLine { step, .. } = self.chunk(body)?;
+        Ok(RemoteLine { step, end: Some(self.end().ok_or(RemoteCause::Cut)?) })
+    }
+
+    fn chunk(&mut self, data: &[u8]) -> Result<RemoteLine, RemoteCause> {
+        let garbled = || RemoteCause::Garbled(String::from_utf8_lossy(&data[..data.len().min(80)]).into_owned());
         let chunk: Chunk = serde_json::from_slice(data).map_err(|_| garbled())?;
         if let Some(error) = chunk.error.filter(|error| !error.is_null()) {
             let message = error["message"].as_str().map_or_else(|| error.to_string(), str::to_owned);

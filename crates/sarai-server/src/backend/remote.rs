@@ -20,6 +20,8 @@ use crate::health::Look;
 
 /// The longest line that a host may send, in bytes.
 const MAX_LINE_BYTES: usize = 1 << 20;
+/// Answers to a look that take longer tell of the host's work, and not of its distance.
+const SLOW: Duration = Duration::from_millis(400);
 /// How long the end of a body may follow its end mark.
 const END_OF_BODY: Duration = Duration::from_secs(1);
 /// How long it is waited for before the end mark is passed on.
@@ -31,16 +33,46 @@ const MAX_ERROR_BYTES: usize = 4 << 10;
 #[derive(Clone, Debug, Default)]
 pub struct Hosts {
     clients: Arc<Mutex<HashMap<Duration, Client>>>,
+    /// Answers in the place of the network, for tests on paused time.
+    #[cfg(test)]
+    script: Option<Script>,
 }
 
+/// What a host does about a request.
+#[cfg(test)]
+#[derive(Clone)]
+pub struct Script(pub Arc<ByScript>);
+
+#[cfg(test)]
+type ByScript = dyn Fn(&Remote, &GenerateRequest) -> Scripted + Send + Sync;
+
+#[cfg(test)]
+impl std::fmt::Debug for Script {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Script")
+    }
+}
+
+/// How long its headers take, and its events or why there are none.
+#[cfg(test)]
+pub type Scripted = (Duration, Result<EventStream, Error>);
+
 impl Hosts {
+    /// Hosts that do what a script says.
+    #[cfg(test)]
+    pub fn scripted(script: Script) -> Self {
+        Self { script: Some(script), ..Self::default() }
+    }
+
     /// Clients for these connect deadlines; those for others are made when they are needed.
     ///
     /// # Errors
     /// The TLS set-up of the machine is unusable.
     pub fn new(deadlines: impl IntoIterator<Item = Duration>) -> Result<Self, reqwest::Error> {
         let made = deadlines.into_iter().map(|connect| Ok((connect, make_client(connect)?)));
-        Ok(Self { clients: Arc::new(Mutex::new(made.collect::<Result<_, reqwest::Error>>()?)) })
+        let hosts = Self::default();
+        *hosts.clients.lock().unwrap_or_else(PoisonError::into_inner) = made.collect::<Result<_, reqwest::Error>>()?;
+        Ok(hosts)
     }
 
     fn client(&self, connect: Duration) -> Client {
@@ -76,6 +108,10 @@ impl Hosts {
     /// # Errors
     /// It does not answer.
     pub async fn look(&self, remote: &Remote, connect: Duration) -> Result<Look, RemoteCause> {
+        #[cfg(test)]
+        if self.script.is_some() {
+            return Ok(Look { round_trip: Duration::from_millis(1), loaded: None });
+        }
         let path = match remote.api {
             Api::Ollama => "/api/ps",
             Api::OpenAi => "/models",
@@ -88,6 +124,12 @@ impl Hosts {
             let _ = response.bytes().await;
             let began = tokio::time::Instant::now();
             response = get().await.map_err(|error| unreachable(&error))?;
+            round_trip = round_trip.min(began.elapsed());
+        }
+        if round_trip > SLOW {
+            // It takes its time to answer, near or far: its kernel does not.
+            let began = tokio::time::Instant::now();
+            reach(&remote.url).await.ok_or_else(|| RemoteCause::Unreachable("no connection".into()))?;
             round_trip = round_trip.min(began.elapsed());
         }
         if remote.api == Api::OpenAi || !response.status().is_success() {
@@ -127,6 +169,12 @@ impl Hosts {
     /// [`Error::Remote`], or [`Error::InvalidRequest`] where the host says the request is wrong.
     pub async fn open(&self, place: &Place<'_>, request: &GenerateRequest) -> Result<EventStream, Error> {
         let Remote { api, url, model_name, .. } = place.remote;
+        #[cfg(test)]
+        if let Some(Script(script)) = &self.script {
+            let (headers, outcome) = script(place.remote, request);
+            tokio::time::sleep(headers).await;
+            return outcome;
+        }
         let remote = |cause| Error::Remote { host: url.clone(), cause };
         let (path, body) = match api {
             Api::Ollama => ollama::chat_request(model_name, place.context_tokens, request),
@@ -138,7 +186,13 @@ impl Hosts {
         match response.status() {
             status if status.is_success() => {
                 speaks(*api, response.headers()).map_err(remote)?;
-                Ok(events(*api, url.clone(), response.bytes_stream()))
+                let is_json = kind(response.headers()).is_some_and(|kind| kind.eq_ignore_ascii_case(JSON));
+                let reader = match api {
+                    Api::Ollama => Reader::Ndjson,
+                    Api::OpenAi if is_json => Reader::Whole(SseReader::default()),
+                    Api::OpenAi => Reader::Sse(SseReader::default()),
+                };
+                Ok(events(reader, url.clone(), response.bytes_stream()))
             }
             StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::UNPROCESSABLE_ENTITY => {
                 match refused(response, model_name).await {
@@ -152,6 +206,13 @@ impl Hosts {
             _ => Err(remote(refused(response, model_name).await)),
         }
     }
+}
+
+/// Connects once more, and leaves.
+async fn reach(url: &str) -> Option<()> {
+    let url = reqwest::Url::parse(url).ok()?;
+    let place = (url.host_str()?.trim_matches(['[', ']']), url.port_or_known_default()?);
+    tokio::net::TcpStream::connect(place).await.ok().map(drop)
 }
 
 fn make_client(connect: Duration) -> Result<Client, reqwest::Error> {
@@ -176,14 +237,21 @@ fn with_key(request: RequestBuilder, remote: &Remote) -> RequestBuilder {
     }
 }
 
+const JSON: &str = "application/json";
+
+/// What the body is said to be.
+fn kind(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(CONTENT_TYPE)?.to_str().ok()?;
+    Some(value.split(';').next().unwrap_or_default().trim())
+}
+
 /// Whether a 200 is a stream at all: a page of a proxy is not.
 fn speaks(api: Api, headers: &HeaderMap) -> Result<(), RemoteCause> {
     let wanted: &[&str] = match api {
-        Api::Ollama => &["application/x-ndjson", "application/json"],
-        Api::OpenAi => &["text/event-stream"],
+        Api::Ollama => &["application/x-ndjson", JSON],
+        Api::OpenAi => &["text/event-stream", JSON],
     };
-    let Some(found) = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()) else { return Ok(()) };
-    let kind = found.split(';').next().unwrap_or_default().trim();
+    let Some(kind) = kind(headers) else { return Ok(()) };
     if wanted.iter().any(|wanted| kind.eq_ignore_ascii_case(wanted)) {
         return Ok(());
     }
@@ -239,6 +307,8 @@ type Chunks = std::pin::Pin<Box<dyn Stream<Item = Result<Bytes, reqwest::Error>>
 enum Reader {
     Ndjson,
     Sse(SseReader),
+    /// It was asked to stream and answers whole: the body is one line, whatever line ends it has.
+    Whole(SseReader),
 }
 
 impl Reader {
@@ -246,6 +316,7 @@ impl Reader {
         match self {
             Self::Ndjson => ollama::parse_line(line),
             Self::Sse(reader) => reader.line(line),
+            Self::Whole(reader) => reader.whole(line),
         }
     }
 
@@ -253,7 +324,7 @@ impl Reader {
     fn end(&self) -> Option<Event> {
         match self {
             Self::Ndjson => None,
-            Self::Sse(reader) => reader.end(),
+            Self::Sse(reader) | Self::Whole(reader) => reader.end(),
         }
     }
 }
@@ -269,14 +340,10 @@ struct Lines {
 
 /// The events of a host's stream. One that ends before its end mark ends with an error.
 fn events(
-    api: Api,
+    reader: Reader,
     host: String,
     chunks: impl Stream<Item = Result<Bytes, reqwest::Error>> + Send + 'static,
 ) -> EventStream {
-    let reader = match api {
-        Api::Ollama => Reader::Ndjson,
-        Api::OpenAi => Reader::Sse(SseReader::default()),
-    };
     let lines = Lines {
         host,
         reader,
@@ -343,7 +410,8 @@ impl Lines {
 
     /// The next event of what has come.
     fn buffered(&mut self) -> Result<Option<Event>, RemoteCause> {
-        while let Some(at) = self.buffer.iter().position(|&byte| byte == b'\n') {
+        let line_end = |buffer: &BytesMut| buffer.iter().position(|&byte| byte == b'\n');
+        while let Some(at) = line_end(&self.buffer).filter(|_| !matches!(self.reader, Reader::Whole(_))) {
             let line = self.buffer.split_to(at + 1);
             let RemoteLine { step, end } = match self.reader.line(&line) {
                 // It has ended: what follows is of no account.

@@ -168,6 +168,8 @@ fn degraded(asked: &Model, model: &Model, deployment: &Deployment, request: &Gen
 
 /// Costs that differ by less are equal: a host is not changed for them.
 const ABOUT_EQUAL: f64 = 1.3;
+/// And those that differ by so many seconds: nobody notices.
+const UNNOTICED: f64 = 0.05;
 /// What an answer takes where nothing is known, in seconds; and a load.
 const UNKNOWN_SERVICE: f64 = 1.0;
 const UNKNOWN_LOAD: f64 = 5.0;
@@ -207,7 +209,7 @@ pub fn spread(tier: &mut Tier, request: &GenerateRequest, health: &Health) {
     let least = costs.iter().map(|(cost, _)| *cost).fold(f64::INFINITY, f64::min);
     let mut order: Vec<_> = std::mem::take(tier).into_iter().zip(costs).collect();
     order.sort_by(|(_, (a, a_likes)), (_, (b, b_likes))| {
-        let is_equal = |cost: f64| cost <= least * ABOUT_EQUAL;
+        let is_equal = |cost: f64| cost <= (least * ABOUT_EQUAL).max(least + UNNOTICED);
         match (is_equal(*a), is_equal(*b)) {
             (true, true) => b_likes.total_cmp(a_likes),
             (true, false) => std::cmp::Ordering::Less,

@@ -7,6 +7,8 @@ mod attempt;
 mod candidates;
 mod hedge;
 mod resume;
+#[cfg(test)]
+mod tests;
 mod warm;
 
 use std::sync::Arc;

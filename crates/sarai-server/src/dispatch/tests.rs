@@ -1,0 +1,270 @@
+//! Properties of the loop, on paused time: hosts that do what chance says, clients that come and go.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream};
+use proptest::prelude::*;
+use sarai_core::{
+    Error, Event, FinishReason, GenerateRequest, Message, Prompt, RemoteCause, Residence, Role, Sampling, Timings,
+    Usage,
+};
+use tokio::time::Instant;
+
+use super::{Dispatch, Manner};
+use crate::backend::EventStream;
+use crate::backend::remote::{Hosts, Script, Scripted};
+use crate::catalog::{Catalog, Catalogs};
+use crate::config::{self, Environment, Remote};
+use crate::health::{Health, State as BreakerState};
+use crate::planner::Planner;
+use crate::pool::{Parts, Pool};
+use crate::state::State;
+
+const MOST: usize = 2;
+const PIECES: usize = 6;
+
+/// What a host does about one request.
+#[derive(Clone, Copy, Debug)]
+enum Does {
+    Answers,
+    Refuses,
+    Fails,
+    /// After so many pieces.
+    Cuts(usize),
+    Stalls(usize),
+    Hangs,
+}
+
+#[derive(Clone, Debug)]
+struct Client {
+    arrives_ms: u64,
+    whole: bool,
+    leaves_after_ms: Option<u64>,
+}
+
+fn text(pieces: usize) -> String {
+    (0..pieces).map(|n| format!("piece{n} ")).collect()
+}
+
+/// How many a host answers now and at the most, and how often it was asked.
+#[derive(Default)]
+struct Seen {
+    now: AtomicUsize,
+    most: AtomicUsize,
+    asked: AtomicUsize,
+}
+
+struct Answering(Arc<Seen>);
+
+impl Answering {
+    fn at(seen: &Arc<Seen>) -> Self {
+        let now = seen.now.fetch_add(1, Ordering::SeqCst) + 1;
+        seen.most.fetch_max(now, Ordering::SeqCst);
+        Self(Arc::clone(seen))
+    }
+}
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        self.0.now.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+fn answer(remote: &Remote, does: Does, guard: Answering) -> Scripted {
+    let error = |cause| Error::Remote { host: remote.url.clone(), cause };
+    let headers = Duration::from_millis(20);
+    let pieces = match does {
+        Does::Refuses => return (Duration::ZERO, Err(error(RemoteCause::Unreachable("refused".into())))),
+        Does::Fails => {
+            let cause = RemoteCause::Status { status: 500, message: "oops".into(), retry_after: None };
+            return (headers, Err(error(cause)));
+        }
+        Does::Hangs => return (Duration::from_secs(100_000), Err(error(RemoteCause::Cut))),
+        Does::Answers => PIECES,
+        Does::Cuts(n) | Does::Stalls(n) => n,
+    };
+    let texts = stream::iter(0..pieces).then(|n| async move {
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        Ok(Event::Text(format!("piece{n} ")))
+    });
+    let cut = error(RemoteCause::Cut);
+    let end = stream::once(async move {
+        match does {
+            Does::Cuts(_) => Err(cut),
+            Does::Stalls(_) => {
+                tokio::time::sleep(Duration::from_secs(100_000)).await;
+                Err(cut)
+            }
+            _ => {
+                let usage = Usage { prompt_tokens: 1, completion_tokens: 6, cached_tokens: 0 };
+                Ok(Event::Done { finish: FinishReason::Stop, usage, timings: Timings::default() })
+            }
+        }
+    });
+    // The host answers for as long as somebody listens.
+    let events = texts.chain(end).map(move |event| {
+        let _ = &guard;
+        event
+    });
+    (headers, Ok(Box::pin(events) as EventStream))
+}
+
+fn dispatch(hosts: usize, script: Script, folder: &std::path::Path) -> Dispatch {
+    let urls: Vec<_> = (0..hosts).map(|n| format!("\"http://host{n}\"")).collect();
+    let text = format!(
+        "models:\n  m: {{ backend: ollama_http, urls: [{}], max_outstanding: {MOST}, deadlines: {{ queue_seconds: 30, first_token_seconds: 5, gap_seconds: 5 }} }}\n",
+        urls.join(", ")
+    );
+    let config = config::parse(&text, &folder.join("sarai.yaml"), &Environment::default()).unwrap();
+    let (_, catalogs) = Catalogs::new(Catalog::new(&config));
+    let state = Arc::new(State::open(folder));
+    let planner = Planner::new(Arc::clone(&state));
+    let hosts = Hosts::scripted(script);
+    let (catalog, memory) = (catalogs.now(), config.memory);
+    let (pool, _) = Pool::start(Parts {
+        catalog: Arc::clone(&catalog),
+        planner: planner.clone(),
+        memory,
+        executable: "none".into(),
+    });
+    let (health, _) = Health::new(&catalog, hosts.clone(), state);
+    Dispatch { catalogs, planner, pool, hosts, health }
+}
+
+fn request() -> GenerateRequest {
+    GenerateRequest {
+        prompt: Prompt::Chat(vec![Message { role: Role::User, content: "go".into() }]),
+        sampling: Sampling { temperature: Some(0.0), ..Sampling::default() },
+        stop: Vec::new(),
+        max_tokens: None,
+        format: sarai_core::Format::Text,
+        residence: Residence::default(),
+        given: String::new(),
+        extras: None,
+    }
+}
+
+/// What a client has seen: its whole text, or an error and the text before it.
+async fn ask(dispatch: &Dispatch, whole: bool) -> (String, Option<Error>) {
+    let model = Arc::clone(dispatch.catalogs.now().find("m").unwrap());
+    let mut events = match dispatch.answer(&model, request(), Manner { whole, strict: false }).await {
+        Ok(answer) => answer.events,
+        Err(error) => return (String::new(), Some(error)),
+    };
+    let (mut said, mut ended) = (String::new(), 0);
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(Event::Text(text)) => said.push_str(&text),
+            Ok(Event::Done { .. }) => ended += 1,
+            Ok(_) => {}
+            Err(error) => return (said, Some(error)),
+        }
+    }
+    assert_eq!(ended, 1, "one end, after {said:?}");
+    (said, None)
+}
+
+fn does() -> impl Strategy<Value = Does> {
+    prop_oneof![
+        4 => Just(Does::Answers),
+        1 => Just(Does::Refuses),
+        1 => Just(Does::Fails),
+        2 => (0..PIECES).prop_map(Does::Cuts),
+        1 => (0..PIECES).prop_map(Does::Stalls),
+        1 => Just(Does::Hangs),
+    ]
+}
+
+fn client() -> impl Strategy<Value = Client> {
+    let leaves = prop_oneof![3 => Just(None), 1 => (0_u64..3000).prop_map(Some)];
+    (0_u64..4000, any::<bool>(), leaves).prop_map(|(arrives_ms, whole, leaves_after_ms)| Client {
+        arrives_ms,
+        whole,
+        leaves_after_ms,
+    })
+}
+
+async fn play(hosts: usize, fates: Vec<Does>, clients: Vec<Client>) {
+    let folder = tempfile::tempdir().unwrap();
+    let seen: Arc<HashMap<String, Arc<Seen>>> =
+        Arc::new((0..hosts).map(|n| (format!("http://host{n}"), Arc::default())).collect());
+    let (next, healed) = (AtomicUsize::new(0), Arc::new(AtomicUsize::new(0)));
+    let (of, is_healed) = (Arc::clone(&seen), Arc::clone(&healed));
+    let script = Script(Arc::new(move |remote: &Remote, request: &GenerateRequest| {
+        let host = &of[&remote.url];
+        let fate = fates[next.fetch_add(1, Ordering::SeqCst) % fates.len()];
+        let is_probe = request.max_tokens == Some(1);
+        if !is_probe {
+            host.asked.fetch_add(1, Ordering::SeqCst);
+        }
+        let fate = if is_healed.load(Ordering::SeqCst) > 0 { Does::Answers } else { fate };
+        // A probe takes no place.
+        let guard = if is_probe { Answering::at(&Arc::default()) } else { Answering::at(host) };
+        answer(remote, fate, guard)
+    }));
+    let dispatch = dispatch(hosts, script, folder.path());
+    let asked = clients.into_iter().map(|client| {
+        let dispatch = dispatch.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(client.arrives_ms)).await;
+            let began = Instant::now();
+            let patience = Duration::from_millis(client.leaves_after_ms.unwrap_or(100_000_000));
+            let outcome = tokio::time::timeout(patience, ask(&dispatch, client.whole)).await;
+            (outcome.ok(), began.elapsed(), client.whole)
+        })
+    });
+    for task in asked.collect::<Vec<_>>() {
+        let (outcome, took, whole) = task.await.unwrap();
+        let Some((said, error)) = outcome else { continue };
+        match error {
+            // Answered once, nothing doubled and nothing missing, whoever went on.
+            None => assert_eq!(said, text(PIECES)),
+            Some(_) => {
+                assert!(text(PIECES).starts_with(&said), "{said:?}");
+                assert!(!whole || said.is_empty(), "nothing of a whole answer is out before its end");
+            }
+        }
+        // A queue of 30 s, and a few tries of at most 5 s of silence each.
+        assert!(took < Duration::from_secs(120), "nobody waits for ever: {took:?}");
+    }
+    for seen in seen.values() {
+        assert!(seen.most.load(Ordering::SeqCst) <= MOST, "no host has more than its limit");
+        assert_eq!(seen.now.load(Ordering::SeqCst), 0, "what nobody listens to is cancelled");
+    }
+    // Breakers do not stick: whatever was, all are closed again without traffic once the hosts are well.
+    healed.store(1, Ordering::SeqCst);
+    tokio::time::sleep(Duration::from_secs(90)).await;
+    let remotes: Vec<_> = dispatch.catalogs.now().remotes().map(|(_, remote)| remote.clone()).collect();
+    for remote in &remotes {
+        let known = dispatch.health.of(remote);
+        assert_eq!((known.state, known.outstanding), (BreakerState::Closed, 0), "{remote:?}");
+    }
+    // Nor do they flap: a host that is well stays closed under load.
+    let before = seen.values().map(|seen| seen.asked.load(Ordering::SeqCst)).sum::<usize>();
+    for _ in 0..4 {
+        let (said, error) = ask(&dispatch, true).await;
+        assert_eq!((said, error), (text(PIECES), None));
+    }
+    let after = seen.values().map(|seen| seen.asked.load(Ordering::SeqCst)).sum::<usize>();
+    assert_eq!(after - before, 4, "each asked of one host, once");
+    dispatch.pool.stop().await;
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_request_is_lost_or_answered_twice_and_breakers_neither_stick_nor_flap(
+        hosts in 1_usize..4,
+        fates in proptest::collection::vec(does(), 1..40),
+        clients in proptest::collection::vec(client(), 1..24),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        runtime.block_on(play(hosts, fates, clients));
+    }
+}
