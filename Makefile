@@ -9,7 +9,7 @@ export SARAI_MODELS = $(SARAI_CACHE)/models
 # One profile for all: llama.cpp is built once.
 CARGO_FLAGS = --release --locked
 
-.PHONY: run test lint unit bench bench-memory bench-cage bench-gateway deps models demo-models sketches ollama clients build
+.PHONY: run test lint unit bench bench-memory bench-cage bench-gateway bench-failover deps models demo-models sketches ollama clients build
 
 run: build demo-models
 	@exec $(CARGO_TARGET_DIR)/release/sarai serve --config config/demo.yaml
@@ -44,6 +44,10 @@ bench-cage: build models ollama
 # What passes through to a host, beside asking it directly, nginx as a plain proxy, and LiteLLM's.
 bench-gateway: build
 	env $$(scripts/gateway_peers.sh) cargo bench --profile release --locked -p sarai --bench gateway
+
+# A real Ollama killed before, while and after it answers: time to the fallback, and back.
+bench-failover: build models ollama
+	SARAI_OLLAMA=$$(scripts/build_ollama.sh) python3 scripts/bench_failover.py $(CARGO_TARGET_DIR)/release/sarai
 
 deps:
 	@scripts/install_deps.sh

@@ -61,15 +61,23 @@ async fn run() {
         }
     }
     let client = client();
-    for server in &servers {
-        server.until_ready(&client).await;
+    let mut ready = Vec::new();
+    for server in servers {
+        if server.is_ready(&client).await {
+            ready.push(server);
+        } else {
+            println!("NOT MEASURED: {} (it does not serve)", server.name);
+        }
     }
+    let servers = ready;
     println!("{:<8} at rest {:>37}", "", "");
     for server in &servers[1..] {
         println!("  {:<8} {:6.1} MiB", server.name, server.memory_mib());
     }
+    // `cargo bench … -- quick` measures what the targets are about alone.
+    let levels: &[usize] = if std::env::args().any(|arg| arg == "quick") { &[16] } else { &LEVELS };
     for stream in [false, true] {
-        for level in LEVELS {
+        for &level in levels {
             measure(&client, &servers, level, stream).await;
         }
     }
@@ -258,18 +266,21 @@ impl Server {
         command
             .args(["-c", SERVER_CORE, binary, "--host", "127.0.0.1", "--port", &port.to_string(), "--config"])
             .arg(file);
+        command.env("LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY", "true");
         Self::start("LiteLLM", port, &mut command)
     }
 
-    async fn until_ready(&self, client: &reqwest::Client) {
+    async fn is_ready(&self, client: &reqwest::Client) -> bool {
         let began = Instant::now();
         loop {
             let request = client.post(format!("{}/v1/chat/completions", self.url));
             let request = request.header("content-type", "application/json").body(body(false));
             if request.send().await.is_ok_and(|response| response.status() == 200) {
-                return;
+                return true;
             }
-            assert!(began.elapsed() < Duration::from_secs(120), "{} does not serve", self.name);
+            if began.elapsed() > Duration::from_secs(90) {
+                return false;
+            }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }

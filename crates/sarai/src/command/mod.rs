@@ -16,5 +16,7 @@ use crate::Failure;
 
 /// A runtime for commands that wait.
 fn runtime() -> Result<Runtime, Failure> {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(Failure::failed)
+    // On one core, a second thread only takes turns with the first.
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(2);
+    tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build().map_err(Failure::failed)
 }
