@@ -125,6 +125,10 @@ fn requests_of_both_apis_mean_the_same() {
     )
     .unwrap();
     let OllamaRequest::Generate(ollama) = ollama else { panic!("{ollama:?}") };
+    let mut openai = openai;
+    // What stands only there is kept for hosts that speak the same API, and means nothing else.
+    let kept = openai.request.extras.take().unwrap();
+    assert!(kept.needs.is_empty() && kept.degrades.is_empty(), "{kept:?}");
     assert_eq!(openai.request, ollama.request);
     assert!(openai.delivery.stream && ollama.delivery.stream, "Ollama streams unless told not to");
 }
