@@ -495,3 +495,120 @@ async fn a_stream_through_sarai_is_passed_on_piece_by_piece() {
     drop(chunks);
     host.until("the client's leave in mid-stream", |asked| asked[0].left.is_some()).await;
 }
+
+/// What a proxy does to a host's answer after so many of its bytes.
+#[derive(Clone, Copy, Debug)]
+enum Harm {
+    Cut,
+    Stall,
+    Garbage,
+    /// All is well, byte by byte for a while.
+    Crumbs,
+}
+
+/// Passes bytes on to a host, and harms the answers to chats.
+fn harming(to: &str, harm: Harm, after: usize) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let to = to.strip_prefix("http://").unwrap().to_owned();
+    std::thread::spawn(move || {
+        for client in listener.incoming().map_while(Result::ok) {
+            let Ok(host) = TcpStream::connect(&to) else { continue };
+            let is_chat = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+            let (asks, mut there, sees_chat) =
+                (client.try_clone().unwrap(), host.try_clone().unwrap(), std::sync::Arc::clone(&is_chat));
+            std::thread::spawn(move || {
+                let (mut asks, mut buffer) = (asks, [0; 65536]);
+                while let Ok(read @ 1..) = asks.read(&mut buffer) {
+                    if buffer.starts_with(b"POST /api/chat") {
+                        sees_chat.store(true, std::sync::atomic::Ordering::SeqCst);
+                    }
+                    if there.write_all(&buffer[..read]).is_err() {
+                        break;
+                    }
+                }
+                let _ = there.shutdown(std::net::Shutdown::Both);
+            });
+            std::thread::spawn(move || drop(harm_answers(host, client, &is_chat, harm, after)));
+        }
+    });
+    url
+}
+
+fn harm_answers(
+    mut host: TcpStream,
+    mut client: TcpStream,
+    is_chat: &std::sync::atomic::AtomicBool,
+    harm: Harm,
+    after: usize,
+) -> std::io::Result<()> {
+    let (mut buffer, mut passed) = ([0; 65536], 0);
+    loop {
+        let read = host.read(&mut buffer)?;
+        if read == 0 {
+            return client.shutdown(std::net::Shutdown::Write);
+        }
+        if !is_chat.load(std::sync::atomic::Ordering::SeqCst) {
+            client.write_all(&buffer[..read])?;
+            continue;
+        }
+        let until = read.min(after.saturating_sub(passed));
+        client.write_all(&buffer[..until])?;
+        passed += until;
+        if until == read {
+            continue;
+        }
+        match harm {
+            Harm::Cut => return client.shutdown(std::net::Shutdown::Both),
+            Harm::Stall => {
+                // Until the other side has had enough of it.
+                while host.read(&mut buffer)? > 0 {}
+                return Ok(());
+            }
+            Harm::Garbage => client.write_all(b"\x01\x02 }{ garbage\n")?,
+            Harm::Crumbs => {
+                for byte in &buffer[until..read] {
+                    client.write_all(std::slice::from_ref(byte))?;
+                }
+                continue;
+            }
+        }
+        client.write_all(&buffer[until..read])?;
+    }
+}
+
+/// Faults through a proxy in front of a real Ollama, before its first line, in the middle of a line, and later.
+#[tokio::test]
+async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer() {
+    let ollama = Ollama::start();
+    let config = |url: &str| {
+        on_host(url, &with_worker("    deadlines: { gap_seconds: 2, first_token_seconds: 8 }\n"))
+            .replace("model_name: m", "model_name: solar")
+    };
+    let body = chat("solar", "Count from one to twenty.", json!({ "stream": true, "max_tokens": 24 }));
+    let plain = chat("solar", "Count from one to twenty.", json!({ "max_tokens": 24 }));
+    let direct = Sarai::start(&config(&ollama.url));
+    let whole = text_of(&direct.post("/v1/chat/completions", body.clone()).await);
+    drop(direct);
+    for harm in [Harm::Cut, Harm::Stall, Harm::Garbage, Harm::Crumbs] {
+        for after in [40, 600, 1500] {
+            let sarai = Sarai::start(&config(&harming(&ollama.url, harm, after)));
+            let streamed = sarai.post("/v1/chat/completions", body.clone()).await;
+            let what = format!("{harm:?} after {after} bytes: {}", streamed.text);
+            assert_eq!(streamed.status, 200, "{what}");
+            assert!(streamed.text.ends_with("data: [DONE]\n\n"), "{what}");
+            let said = text_of(&streamed);
+            // What the host said stands at the beginning, and the rest follows once.
+            let common = said.chars().zip(whole.chars()).take_while(|(a, b)| a == b).count();
+            let end = streamed.sse().into_iter().find(|event| event["sarai"].is_object()).unwrap();
+            // Before its first token, the worker answers alone, in words of its own.
+            let began_there = end["sarai"]["fallback_reason"].is_null();
+            assert!((common >= 4 || !began_there) && said.len() > 20, "{said:?} for {whole:?}; {what}");
+            let is_moved = end["sarai"]["resumed"].is_array() || !end["sarai"]["fallback_reason"].is_null();
+            assert_eq!(is_moved, !matches!(harm, Harm::Crumbs), "{what}");
+            let whole = sarai.post("/v1/chat/completions", plain.clone()).await;
+            assert_eq!(whole.status, 200, "{harm:?} {after}: {}", whole.text);
+            assert!(whole.json()["choices"][0]["message"]["content"].as_str().unwrap().len() > 20);
+        }
+    }
+}
