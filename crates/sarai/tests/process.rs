@@ -47,12 +47,8 @@ fn processes_of(folder: &std::path::Path) -> Vec<u64> {
 
 /// A process and what descends from it.
 fn tree(pid: u64) -> Vec<u64> {
-    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let lists = threads.map(|thread| std::fs::read_to_string(thread.path().join("children")).unwrap_or_default());
-    let lists: Vec<_> = lists.collect();
-    let children: Vec<u64> =
-        lists.iter().flat_map(|list| list.split_whitespace()).map(|pid| pid.parse().unwrap()).collect();
-    std::iter::once(pid).chain(children.into_iter().flat_map(tree)).collect()
+    let pids = sarai_server::machine::process::tree(u32::try_from(pid).unwrap());
+    pids.into_iter().map(u64::from).collect()
 }
 
 async fn until_gone(what: &str, pids: &[u64]) {

@@ -138,6 +138,25 @@ pub struct Remote {
     pub dns: bool,
 }
 
+impl Remote {
+    /// A model on a host, with nothing else said of it.
+    pub fn new(api: Api, url: &str, model_name: String) -> Self {
+        Self {
+            api,
+            url: url.to_owned(),
+            model_name,
+            context_tokens: None,
+            api_key: None,
+            max_outstanding: None,
+            weight: 1,
+            priority: 0,
+            wan: false,
+            managed_lb: false,
+            dns: false,
+        }
+    }
+}
+
 impl std::fmt::Debug for Remote {
     /// Without the key: it must not come into a log.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

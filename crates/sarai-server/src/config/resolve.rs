@@ -346,9 +346,6 @@ impl Resolver<'_> {
         };
         let deployment = |host: &WrittenHost| {
             Deployment::Remote(Remote {
-                api,
-                url: host.url.trim_end_matches('/').to_owned(),
-                model_name: model_name.clone(),
                 context_tokens: written.context_length,
                 api_key: written.api_key.clone(),
                 max_outstanding: most(host),
@@ -357,6 +354,7 @@ impl Resolver<'_> {
                 wan: host.wan.unwrap_or(written.wan),
                 managed_lb: written.managed_lb,
                 dns: written.dns,
+                ..Remote::new(api, host.url.trim_end_matches('/'), model_name.clone())
             })
         };
         hosts.iter().map(deployment).collect()
@@ -406,19 +404,7 @@ impl Resolver<'_> {
             }
         };
         let context_tokens = process.context_tokens;
-        let remote = Remote {
-            api: Api::OpenAi,
-            url: String::new(),
-            model_name: self.model_name(),
-            context_tokens: None,
-            api_key: written.api_key.clone(),
-            max_outstanding: None,
-            weight: 1,
-            priority: 0,
-            wan: false,
-            managed_lb: false,
-            dns: false,
-        };
+        let remote = Remote { api_key: written.api_key.clone(), ..Remote::new(Api::OpenAi, "", self.model_name()) };
         engines.push(Engine {
             label: written.name.clone(),
             path: PathBuf::from(&process.command[0]),

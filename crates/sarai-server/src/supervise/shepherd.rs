@@ -6,7 +6,7 @@
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, wait};
@@ -15,8 +15,8 @@ use crate::machine::process;
 
 /// How long a tree may take to end by itself.
 pub const GRACE: Duration = Duration::from_secs(5);
-/// Between two looks at what is left of it.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// Between two turns of killing what is left of it.
+const KILL_EVERY: Duration = Duration::from_millis(20);
 /// What shells answer when a command cannot be started.
 const CANNOT_START: u8 = 127;
 
@@ -60,13 +60,11 @@ fn end_all() {
         }
     };
     signal(Signal::TERM);
-    let began = Instant::now();
-    while began.elapsed() < GRACE {
-        std::thread::sleep(LOOK_EVERY);
-        // This process ends as soon as it has no child.
-    }
+    // This process ends as soon as it has no child, and this thread with it.
+    std::thread::sleep(GRACE);
     loop {
         signal(Signal::KILL);
-        std::thread::sleep(LOOK_EVERY);
+        // What was forked meanwhile is found by the next turn.
+        std::thread::sleep(KILL_EVERY);
     }
 }
