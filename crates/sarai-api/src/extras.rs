@@ -24,6 +24,8 @@ pub const SAMPLING: [&str; 12] = [
 /// Collects what is left of a body.
 pub struct Rest {
     extras: Extras,
+    /// The fields that are read.
+    read: Map<String, Value>,
 }
 
 impl Rest {
@@ -33,9 +35,9 @@ impl Rest {
     /// It is not JSON.
     pub fn of(api: Api, body: &[u8], read: &[&str]) -> Result<Self, Error> {
         let fields: Map<String, Value> = json::parse(body)?;
-        let fields = without(fields, read);
+        let (read, fields) = fields.into_iter().partition(|(name, _)| read.contains(&name.as_str()));
         let (options, needs, degrades) = (Map::new(), Vec::new(), Vec::new());
-        Ok(Self { extras: Extras { api, fields, options, is_generate: false, needs, degrades } })
+        Ok(Self { extras: Extras { api, fields, options, is_generate: false, needs, degrades }, read })
     }
 
     /// Those of these fields that are set are needed.
@@ -66,20 +68,16 @@ impl Rest {
     }
 
     /// Keeps a field as it was sent, although it is read.
-    ///
-    /// # Errors
-    /// The body is not JSON.
-    pub fn keep(&mut self, body: &[u8], name: &str) -> Result<(), Error> {
-        let mut fields: Map<String, Value> = json::parse(body)?;
-        if let Some(value) = fields.remove(name) {
+    pub fn keep(&mut self, name: &str) {
+        if let Some(value) = self.read.remove(name) {
             self.extras.fields.insert(name.to_owned(), value);
         }
-        Ok(())
     }
 
     /// Of Ollama's options, all but those that are read; those in `degrading` change the answer.
     pub fn options(&mut self, options: Map<String, Value>, read: &[&str], degrading: &[&str]) {
-        self.extras.options = without(options, read);
+        self.extras.options = options;
+        self.extras.options.retain(|name, _| !read.contains(&name.as_str()));
         let set = degrading.iter().filter(|name| self.extras.options.contains_key(**name));
         self.extras.degrades = set.map(|name| (*name).to_owned()).collect();
     }
@@ -94,9 +92,4 @@ impl Rest {
         let is_empty = self.extras.fields.is_empty() && self.extras.options.is_empty();
         (!is_empty).then(|| Box::new(self.extras))
     }
-}
-
-fn without(mut fields: Map<String, Value>, read: &[&str]) -> Map<String, Value> {
-    fields.retain(|name, _| !read.contains(&name.as_str()));
-    fields
 }

@@ -57,6 +57,9 @@ fn openai_answers_and_chunks() {
             Some(writer.finish(FinishReason::Length, &served(), &timings())),
             writer.usage(&USAGE),
         ];
+        for text in ["Hel", "\"quoted\"\n", "\u{1}"] {
+            assert_eq!(writer.around_text().with(text.into()), writer.text(text).to_string());
+        }
         golden(&format!("openai_{name}_chunks"), &Value::from(chunks.into_iter().flatten().collect::<Vec<_>>()));
     }
     let resumed = sarai_api::Resumed { by: "solar@gguf_native".into(), reason: "host h cut the stream".into() };

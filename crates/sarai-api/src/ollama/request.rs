@@ -130,7 +130,7 @@ pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
     });
     let prompt = Prompt::Chat(messages.collect::<Result<_, Error>>()?);
     if is_more {
-        rest.keep(body, "messages")?;
+        rest.keep("messages");
     }
     common.finish(body, prompt, rest)
 }
@@ -150,7 +150,7 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
     let is_raw = generate.raw == Some(true);
     if rest.is_needy() {
         rest.generate();
-        ["prompt", "system", "raw"].iter().try_for_each(|name| rest.keep(body, name))?;
+        ["prompt", "system", "raw"].iter().for_each(|name| rest.keep(name));
     }
     let prompt = if is_raw {
         Prompt::Raw(prompt)

@@ -37,6 +37,15 @@ impl ChunkWriter {
         (self.kind == Kind::Chat).then(|| self.chunk(vec![choice]))
     }
 
+    /// What stands around the text in each chunk of text: only the text is written anew for each token.
+    #[must_use]
+    pub fn around_text(&self) -> AroundText {
+        let chunk = self.text("\u{1}").to_string();
+        // The last one: the model's name is the client's choice, and stands before it.
+        let (head, tail) = chunk.rsplit_once(r#""\u0001""#).unwrap_or_default();
+        AroundText { head: head.to_owned(), tail: tail.to_owned() }
+    }
+
     /// A chunk of text.
     #[must_use]
     pub fn text(&self, text: &str) -> Value {
@@ -132,6 +141,21 @@ impl ChunkWriter {
             put(&mut answer, extra.top);
         }
         answer
+    }
+}
+
+/// The chunks of text of one answer, but for the text.
+#[derive(Clone, Debug)]
+pub struct AroundText {
+    head: String,
+    tail: String,
+}
+
+impl AroundText {
+    /// A chunk of this text, as JSON.
+    #[must_use]
+    pub fn with(&self, text: String) -> String {
+        format!("{}{}{}", self.head, Value::String(text), self.tail)
     }
 }
 

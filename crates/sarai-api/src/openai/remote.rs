@@ -1,9 +1,12 @@
 //! Towards an OpenAI-compatible server: a core request as its JSON, and its SSE lines as core events.
 
+use std::borrow::Cow;
+
 use sarai_core::{
     Api, Event, Extra, FinishReason, Format, GenerateRequest, Prompt, RemoteCause, Sampling, Timings, Usage,
 };
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 
 use crate::{RemoteLine, sampling};
@@ -113,6 +116,46 @@ struct Delta {
     rest: Map<String, Value>,
 }
 
+/// A chunk that says no more than text, as most do: read without copying what is not passed on. Anything else it might say
+/// fails here, and is read as a [`Chunk`].
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a plain chunk")]
+#[expect(dead_code, reason = "fields that may stand there, and say nothing")]
+struct PlainChunk<'a> {
+    id: Option<IgnoredAny>,
+    object: Option<IgnoredAny>,
+    created: Option<IgnoredAny>,
+    model: Option<IgnoredAny>,
+    usage: Option<Nothing>,
+    system_fingerprint: Option<&'a str>,
+    #[serde(borrow)]
+    choices: [PlainChoice<'a>; 1],
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(dead_code, reason = "fields that may stand there, and say nothing")]
+struct PlainChoice<'a> {
+    index: Option<IgnoredAny>,
+    finish_reason: Option<Nothing>,
+    logprobs: Option<Nothing>,
+    #[serde(borrow)]
+    delta: PlainDelta<'a>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(dead_code, reason = "fields that may stand there, and say nothing")]
+struct PlainDelta<'a> {
+    role: Option<IgnoredAny>,
+    #[serde(borrow)]
+    content: Cow<'a, str>,
+}
+
+/// What may only be null.
+#[derive(Deserialize)]
+enum Nothing {}
+
 /// What the writer of the answer writes anew.
 const WRITTEN_ANEW: [&str; 7] = ["id", "object", "created", "model", "index", "role", "sarai"];
 
@@ -170,6 +213,9 @@ impl SseReader {
 
     fn chunk(&mut self, data: &[u8]) -> Result<RemoteLine, RemoteCause> {
         let garbled = || RemoteCause::Garbled(String::from_utf8_lossy(&data[..data.len().min(80)]).into_owned());
+        if let Some(text) = self.plain(data) {
+            return Ok(RemoteLine { step: Some(Event::Text(text)), end: None });
+        }
         let chunk: Chunk = serde_json::from_slice(data).map_err(|_| garbled())?;
         if let Some(error) = chunk.error.filter(|error| !error.is_null()) {
             let message = error["message"].as_str().map_or_else(|| error.to_string(), str::to_owned);
@@ -185,6 +231,19 @@ impl SseReader {
         let choice = chunk.choices.ok_or_else(garbled)?.into_iter().next();
         let top = self.news(beyond(chunk.rest));
         self.step(top, choice).map(|step| RemoteLine { step, end: None })
+    }
+
+    /// The text of a chunk that says nothing else.
+    fn plain(&mut self, data: &[u8]) -> Option<String> {
+        let chunk: PlainChunk<'_> = serde_json::from_slice(data).ok()?;
+        let said = self.said.get("system_fingerprint").and_then(Value::as_str);
+        let is_news = chunk.system_fingerprint.is_some() && chunk.system_fingerprint != said;
+        let [PlainChoice { delta: PlainDelta { content, .. }, .. }] = chunk.choices;
+        if is_news || content.is_empty() {
+            return None;
+        }
+        self.texts += 1;
+        Some(content.into_owned())
     }
 
     /// Those fields that say something new.
@@ -223,7 +282,7 @@ impl SseReader {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#[expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
 
@@ -251,6 +310,28 @@ mod tests {
         let usage = Usage { prompt_tokens: 5, cached_tokens: 0, completion_tokens: 1 };
         let end = Event::Done { finish: FinishReason::Stop, usage, timings: Timings::default() };
         assert_eq!(seen[1], end);
+    }
+
+    /// Both ways of reading a chunk must say the same.
+    #[test]
+    fn a_chunk_that_says_more_than_text_is_read_whole() {
+        let chunk = |more: &str, choice: &str, delta: &str| {
+            format!(r#"data: {{"id":"c","choices":[{{"index":0,"delta":{{"content":"H\u00e9"{delta}}},"finish_reason":null{choice}}}]{more}}}"#)
+        };
+        let read_one = |line: String| read(&[&line]).0.remove(0);
+        assert_eq!(read_one(chunk("", r#","logprobs":null"#, r#","role":"assistant""#)), Event::Text("H\u{e9}".into()));
+        for line in [
+            chunk(r#","timings":{"n":1}"#, "", ""),
+            chunk(r#","system_fingerprint":"f""#, "", ""),
+            chunk("", r#","logprobs":{"content":[]}"#, ""),
+            chunk("", "", r#","reasoning_content":"so""#),
+        ] {
+            let Event::Extra(extra) = read_one(line.clone()) else { panic!("{line} is more than text") };
+            assert_eq!(extra.text, "H\u{e9}", "{line}");
+        }
+        let print = chunk(r#","system_fingerprint":"f""#, "", "");
+        assert_eq!(read(&[&print, &print]).0[1], Event::Text("H\u{e9}".into()), "it is passed on once");
+        assert!(matches!(read(&[&chunk(r#","error":{"message":"no"}"#, "", "")]).1, Some(RemoteCause::Reported(_))));
     }
 
     #[test]

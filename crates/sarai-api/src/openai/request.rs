@@ -103,7 +103,7 @@ pub fn parse_chat(body: &[u8]) -> Result<Parsed, Error> {
     let messages =
         messages.map(|(index, Object(message))| reading.message(index, message)).collect::<Result<_, _>>()?;
     if reading.is_more {
-        rest.keep(body, "messages")?;
+        rest.keep("messages");
     }
     common.finish(sampling, Prompt::Chat(messages), rest)
 }
@@ -163,7 +163,7 @@ fn rest_of(body: &[u8]) -> Result<Rest, Error> {
     rest.need(&NEEDS);
     rest.degrades_without(&HARMLESS);
     // What is read of these is not all that they may say.
-    ["response_format", "stream_options", "max_completion_tokens"].iter().try_for_each(|name| rest.keep(body, name))?;
+    ["response_format", "stream_options", "max_completion_tokens"].iter().for_each(|name| rest.keep(name));
     Ok(rest)
 }
 

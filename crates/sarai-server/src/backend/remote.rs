@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use futures_util::{Stream, StreamExt, stream};
+use futures_util::{FutureExt, Stream, StreamExt, stream};
 use reqwest::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
 use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use sarai_api::openai::remote::SseReader;
@@ -368,7 +368,14 @@ impl Lines {
         let mut chunks = std::mem::replace(&mut self.chunks, Box::pin(stream::empty()));
         let mut rest =
             Box::pin(tokio::time::timeout(END_OF_BODY, async move { while chunks.next().await.is_some() {} }));
-        // It is there as a rule, and who asks next finds the connection free; else nobody waits for it.
+        // It is there as a rule, and who asks next finds the connection free; else nobody waits for it. The connection's
+        // task has it once it had its turn, mostly.
+        for _ in 0..2 {
+            if (&mut rest).now_or_never().is_some() {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
         if tokio::time::timeout(END_IS_THERE, &mut rest).await.is_err() {
             tokio::spawn(rest);
         }

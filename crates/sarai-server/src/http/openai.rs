@@ -1,6 +1,6 @@
 //! OpenAI's endpoints.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::extract::{Path, Request, State};
@@ -10,7 +10,6 @@ use bytes::Bytes;
 use sarai_api::openai::{self, ChunkWriter, Kind};
 use sarai_api::{Parsed, Served};
 use sarai_core::{Error, Event};
-use serde_json::Value;
 
 use super::error::{Failure, openai_body};
 use super::{App, body, is_strict, json_response, served_headers, stream};
@@ -65,8 +64,12 @@ async fn answer(
     headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-cache"));
     let first = writer.role().map(|chunk| Bytes::from(sse(&chunk)));
-    let mut served = answer.served;
-    let body = stream::body(answer.events, app.stall, first, move |event| encode(&writer, &mut served, event).into());
+    let (mut served, around) = (answer.served, writer.around_text());
+    let encode = move |event| match event {
+        Ok(Event::Text(text)) => sse(&around.with(text)).into(),
+        event => encode(&writer, &mut served, event).into(),
+    };
+    let body = stream::body(answer.events, app.stall, first, encode);
     Ok((headers, body).into_response())
 }
 
@@ -91,7 +94,7 @@ fn encode(writer: &ChunkWriter, served: &mut Served, event: Result<Event, Error>
     }
 }
 
-fn sse(chunk: &Value) -> String {
+fn sse(chunk: &impl Display) -> String {
     format!("data: {chunk}\n\n")
 }
 
