@@ -38,6 +38,11 @@ const LEVELS: [usize; 4] = [1, 4, 16, 64];
 const OPEN: usize = 1000;
 
 fn main() {
+    let mut arguments = std::env::args().skip(1);
+    if let (Some("bare"), Some(host)) = (arguments.next().as_deref(), arguments.next()) {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        return runtime.block_on(bare(host));
+    }
     // This process is the load: it stays on its core.
     let pid = std::process::id().to_string();
     assert!(Command::new("taskset").args(["-acp", LOAD_CORE, &pid]).stdout(Stdio::null()).status().unwrap().success());
@@ -51,6 +56,7 @@ async fn run() {
     let folder = tempfile::tempdir().unwrap();
     let mut servers = vec![Server { name: "direct", url: host.clone(), child: None }];
     servers.push(Server::sarai(&host, folder.path()));
+    servers.push(Server::bare(&host));
     for (name, variable, start) in [
         ("nginx", "NGINX", Server::nginx as fn(&str, &str, &std::path::Path) -> Server),
         ("LiteLLM", "LITELLM", Server::litellm),
@@ -76,12 +82,41 @@ async fn run() {
     }
     // `cargo bench … -- quick` measures what the targets are about alone.
     let levels: &[usize] = if std::env::args().any(|arg| arg == "quick") { &[16] } else { &LEVELS };
-    for stream in [false, true] {
+    let only_open = std::env::args().any(|arg| arg == "open");
+    for stream in [false, true].into_iter().filter(|_| !only_open) {
         for &level in levels {
             measure(&client, &servers, level, stream).await;
         }
     }
     open_streams(&servers).await;
+}
+
+/// The floor of the libraries that sarai stands on: a proxy that reads nothing and decides nothing.
+async fn bare(host: String) {
+    use axum::body::Body;
+    use axum::extract::Request;
+    use axum::response::Response;
+    use axum::serve::ListenerExt;
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let client = client();
+    let forward = move |request: Request| {
+        let (client, host) = (client.clone(), host.clone());
+        async move {
+            let path = request.uri().path().to_owned();
+            let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap();
+            let asked = client.post(format!("{host}{path}")).header("content-type", "application/json").body(body);
+            let answer = asked.send().await.unwrap();
+            let mut response = Response::builder().status(answer.status());
+            for (name, value) in answer.headers().iter().filter(|(name, _)| *name == "content-type") {
+                response = response.header(name, value);
+            }
+            response.body(Body::from_stream(answer.bytes_stream())).unwrap()
+        }
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    println!("{}", listener.local_addr().unwrap().port());
+    let listener = listener.tap_io(|socket| drop(socket.set_nodelay(true)));
+    axum::serve(listener, axum::Router::new().fallback(forward).into_make_service()).await.unwrap();
 }
 
 fn client() -> reqwest::Client {
@@ -239,6 +274,16 @@ impl Server {
         let mut command = Command::new("taskset");
         command.args(["-c", SERVER_CORE, BINARY, "serve", "--listen", &format!("127.0.0.1:{port}"), "--config"]);
         Self::start("sarai", port, command.arg(file).env("SARAI_STATE_DIR", folder.join("state")).current_dir(folder))
+    }
+
+    fn bare(host: &str) -> Self {
+        let mut command = Command::new("taskset");
+        command.args(["-c", SERVER_CORE]).arg(std::env::current_exe().unwrap());
+        // It prints its port once it listens.
+        let mut child = command.args(["bare", host]).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut port = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut port).unwrap();
+        Self { name: "bare", url: format!("http://127.0.0.1:{}", port.trim()), child: Some(child) }
     }
 
     fn nginx(binary: &str, host: &str, folder: &std::path::Path) -> Self {
