@@ -5,12 +5,15 @@
 //! socket and decides nothing about memory: the server did that before it started the worker.
 
 mod answer;
+mod cells;
 mod channel;
 mod engine;
 mod log;
 mod model;
+mod pace;
 mod probe;
 mod prompt;
+mod schedule;
 mod sequence;
 
 use std::os::fd::OwnedFd;

@@ -15,7 +15,7 @@ use llama_cpp_4::context::params::{LlamaContextParams, LlamaFlashAttnType};
 use llama_cpp_4::llama_backend::LlamaBackend;
 use llama_cpp_4::model::LlamaModel;
 use llama_cpp_4::quantize::GgmlType;
-use sarai_core::frame::LoadSpec;
+use sarai_core::frame::{LoadSpec, LoadedInfo};
 use sarai_core::{Bytes, EngineMemory, KvType};
 
 /// Whether a load takes memory for tensors.
@@ -77,6 +77,24 @@ pub fn context<'model>(
         .map_err(|error| format!("llama.cpp cannot make a context of {} tokens ({error})", spec.context_tokens))
 }
 
+/// llama.cpp holds a multiple of so many tokens.
+const CELLS: u32 = 256;
+
+/// Tokens that one sequence can hold.
+pub fn sequence_tokens(spec: &LoadSpec) -> u32 {
+    spec.context_tokens.checked_next_multiple_of(CELLS).unwrap_or(u32::MAX)
+}
+
+/// What the server is told of a load.
+pub fn info(spec: &LoadSpec, context: &LlamaContext<'_>) -> LoadedInfo {
+    LoadedInfo { context_tokens: sequence_tokens(spec).min(context.n_ctx()), memory: memory(context) }
+}
+
+/// Tokens that a sliding window covers; 0 if the model has none.
+pub fn window(model: &LlamaModel) -> usize {
+    usize::try_from(model.n_swa()).unwrap_or(0)
+}
+
 /// Tokens that one step can hold: one of every sequence at least.
 pub fn step_tokens(spec: &LoadSpec) -> u32 {
     spec.ubatch_tokens.max(spec.parallel)
@@ -89,19 +107,17 @@ fn context_params(spec: &LoadSpec) -> LlamaContextParams {
         KvType::Q8_0 => GgmlType::Q8_0,
         KvType::Q4_0 => GgmlType::Q4_0,
     };
+    // One pool of cells in any case, so that sequences can share what they begin with.
+    let times = if spec.shared_context { 1 } else { spec.parallel };
     let flash = if spec.flash_attention { LlamaFlashAttnType::Enabled } else { LlamaFlashAttnType::Disabled };
     LlamaContextParams::default()
-        .with_n_ctx(NonZeroU32::new(spec.context_tokens.saturating_mul(if spec.shared_context {
-            1
-        } else {
-            spec.parallel
-        })))
+        .with_n_ctx(NonZeroU32::new(sequence_tokens(spec).saturating_mul(times)))
         .with_n_seq_max(spec.parallel)
         .with_n_batch(step_tokens(spec))
         .with_n_ubatch(step_tokens(spec))
         .with_n_outputs_max(spec.parallel)
         .with_swa_full(false)
-        .with_kv_unified(spec.shared_context)
+        .with_kv_unified(true)
         .with_flash_attn_type(flash)
         .with_cache_type_k(kv)
         .with_cache_type_v(kv)

@@ -32,5 +32,5 @@ fn probe(spec: &LoadSpec) -> Result<LoadedInfo, String> {
     let backend = LlamaBackend::init().map_err(|error| error.to_string())?;
     let model = model::load(spec, Allocation::DryRun)?;
     let context = model::context(spec, &backend, &model)?;
-    Ok(LoadedInfo { context_tokens: context.n_ctx_seq(), memory: model::memory(&context) })
+    Ok(model::info(spec, &context))
 }

@@ -57,20 +57,16 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// Tokens that one sequence really holds: llama.cpp rounds up.
+    /// Tokens that all sequences together hold: llama.cpp rounds up.
     #[must_use]
     pub fn cells(&self) -> u64 {
-        u64::from(self.context_tokens).next_multiple_of(CELLS)
-    }
-
-    /// How often the cells are there: once for each sequence, unless they share them.
-    pub(crate) fn streams(&self) -> u64 {
-        if self.shared_context { 1 } else { u64::from(self.parallel) }
+        let times = if self.shared_context { 1 } else { u64::from(self.parallel) };
+        u64::from(self.context_tokens).next_multiple_of(CELLS) * times
     }
 
     /// Tokens that one step really computes at most.
     pub(crate) fn step(&self) -> u64 {
-        u64::from(self.ubatch_tokens.max(self.parallel)).min(self.cells() * self.streams())
+        u64::from(self.ubatch_tokens.max(self.parallel)).min(self.cells())
     }
 }
 
@@ -208,7 +204,7 @@ fn kv_cache(layers: &Layers, settings: Settings) -> Bytes {
     for layer in &layers.layers {
         let cells = layer.window.map_or(settings.cells(), |window| windowed_cells(window, settings));
         let row = settings.kv.row(layer.keys) + settings.kv.row(layer.values);
-        total += u128::from(row.0) * u128::from(cells) * u128::from(settings.streams());
+        total += u128::from(row.0) * u128::from(cells);
         if settings.kv != KvType::F16 && layer.keys > 0 {
             total += u128::from(rotations(layer.head, layer.values > 0));
         }
@@ -217,9 +213,7 @@ fn kv_cache(layers: &Layers, settings: Settings) -> Bytes {
 }
 
 pub(crate) fn windowed_cells(window: u64, settings: Settings) -> u64 {
-    // Sequences that share cells each need their window.
-    let windows = window * u64::from(settings.parallel) / settings.streams();
-    settings.cells().min((windows + settings.step()).next_multiple_of(CELLS))
+    settings.cells().min((window * u64::from(settings.parallel) + settings.step()).next_multiple_of(CELLS))
 }
 
 /// The largest power-of-two matrix that divides a head of keys, and a 64 x 64 one for the values, in F32.
@@ -258,7 +252,7 @@ fn process(header: &Header, layers: &Layers, settings: Settings) -> Bytes {
     let graphs = Bytes(3 * 420 + 20) * nodes;
     let attends = layers.layers.iter().any(|layer| layer.keys > 0);
     // 52 bytes from the start, 96 more once a cell is used.
-    let cells = if attends { Bytes(148) * settings.cells() * settings.streams() } else { Bytes::ZERO };
+    let cells = if attends { Bytes(148) * settings.cells() } else { Bytes::ZERO };
     let rows = header.tensors.iter().filter(|tensor| tensor.name.starts_with("blk.") && tensor.shape.len() > 1);
     let widest = rows.filter_map(|tensor| tensor.shape.first()).max().copied().unwrap_or(0);
     // A step's activations are quantised into a work buffer; every thread has a tile and its part of attention.

@@ -16,7 +16,8 @@ use crate::Failure;
 
 /// A runtime for commands that wait.
 fn runtime() -> Result<Runtime, Failure> {
-    // On one core, a second thread only takes turns with the first.
-    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(2);
+    // The cores are for the models: one thread passes 20,000 tokens a second on, and a second one would only be woken by it,
+    // which takes a core from a worker that computes on all of them.
+    let threads = std::thread::available_parallelism().map_or(1, |cores| 1 + cores.get() / 8).min(4);
     tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build().map_err(Failure::failed)
 }

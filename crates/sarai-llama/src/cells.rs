@@ -1,0 +1,79 @@
+//! What the scheduler asks of the memory of a context: cells that sequences share where they hold the same tokens.
+
+use std::ops::Range;
+
+use llama_cpp_4::context::LlamaContext;
+use llama_cpp_4::model::LlamaModel;
+
+/// The cells of all sequences.
+pub trait Cells {
+    /// Lets a sequence use the cells that another one holds at these positions.
+    fn share(&mut self, from: usize, to: usize, positions: Range<usize>);
+
+    /// Cuts a sequence down to its first `keep` positions. False where its state cannot be cut: it is empty then.
+    fn cut(&mut self, sequence: usize, keep: usize) -> bool;
+
+    /// Whether all that the next token needs of the first `keep` positions of a sequence is there: a sliding window
+    /// that has moved on has lost some of it.
+    fn holds(&self, sequence: usize, keep: usize) -> bool;
+}
+
+/// The cells of a context of llama.cpp.
+pub struct ContextCells<'a, 'model> {
+    /// The context.
+    pub context: &'a mut LlamaContext<'model>,
+    /// Positions that a sliding window covers; 0 if the model has none.
+    pub window: usize,
+}
+
+impl Cells for ContextCells<'_, '_> {
+    fn share(&mut self, from: usize, to: usize, positions: Range<usize>) {
+        let (from, to) = (i32::try_from(from).unwrap_or(-1), i32::try_from(to).unwrap_or(-1));
+        let at = |position: usize| u32::try_from(position).ok();
+        // It refuses only positions beyond 2^31.
+        let _ = self.context.copy_kv_cache_seq(from, to, at(positions.start), at(positions.end));
+    }
+
+    fn cut(&mut self, sequence: usize, keep: usize) -> bool {
+        let (sequence, from) = (u32::try_from(sequence).ok(), u32::try_from(keep).ok());
+        let is_cut = keep > 0 && self.context.clear_kv_cache_seq(sequence, from, None).unwrap_or(false);
+        if !is_cut {
+            let _ = self.context.clear_kv_cache_seq(sequence, None, None);
+        }
+        is_cut || keep == 0
+    }
+
+    fn holds(&self, sequence: usize, keep: usize) -> bool {
+        if self.window == 0 || keep == 0 {
+            return true;
+        }
+        let first = self.context.memory_seq_pos_min(i32::try_from(sequence).unwrap_or(-1));
+        usize::try_from(first).is_ok_and(|first| first <= keep.saturating_sub(self.window))
+    }
+}
+
+/// How sequences of a model may share what they computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// Any prefix, by any sequence.
+    Prefixes,
+    /// A recurrent state stands for all tokens at once: it is continued, and never cut or shared.
+    Whole,
+}
+
+impl Sharing {
+    /// What the model allows.
+    pub fn of(model: &LlamaModel) -> Self {
+        if model.is_recurrent() || model.is_hybrid() { Self::Whole } else { Self::Prefixes }
+    }
+
+    /// How many sequences there are, those included that are computed at once. llama.cpp computes only so many of them, and
+    /// takes memory for those; each of the others is only a number, whose cells nobody else needs.
+    pub fn sequences(self, parallel: usize) -> usize {
+        const MOST: usize = 256;
+        match self {
+            Self::Prefixes => (parallel + 64).min(MOST),
+            Self::Whole => parallel,
+        }
+    }
+}

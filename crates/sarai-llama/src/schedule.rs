@@ -1,0 +1,314 @@
+//! What each step computes: which generations run, what they share of the cache, and which tokens are next.
+//!
+//! It decides, and computes nothing: the same calls give the same steps. A running answer takes one token of each step;
+//! prompts take what the pace allows beside answers, half of it the oldest and the rest the shortest, so that a long
+//! prompt freezes neither running answers nor short prompts.
+//!
+//! The cache is a pool of cells. What ended stays in it until somebody needs the cells, the least recently used first, and
+//! whoever begins with the same tokens shares them, also while they are still being computed.
+
+use std::collections::VecDeque;
+
+use llama_cpp_4::token::LlamaToken;
+
+use crate::cells::{Cells, Sharing};
+use crate::pace::Pace;
+use crate::sequence::{Generation, Sequence, Waiting, common};
+
+/// A prompt waits for another one to compute what both begin with if it is longer than this.
+const WORTH_WAITING: usize = 4;
+/// A sequence is continued in its place, rather than shared, if it has no more than this beyond the shared tokens.
+const SHORT_TAIL: usize = 2;
+
+/// Sizes that a load has decided.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Generations that run at once.
+    pub parallel: usize,
+    /// Cells of all sequences together.
+    pub cells: usize,
+    /// Tokens that one step can hold.
+    pub step_tokens: usize,
+    /// How sequences may share.
+    pub sharing: Sharing,
+}
+
+/// One token of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// The token.
+    pub token: LlamaToken,
+    /// Its place in its sequence.
+    pub position: usize,
+    /// Its sequence.
+    pub sequence: usize,
+    /// Whether the next token is chosen from its logits.
+    pub has_output: bool,
+}
+
+/// What a step computes.
+#[derive(Debug, Default)]
+pub struct Step {
+    /// Its tokens.
+    pub rows: Vec<Row>,
+    /// How many of them are the answers'.
+    pub answers: usize,
+}
+
+/// The generations of one context. `W` is what writes an answer.
+pub struct Scheduler<W> {
+    limits: Limits,
+    /// Places for generations, and what is kept of those that ended.
+    pub sequences: Vec<Sequence<W>>,
+    /// Generations that wait for a place or for cells; the oldest first.
+    waiting: VecDeque<Waiting<W>>,
+    /// What steps take.
+    pub pace: Pace,
+    uses: u64,
+}
+
+impl<W> Scheduler<W> {
+    /// An empty cache of these sizes.
+    pub fn new(limits: Limits) -> Self {
+        let sequences = limits.sharing.sequences(limits.parallel);
+        Self {
+            limits,
+            sequences: (0..sequences).map(|_| Sequence::default()).collect(),
+            waiting: VecDeque::new(),
+            pace: Pace::default(),
+            uses: 0,
+        }
+    }
+
+    /// Whether nothing runs and nothing waits.
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running().next().is_none()
+    }
+
+    fn running(&self) -> impl Iterator<Item = &Generation<W>> {
+        self.sequences.iter().filter_map(|sequence| sequence.generation.as_ref())
+    }
+
+    /// Lets a generation wait for its turn.
+    pub fn push(&mut self, waiting: Waiting<W>) {
+        self.waiting.push_back(waiting);
+    }
+
+    /// Forgets a generation, wherever it is.
+    pub fn cancel(&mut self, id: u64) {
+        self.waiting.retain(|waiting| waiting.id != id);
+        for sequence in &mut self.sequences {
+            sequence.generation.take_if(|generation| generation.asked.id == id);
+        }
+    }
+
+    /// Takes all that runs, after a step that could not be computed: the cache is empty then.
+    pub fn take_all(&mut self, cells: &mut impl Cells) -> Vec<Generation<W>> {
+        for (index, sequence) in self.sequences.iter_mut().enumerate() {
+            cells.cut(index, 0);
+            sequence.cached.clear();
+        }
+        self.sequences.iter_mut().filter_map(|sequence| sequence.generation.take()).collect()
+    }
+
+    /// Begins what waits, in the order of arrival, as far as there are places, and cells for all that may be needed.
+    pub fn begin_waiting(&mut self, cells: &mut impl Cells) {
+        while let Some(next) = self.waiting.front() {
+            let reserved: usize = self.running().map(|generation| generation.asked.reserves()).sum();
+            let is_full = self.running().count() >= self.limits.parallel;
+            if is_full || reserved + next.reserves() > self.limits.cells {
+                return;
+            }
+            if let Some(waiting) = self.waiting.pop_front() {
+                let (index, cached) = self.place(&waiting.prompt, cells);
+                self.sequences[index].generation = Some(Generation::new(waiting, cached));
+            }
+        }
+    }
+
+    /// A place for a prompt, and how much of the prompt it holds. The last token is always computed, since its logits are
+    /// needed.
+    fn place(&mut self, prompt: &[LlamaToken], cells: &mut impl Cells) -> (usize, usize) {
+        let most = prompt.len().saturating_sub(1);
+        let shared = |sequence: &Sequence<W>| common(&sequence.cached, prompt).min(most);
+        let (place, kept) = match self.limits.sharing {
+            Sharing::Whole => {
+                let free = self.free_places();
+                let best = free.max_by_key(|(_, one)| (shared(one), u64::MAX - one.last_used));
+                let (place, kept) = best.map(|(place, one)| (place, shared(one))).unwrap_or_default();
+                (place, if cells.cut(place, kept) { kept } else { 0 })
+            }
+            Sharing::Prefixes => {
+                let sources = self.sequences.iter().enumerate().map(|(index, one)| (index, one, shared(one)));
+                let usable = sources.filter(|(index, _, kept)| *kept > 0 && cells.holds(*index, *kept));
+                let best = usable.max_by_key(|(_, one, kept)| (*kept, one.last_used));
+                match best.map(|(source, _, kept)| (source, kept)) {
+                    Some((source, kept)) => self.share_into_place(source, kept, cells),
+                    None => (self.empty_place(None, cells).0, 0),
+                }
+            }
+        };
+        self.uses += 1;
+        let sequence = &mut self.sequences[place];
+        sequence.last_used = self.uses;
+        sequence.cached.clear();
+        sequence.cached.extend_from_slice(&prompt[..kept]);
+        (place, kept)
+    }
+
+    /// A place that holds the first `kept` tokens of a source, which may be the place itself.
+    fn share_into_place(&mut self, source: usize, kept: usize, cells: &mut impl Cells) -> (usize, usize) {
+        self.uses += 1;
+        self.sequences[source].last_used = self.uses;
+        let is_idle = self.sequences[source].generation.is_none();
+        let is_continued = is_idle && self.sequences[source].cached.len() - kept <= SHORT_TAIL;
+        if is_continued && source < self.limits.parallel {
+            return (source, if cells.cut(source, kept) { kept } else { 0 });
+        }
+        let (place, moved) = self.empty_place(Some(source), cells);
+        let source = moved.unwrap_or(source);
+        cells.share(source, place, 0..kept);
+        if is_continued {
+            self.forget(source, cells);
+        }
+        (place, kept)
+    }
+
+    /// The first sequences are those that llama.cpp computes; the others only keep what ended.
+    fn free_places(&self) -> impl Iterator<Item = (usize, &Sequence<W>)> {
+        let places = self.sequences.iter().enumerate().take(self.limits.parallel);
+        places.filter(|(_, sequence)| sequence.generation.is_none())
+    }
+
+    /// A free place that holds nothing: what it held is kept elsewhere. Also where the source is now, if it was that.
+    fn empty_place(&mut self, source: Option<usize>, cells: &mut impl Cells) -> (usize, Option<usize>) {
+        let unused = |(_, sequence): &(usize, &Sequence<W>)| (!sequence.cached.is_empty(), sequence.last_used);
+        let place = self.free_places().min_by_key(unused).map(|(place, _)| place).unwrap_or_default();
+        if self.sequences[place].cached.is_empty() {
+            return (place, None);
+        }
+        let kept = self.sequences.iter().enumerate().skip(self.limits.parallel);
+        let kept = kept.filter(|(index, _)| Some(*index) != source).min_by_key(unused).map(|(index, _)| index);
+        if let Some(kept) = kept {
+            self.forget(kept, cells);
+            cells.share(place, kept, 0..self.sequences[place].cached.len());
+            self.sequences.swap(place, kept);
+        }
+        self.forget(place, cells);
+        (place, kept.filter(|_| source == Some(place)))
+    }
+
+    fn forget(&mut self, index: usize, cells: &mut impl Cells) {
+        cells.cut(index, 0);
+        self.sequences[index].cached.clear();
+    }
+
+    /// Gives up the cells of the idle sequence that was used least recently; false where there is none.
+    pub fn evict(&mut self, cells: &mut impl Cells) -> bool {
+        let kept = |(_, sequence): &(usize, &Sequence<W>)| sequence.generation.is_none() && !sequence.cached.is_empty();
+        let oldest = self.sequences.iter().enumerate().filter(kept).min_by_key(|(_, sequence)| sequence.last_used);
+        let Some(oldest) = oldest.map(|(index, _)| index) else { return false };
+        self.forget(oldest, cells);
+        true
+    }
+
+    /// Chooses the next step's tokens; they count as cached from here on.
+    pub fn fill(&mut self, cells: &mut impl Cells) -> Step {
+        let mut step = Step::default();
+        self.add_answers(&mut step);
+        self.share_what_has_grown(cells);
+        let mut room = self.limits.step_tokens - step.answers;
+        if step.answers > 0 {
+            room = room.min(self.pace.prompt_tokens_beside_answers());
+        }
+        let is_ready = |&index: &usize| self.sequences[index].prompt_left() > 0 && !self.waits_for_another(index);
+        let mut prompts: Vec<_> = (0..self.sequences.len()).filter(is_ready).collect();
+        prompts.sort_by_key(|&index| self.sequences[index].age());
+        if let Some(&oldest) = prompts.first() {
+            room -= self.add_prompt(oldest, room.div_ceil(2), &mut step);
+        }
+        prompts.sort_by_key(|&index| self.sequences[index].prompt_left());
+        for index in prompts {
+            room -= self.add_prompt(index, room, &mut step);
+        }
+        step
+    }
+
+    fn add_answers(&mut self, step: &mut Step) {
+        for (index, sequence) in self.sequences.iter_mut().enumerate() {
+            let Some(generation) = &mut sequence.generation else { continue };
+            generation.output_row = None;
+            if let Some(token) = generation.next.take() {
+                generation.output_row = i32::try_from(step.rows.len()).ok();
+                step.rows.push(Row { token, position: sequence.cached.len(), sequence: index, has_output: true });
+                sequence.cached.push(token);
+                step.answers += 1;
+            }
+        }
+    }
+
+    /// Adds so many tokens of a prompt at most; returns how many.
+    fn add_prompt(&mut self, index: usize, room: usize, step: &mut Step) -> usize {
+        let sequence = &mut self.sequences[index];
+        let Some(generation) = &mut sequence.generation else { return 0 };
+        let prompt = &generation.asked.prompt;
+        let done = sequence.cached.len();
+        let until = prompt.len().min(done + room);
+        for position in done..until {
+            let has_output = position + 1 == prompt.len();
+            if has_output {
+                generation.output_row = i32::try_from(step.rows.len()).ok();
+            }
+            step.rows.push(Row { token: prompt[position], position, sequence: index, has_output });
+        }
+        sequence.cached.extend_from_slice(&prompt[done..until]);
+        until - done
+    }
+
+    /// Prompts take over what others have computed of them meanwhile.
+    fn share_what_has_grown(&mut self, cells: &mut impl Cells) {
+        if self.limits.sharing == Sharing::Whole {
+            return;
+        }
+        for index in 0..self.sequences.len() {
+            let sequence = &self.sequences[index];
+            let Some(generation) = sequence.generation.as_ref().filter(|_| sequence.prompt_left() > 1) else { continue };
+            let prompt = &generation.asked.prompt;
+            let done = sequence.cached.len();
+            // What is not computed yet cannot be shared: an answer's token of this very step is the last one there.
+            let grown = |other: &Sequence<W>| {
+                let computed = other.cached.len() - usize::from(other.is_in_step());
+                common(&other.cached[..computed], prompt).min(prompt.len() - 1)
+            };
+            let others = self.sequences.iter().enumerate().filter(|(other, _)| *other != index);
+            let others = others.map(|(other, sequence)| (other, grown(sequence)));
+            let best = others.filter(|(other, grown)| *grown > done && cells.holds(*other, *grown));
+            let Some((other, grown)) = best.max_by_key(|(_, grown)| *grown) else { continue };
+            cells.share(other, index, done..grown);
+            let sequence = &mut self.sequences[index];
+            if let Some(generation) = &mut sequence.generation {
+                sequence.cached.extend_from_slice(&generation.asked.prompt[done..grown]);
+                generation.cached += grown - done;
+            }
+        }
+    }
+
+    /// Whether an older prompt will have computed more of this one.
+    fn waits_for_another(&self, index: usize) -> bool {
+        let sequence = &self.sequences[index];
+        let Some(generation) = &sequence.generation else { return false };
+        let prompt = &generation.asked.prompt;
+        let will_have = |other: &Sequence<W>| match &other.generation {
+            Some(older) if older.asked.id < generation.asked.id && other.prompt_left() > 0 => {
+                let both = common(&older.asked.prompt, prompt).min(prompt.len() - 1);
+                if other.cached.len() < both { both } else { 0 }
+            }
+            _ => 0,
+        };
+        let is_shared = self.limits.sharing == Sharing::Prefixes;
+        is_shared && self.sequences.iter().any(|other| will_have(other) > sequence.cached.len() + WORTH_WAITING)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,248 @@
+//! Random workloads on a fake context, which holds every sequence to the tokens that it says it has.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// A pool of cells, each with a token, its position, and the sequences that use it.
+struct Pool {
+    cells: Vec<Option<(LlamaToken, usize, HashSet<usize>)>>,
+    computed: usize,
+}
+
+impl Pool {
+    fn new(cells: usize) -> Self {
+        Self { cells: vec![None; cells], computed: 0 }
+    }
+
+    fn used(&self) -> usize {
+        self.cells.iter().flatten().count()
+    }
+
+    fn drop_unused(&mut self) {
+        for cell in &mut self.cells {
+            cell.take_if(|(_, _, sequences)| sequences.is_empty());
+        }
+    }
+
+    /// What a sequence holds, in order; a position that is there twice or not at all is a mistake.
+    fn tokens(&self, sequence: usize) -> Vec<LlamaToken> {
+        let mut own: Vec<_> = self.cells.iter().flatten().filter(|cell| cell.2.contains(&sequence)).collect();
+        own.sort_by_key(|cell| cell.1);
+        assert!(own.iter().enumerate().all(|(at, cell)| cell.1 == at), "sequence {sequence} has holes or doubles");
+        own.iter().map(|cell| cell.0).collect()
+    }
+
+    /// Computes a step, or says that there is no room for it.
+    fn decode(&mut self, step: &Step) -> bool {
+        if self.cells.len() - self.used() < step.rows.len() {
+            return false;
+        }
+        for row in &step.rows {
+            let free = self.cells.iter_mut().find(|cell| cell.is_none()).unwrap();
+            *free = Some((row.token, row.position, HashSet::from([row.sequence])));
+        }
+        self.computed += step.rows.len();
+        true
+    }
+}
+
+impl Cells for Pool {
+    fn share(&mut self, from: usize, to: usize, positions: Range<usize>) {
+        for (_, position, sequences) in self.cells.iter_mut().flatten() {
+            if sequences.contains(&from) && positions.contains(position) {
+                sequences.insert(to);
+            }
+        }
+    }
+
+    fn cut(&mut self, sequence: usize, keep: usize) -> bool {
+        for (_, position, sequences) in self.cells.iter_mut().flatten() {
+            if *position >= keep {
+                sequences.remove(&sequence);
+            }
+        }
+        self.drop_unused();
+        true
+    }
+
+    fn holds(&self, _: usize, _: usize) -> bool {
+        true
+    }
+}
+
+/// What the fake model says next: a function of all that came before, so that a wrong prefix gives another answer.
+fn next_token(tokens: &[LlamaToken]) -> LlamaToken {
+    let hash = tokens.iter().fold(7_i64, |hash, token| (hash * 31 + i64::from(token.0)) % 9973);
+    LlamaToken(i32::try_from(hash).unwrap())
+}
+
+struct Case {
+    scheduler: Scheduler<u32>,
+    pool: Pool,
+    ended: Vec<(u64, Vec<LlamaToken>, usize)>,
+}
+
+impl Case {
+    fn new(parallel: usize, cells: usize, step_tokens: usize) -> Self {
+        let limits = Limits { parallel, cells, step_tokens, sharing: Sharing::Prefixes };
+        Self { scheduler: Scheduler::new(limits), pool: Pool::new(cells), ended: Vec::new() }
+    }
+
+    fn ask(&mut self, id: u64, prompt: &[i32], max_tokens: u32, context_tokens: usize) {
+        let prompt = prompt.iter().copied().map(LlamaToken).collect();
+        let since = Instant::now();
+        self.scheduler.push(Waiting { id, prompt, given: 0, max_tokens, context_tokens, since, writer: max_tokens });
+    }
+
+    /// One step, as the engine does it; false if there was nothing to do.
+    fn step(&mut self) -> bool {
+        self.scheduler.begin_waiting(&mut self.pool);
+        let running = self.scheduler.sequences.iter().filter(|sequence| sequence.generation.is_some()).count();
+        assert!(running <= self.scheduler.limits.parallel);
+        let step = self.scheduler.fill(&mut self.pool);
+        assert!(step.rows.len() <= self.scheduler.limits.step_tokens);
+        if step.rows.is_empty() {
+            assert!(self.scheduler.is_idle(), "something waits, and nothing is computed");
+            return false;
+        }
+        while !self.pool.decode(&step) {
+            assert!(self.scheduler.evict(&mut self.pool), "what runs must have room for all that it may need");
+        }
+        self.scheduler.pace.observe(step.answers, step.rows.len() - step.answers, Duration::from_millis(1));
+        for index in 0..self.scheduler.sequences.len() {
+            let sequence = &mut self.scheduler.sequences[index];
+            assert_eq!(self.pool.tokens(index), sequence.cached, "sequence {index}");
+            let in_cache = sequence.cached.len();
+            let Some(generation) = sequence.generation.as_mut().filter(|one| one.output_row.is_some()) else { continue };
+            generation.generated += 1;
+            generation.next = Some(next_token(&sequence.cached));
+            if generation.limit(in_cache).is_some() {
+                let generation = sequence.generation.take().unwrap();
+                self.ended.push((generation.asked.id, sequence.cached.clone(), generation.cached));
+            }
+        }
+        true
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// Prompts of a few shared beginnings, of which some are cancelled: every other one ends with the answer that it would
+    /// have had alone, and all cells come back.
+    #[test]
+    fn all_end_with_the_answer_that_they_would_have_alone(
+        parallel in 1_usize..5,
+        step_tokens in 5_usize..40,
+        asked in prop::collection::vec((0_i32..4, 0_usize..60, 1_usize..30, 1_u32..12, 0_usize..40, any::<bool>()), 1..24),
+    ) {
+        let context = 100;
+        let mut case = Case::new(parallel, context * parallel, step_tokens);
+        let mut prompts = Vec::new();
+        for (id, (beginning, shared, own, most, pause, cancelled)) in asked.iter().enumerate() {
+            let id = id as u64;
+            let shared = (0..*shared).map(|at| beginning * 100 + i32::try_from(at).unwrap());
+            let own = (0..*own).map(|at| 1000 + i32::try_from(id).unwrap() * 50 + i32::try_from(at).unwrap());
+            let prompt: Vec<i32> = shared.chain(own).collect();
+            case.ask(id, &prompt, *most, context);
+            prompts.push((prompt, *most, *cancelled));
+            for _ in 0..*pause {
+                case.step();
+            }
+            if *cancelled {
+                case.scheduler.cancel(id);
+            }
+        }
+        let mut steps = 0;
+        while case.step() {
+            steps += 1;
+            prop_assert!(steps < 5000, "it never ends");
+        }
+        for (id, (prompt, most, cancelled)) in prompts.iter().enumerate() {
+            let ended: Vec<_> = case.ended.iter().filter(|ended| ended.0 == id as u64).collect();
+            prop_assert!(*cancelled || ended.len() == 1, "{id} ended {} times", ended.len());
+            let mut alone: Vec<_> = prompt.iter().copied().map(LlamaToken).collect();
+            for _ in 1..*most {
+                alone.push(next_token(&alone));
+            }
+            // The last token is chosen, and not computed.
+            prop_assert!(ended.iter().all(|ended| ended.1 == alone));
+        }
+        while case.scheduler.evict(&mut case.pool) {}
+        prop_assert_eq!(case.pool.used(), 0);
+    }
+}
+
+fn numbers(from: i32, count: i32) -> Vec<i32> {
+    (from..from + count).collect()
+}
+
+#[test]
+fn sixteen_sessions_that_begin_alike_compute_it_once_on_four_places_and_on_every_turn() {
+    let mut case = Case::new(4, 4 * 1024, 256);
+    let mut turns: Vec<Vec<i32>> = (0..16).map(|n| [numbers(0, 800), numbers(10_000 + 100 * n, 20)].concat()).collect();
+    for turn in 0..3 {
+        let before = case.pool.computed;
+        for (id, prompt) in turns.iter().enumerate() {
+            case.ask(turn * 100 + id as u64, prompt, 5, 1024);
+        }
+        while case.step() {}
+        // Of an answer of five tokens, four are computed as its own steps.
+        let own = 16 * (20 + 4);
+        let unavoidable = if turn == 0 { 800 + own } else { own };
+        // The token that was chosen last was not computed, and each prompt's last one is computed anew.
+        let computed = case.pool.computed - before;
+        assert!(computed <= unavoidable + 2 * 16, "turn {turn}: {computed} of {unavoidable}");
+        for (id, prompt) in turns.iter_mut().enumerate() {
+            let ended = case.ended.iter().find(|ended| ended.0 == turn * 100 + id as u64).unwrap();
+            *prompt = ended.1.iter().map(|token| token.0).collect();
+            prompt.extend(numbers(20_000 + 1000 * i32::try_from(turn).unwrap() + 50 * i32::try_from(id).unwrap(), 20));
+        }
+    }
+}
+
+#[test]
+fn a_prompt_that_waits_for_another_one_goes_on_alone_when_that_is_cancelled() {
+    let mut case = Case::new(2, 2048, 64);
+    case.ask(1, &numbers(0, 500), 3, 1024);
+    case.ask(2, &numbers(0, 501), 3, 1024);
+    case.step();
+    case.step();
+    assert_eq!(case.pool.computed, 128, "the second one computes nothing of its own");
+    case.scheduler.cancel(1);
+    while case.step() {}
+    let (id, _, cached) = case.ended[0];
+    assert_eq!((case.ended.len(), id, cached), (1, 2, 128));
+}
+
+#[test]
+fn a_state_that_cannot_be_cut_is_continued_and_never_shared() {
+    let limits = Limits { parallel: 2, cells: 2048, step_tokens: 64, sharing: Sharing::Whole };
+    let mut case = Case { scheduler: Scheduler::new(limits), pool: Pool::new(2048), ended: Vec::new() };
+    case.ask(1, &numbers(0, 100), 1, 1024);
+    while case.step() {}
+    let (_, cached, _) = case.ended.remove(0);
+    let longer: Vec<i32> = cached.iter().map(|token| token.0).chain([5]).collect();
+    case.ask(2, &longer, 1, 1024);
+    case.ask(3, &longer, 1, 1024);
+    while case.step() {}
+    let taken_over: Vec<_> = case.ended.iter().map(|ended| (ended.0, ended.2)).collect();
+    assert_eq!(taken_over, [(2, 100), (3, 0)]);
+}
+
+#[test]
+fn a_short_prompt_does_not_wait_behind_a_long_one() {
+    let mut case = Case::new(2, 4096, 64);
+    case.ask(1, &numbers(0, 1500), 1, 2048);
+    case.step();
+    case.ask(2, &numbers(5000, 30), 1, 2048);
+    case.step();
+    assert_eq!(case.ended.iter().map(|ended| ended.0).collect::<Vec<_>>(), [2]);
+}

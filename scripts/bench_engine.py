@@ -1,0 +1,418 @@
+#!/usr/bin/env python3
+"""The engine beside llama.cpp's own server on the same files and machine: `make bench-engine`.
+
+Both are asked over HTTP in the same way, in turns, for several rounds; medians count, with the lowest and highest round
+behind them. `ENGINE="alone entering"` runs some of the parts only; `--peer` names another llama-server.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+CACHE = os.environ.get("SARAI_CACHE", os.path.expanduser("~/.cache/sarai"))
+MODELS = {
+    "smollm2": "smollm2-135m-instruct-q4_1.gguf",
+    "gemma": "gemma-3-270m-q4_k_m.gguf",
+    "qwen": "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+}
+WORDS = "river stone cloud amber quiet meadow lantern copper violin harbor winter orchard thunder saffron marble".split()
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def file_of(model):
+    return os.path.join(CACHE, "models", MODELS[model])
+
+
+def text(seed, words):
+    """So many words that no other seed begins with."""
+    chosen = random.Random(seed)
+    return f"{seed} " + " ".join(chosen.choice(WORDS) for _ in range(words))
+
+
+class Process:
+    """A server that is stopped for certain."""
+
+    def start(self, command, env=None):
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, env={**os.environ, **(env or {})}, start_new_session=True, **silent)
+
+    def stop(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+class Stock(Process):
+    """One llama-server."""
+
+    def __init__(self, peer, model, parallel=1, context=2048, more=(), env=None):
+        self.port, self.model = free_port(), model
+        command = [peer, "-m", file_of(model), "--host", "127.0.0.1", "--port", str(self.port)]
+        self.start([*command, "-np", str(parallel), "-c", str(context * parallel), *more], env)
+        self.wait()
+
+    def wait(self):
+        until(lambda: self.health() == 200)
+
+    def health(self):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        connection.request("GET", "/health")
+        return connection.getresponse().status
+
+    def pids(self):
+        return [self.process.pid]
+
+
+class Sarai(Process):
+    """One sarai for all models."""
+
+    def __init__(self, binary, models, parallel=1, context=2048, more=""):
+        self.port, self.folder = free_port(), tempfile.TemporaryDirectory()
+        with open(f"{self.folder.name}/sarai.yaml", "w") as config:
+            config.write("memory: { max_ram_gb: 12 }\nserver: { max_in_flight: 64 }\nmodels:\n")
+            for model in models:
+                path = f"gguf_path: {file_of(model)}, context_length: {context}, parallel: {parallel}"
+                config.write(f"  {model}: {{ backend: gguf_native, {path}, resident: true, keep_alive: -1{more} }}\n")
+        self.start(
+            [binary, "serve", "--listen", f"127.0.0.1:{self.port}", "--config", f"{self.folder.name}/sarai.yaml"],
+            {"SARAI_STATE_DIR": f"{self.folder.name}/state"},
+        )
+        for model in models:
+            until(lambda model=model: ask(self.port, model, "Hi", 1).status == 200)
+
+    def pids(self):
+        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
+        return [self.process.pid, *map(int, found)]
+
+
+def until(is_so, seconds=120):
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        try:
+            if is_so():
+                return
+        except OSError:
+            pass
+        time.sleep(0.05)
+    sys.exit("a server did not come up")
+
+
+class Answer:
+    """A streamed answer, with the time of each piece."""
+
+    def __init__(self):
+        self.status, self.times, self.usage, self.text = 0, [], {}, ""
+
+    @property
+    def first(self):
+        return self.times[0] - self.began
+
+    @property
+    def tokens_per_second(self):
+        return (self.usage["completion_tokens"] - 1) / (self.times[-1] - self.times[0])
+
+    def gaps(self, since=0.0, until=float("inf")):
+        pairs = zip(self.times, self.times[1:])
+        return [after - before for before, after in pairs if since <= before and after <= until]
+
+
+def ask(port, model, prompt, tokens, answer=None, stop=None):
+    """Streams a raw completion; `answer` can be watched from another thread, `stop` ends it early."""
+    answer = answer or Answer()
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+    # No answer of these models ends by itself: all are as long as they were asked for.
+    body |= {"stream_options": {"include_usage": True}, "logit_bias": {str(eos): -100 for eos in EOS[model]}}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    answer.began = time.monotonic()
+    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+    response = connection.getresponse()
+    answer.status = response.status
+    if response.status != 200 and not answer.text:
+        answer.text = response.read().decode()
+        print(f"{model} at {port}: {response.status} {answer.text[:300]}", file=sys.stderr)
+        return answer
+    for line in response:
+        if not line.startswith(b"data: {"):
+            continue
+        now, chunk = time.monotonic(), json.loads(line[6:])
+        answer.usage = chunk.get("usage") or answer.usage
+        piece = "".join(choice.get("text", "") for choice in chunk["choices"])
+        if piece:
+            answer.times.append(now)
+            answer.text += piece
+        if stop and stop.is_set():
+            break
+    connection.close()
+    return answer
+
+
+EOS = {"smollm2": [0, 2], "gemma": [1, 106], "qwen": [151643, 151645]}
+
+
+def at_once(requests):
+    """Asks all at the same time; each is the arguments of `ask`."""
+    answers = [Answer() for _ in requests]
+    threads = [threading.Thread(target=ask, args=(*r, a)) for r, a in zip(requests, answers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def spread(values):
+    return f"{statistics.median(values):8.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def report(what, stock, sarai, higher_is_better=True):
+    ratio = statistics.median(sarai) / statistics.median(stock)
+    better = "" if higher_is_better else ", less is better"
+    print(f"{what:<58} stock {spread(stock):<28} sarai {spread(sarai):<28} ratio {ratio:5.2f}{better}", flush=True)
+
+
+def percentile(values, share):
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+
+
+class Bench:
+    def __init__(self, arguments):
+        self.peer, self.binary, self.rounds = arguments.peer, arguments.sarai, arguments.rounds
+
+    def stock(self, model, **settings):
+        return Stock(self.peer, model, **settings)
+
+    def sarai(self, models, **settings):
+        return Sarai(self.binary, models, **settings)
+
+    def alone(self):
+        """One stream: decode and prefill."""
+        for model in MODELS:
+            with self.stock(model) as stock, self.sarai([model]) as sarai:
+                decode, prefill = {stock: [], sarai: []}, {stock: [], sarai: []}
+                for seed in range(self.rounds):
+                    for server in (stock, sarai):
+                        decode[server].append(ask(server.port, model, text(seed, 20), 128).tokens_per_second)
+                        long = ask(server.port, model, text(1000 + seed, 400), 1)
+                        prefill[server].append(long.usage["prompt_tokens"] / long.first)
+                report(f"{model}: decode, tokens/s", decode[stock], decode[sarai])
+                report(f"{model}: prefill, tokens/s", prefill[stock], prefill[sarai])
+
+    def streams(self):
+        """1 to 16 streams of one model."""
+        model = "smollm2"
+        for count in (1, 2, 4, 8, 16):
+            settings = {"parallel": count, "context": 512}
+            with self.stock(model, **settings) as stock, self.sarai([model], **settings) as sarai:
+                rate, first, uneven = ({stock: [], sarai: []} for _ in range(3))
+                for seed in range(self.rounds):
+                    for server in (stock, sarai):
+                        prompts = [text(seed * 100 + n, 20) for n in range(count)]
+                        answers = at_once([(server.port, model, prompt, 64) for prompt in prompts])
+                        took = max(a.times[-1] for a in answers) - min(a.began for a in answers)
+                        rate[server].append(64 * count / took)
+                        first[server].append(statistics.mean(a.first for a in answers))
+                        rates = [a.tokens_per_second for a in answers]
+                        uneven[server].append(max(rates) / min(rates))
+                report(f"{count} streams, tokens/s in all", rate[stock], rate[sarai])
+                report(f"{count} streams, mean first token, s", first[stock], first[sarai], False)
+                report(f"{count} streams, fastest over slowest", uneven[stock], uneven[sarai], False)
+
+    def entering(self):
+        """A prompt of 2,000 tokens enters while streams run."""
+        model, settings = "smollm2", {"parallel": 5, "context": 4096}
+        with self.stock(model, **settings) as stock, self.sarai([model], **settings) as sarai:
+            idle, while_entering, longest, first = ({stock: [], sarai: []} for _ in range(4))
+            for seed in range(self.rounds):
+                for server in (stock, sarai):
+                    answers, ended = [Answer() for _ in range(4)], threading.Event()
+                    run = [(server.port, model, text(seed * 10 + n, 20), 2000, a, ended) for n, a in enumerate(answers)]
+                    threads = [threading.Thread(target=ask, args=arguments) for arguments in run]
+                    for thread in threads:
+                        thread.start()
+                    until(lambda: all(len(a.times) > 60 for a in answers))
+                    entered = time.monotonic()
+                    long = ask(server.port, model, text(7000 + seed, 1000), 1)
+                    done = time.monotonic()
+                    ended.set()
+                    for thread in threads:
+                        thread.join()
+                    before = [gap for a in answers for gap in a.gaps(until=entered)]
+                    # A gap that the end falls into counts too.
+                    during = [gap for a in answers for gap in a.gaps(since=entered - max(before))]
+                    p95 = percentile(before, 0.95)
+                    idle[server].append(p95 * 1e3)
+                    while_entering[server].append(percentile(during, 0.95) / p95)
+                    longest[server].append(max(during) / p95)
+                    first[server].append(long.first)
+                    assert done > entered
+            report("4 streams: gap p95 without it, ms", idle[stock], idle[sarai], False)
+            report("gap p95 while 2,000 tokens enter, of that", while_entering[stock], while_entering[sarai], False)
+            report("longest gap, of that", longest[stock], longest[sarai], False)
+            report("first token of the long prompt, s", first[stock], first[sarai], False)
+
+    def prefix(self):
+        """16 sessions on 4 slots that share a prefix of 800 tokens, with 1 prefix and with 8."""
+        model, settings = "smollm2", {"parallel": 4, "context": 2048}
+        for prefixes in (1, 8):
+            computed, first = {}, {}
+            for name, make in (("stock", self.stock), ("sarai", self.sarai)):
+                argument = model if name == "stock" else [model]
+                with make(argument, **settings) as server:
+                    computed[name], first[name] = self.sessions(server, model, prefixes)
+            for turn in range(3):
+                report(f"{prefixes} prefixes, turn {turn + 1}: computed over unavoidable", [computed["stock"][turn]], [computed["sarai"][turn]], False)
+                report(f"{prefixes} prefixes, turn {turn + 1}: mean first token, s", [first["stock"][turn]], [first["sarai"][turn]], False)
+
+    def sessions(self, server, model, prefixes):
+        order = random.Random(5)
+        shared = [text(900 + n, 400) for n in range(prefixes)]
+        conversations = [shared[n % prefixes] + " " + text(2000 + n, 10) for n in range(16)]
+        known = [0] * 16
+        computed, first, seen = [], [], set()
+        for turn in range(3):
+            turns = list(range(16))
+            order.shuffle(turns)
+            answers = at_once([(server.port, model, conversations[n], 16) for n in turns])
+            did = sum(a.usage["prompt_tokens"] - a.usage["prompt_tokens_details"]["cached_tokens"] for a in answers)
+            needed = 0
+            for n, answer in zip(turns, answers):
+                prompt = answer.usage["prompt_tokens"]
+                prefix = 0
+                if turn == 0 and n % prefixes in seen:
+                    # All words but the last ones are another session's too.
+                    prefix = self.prefix_tokens[n % prefixes] if hasattr(self, "prefix_tokens") else 0
+                needed += prompt - max(known[n], prefix)
+                seen.add(n % prefixes)
+            if turn == 0:
+                lengths = [ask(server.port, model, one, 1).usage["prompt_tokens"] for one in shared]
+                needed -= sum(lengths[n % prefixes] for n in range(16)) - sum(lengths)
+            for n, answer in zip(turns, answers):
+                # The token that was chosen last is not computed yet.
+                known[n] = answer.usage["prompt_tokens"] + answer.usage["completion_tokens"] - 1
+                conversations[n] += answer.text + " " + text(3000 + 100 * turn + n, 10)
+            computed.append(did / needed)
+            first.append(statistics.mean(a.first for a in answers))
+        return computed, first
+
+    def together(self):
+        """Several models at once, beside stock servers at their defaults and with one thread each."""
+        for models in (["smollm2", "gemma"], list(MODELS)):
+            with self.sarai(models) as sarai:
+                rates = {}
+                for setting, more in (("defaults", ()), ("-t 1", ("-t", "1"))):
+                    servers = [self.stock(model, more=more) for model in models]
+                    try:
+                        tokens = 24 if setting == "defaults" else 128
+                        ports = [server.port for server in servers]
+                        rates[setting] = [self.rate(ports, models, tokens, seed) for seed in range(self.rounds if tokens > 24 else 1)]
+                        if setting != "defaults":
+                            ports = [sarai.port] * len(models)
+                            rates["sarai"] = [self.rate(ports, models, tokens, seed) for seed in range(self.rounds)]
+                    finally:
+                        for server in servers:
+                            server.stop()
+                report(f"{'+'.join(models)}: tokens/s in all, stock at defaults", rates["defaults"], rates["sarai"])
+                report(f"{'+'.join(models)}: tokens/s in all, stock with -t 1", rates["-t 1"], rates["sarai"])
+                if len(models) == 2:
+                    self.short(sarai)
+
+    def rate(self, ports, models, tokens, seed):
+        """Tokens per second of all while all of them run."""
+        ended = threading.Event()
+        answers = [Answer() for _ in models]
+        run = [(port, model, text(seed, 20), 2000, a, ended) for port, model, a in zip(ports, models, answers)]
+        threads = [threading.Thread(target=ask, args=arguments) for arguments in run]
+        for thread in threads:
+            thread.start()
+        until(lambda: all(len(a.times) > 2 for a in answers))
+        began, before = time.monotonic(), [len(a.times) for a in answers]
+        until(lambda: sum(len(a.times) for a in answers) - sum(before) >= tokens * len(models), 60)
+        took, after = time.monotonic() - began, [len(a.times) for a in answers]
+        ended.set()
+        for thread in threads:
+            thread.join()
+        return (sum(after) - sum(before)) / took
+
+    def short(self, sarai):
+        """A prompt of 30 tokens with one token of answer while another model decodes."""
+        idle, busy = [], []
+        for seed in range(self.rounds):
+            idle.append(ask(sarai.port, "smollm2", text(400 + seed, 14), 1).first)
+            ended, other = threading.Event(), Answer()
+            thread = threading.Thread(target=ask, args=(sarai.port, "gemma", text(seed, 20), 2000, other, ended))
+            thread.start()
+            until(lambda: len(other.times) > 20)
+            busy.append(ask(sarai.port, "smollm2", text(600 + seed, 14), 1).first)
+            ended.set()
+            thread.join()
+        ratio = statistics.median(busy) / statistics.median(idle)
+        print(f"30 tokens and one of answer: idle {spread(idle)} s, while another decodes {spread(busy)} s, ratio {ratio:.2f}")
+
+    def cold(self):
+        """From nothing to the first token: a stock server's start, and sarai's load on demand."""
+        model = "smollm2"
+        stock, sarai = [], []
+        with Sarai(self.binary, [], context=2048) as server:
+            pass
+        for seed in range(self.rounds):
+            began = time.monotonic()
+            with self.stock(model) as server:
+                ask(server.port, model, text(seed, 20), 1)
+                stock.append(time.monotonic() - began)
+        with self.sarai([model], more="").__class__(self.binary, [model]) as server:
+            for seed in range(self.rounds):
+                connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+                connection.request("POST", "/api/generate", json.dumps({"model": model, "keep_alive": 0}))
+                connection.getresponse().read()
+                until(lambda: not [m for m in self.loaded(server)])
+                sarai.append(ask(server.port, model, text(seed, 20), 1).first)
+        report("cold start to the first token, s", stock, sarai, False)
+
+    def loaded(self, server):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection.request("GET", "/api/ps")
+        return json.loads(connection.getresponse().read())["models"]
+
+
+def main():
+    parts = ["alone", "streams", "entering", "prefix", "together", "cold"]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}")
+    parser.add_argument("--peer", default=os.environ.get("LLAMA_SERVER"), help="a llama-server")
+    parser.add_argument("--sarai", default=os.environ.get("SARAI_BINARY"), help="sarai's binary")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    bench = Bench(arguments)
+    for part in arguments.parts or parts:
+        print(f"-- {part}: {getattr(Bench, part).__doc__}", flush=True)
+        getattr(bench, part)()
+
+
+if __name__ == "__main__":
+    main()
