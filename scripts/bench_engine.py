@@ -94,7 +94,7 @@ class Sarai(Process):
     def __init__(self, binary, models, parallel=1, context=2048, more=""):
         self.port, self.folder = free_port(), tempfile.TemporaryDirectory()
         with open(f"{self.folder.name}/sarai.yaml", "w") as config:
-            config.write("memory: { max_ram_gb: 12 }\nserver: { max_in_flight: 64 }\nmodels:\n")
+            config.write("memory: { max_ram_gb: 12, max_concurrent_llms: 4 }\nserver: { max_in_flight: 64 }\nmodels:\n")
             for model in models:
                 path = f"gguf_path: {file_of(model)}, context_length: {context}, parallel: {parallel}"
                 config.write(f"  {model}: {{ backend: gguf_native, {path}, resident: true, keep_alive: -1{more} }}\n")
@@ -162,7 +162,8 @@ def ask(port, model, prompt, tokens, answer=None, stop=None):
         now, chunk = time.monotonic(), json.loads(line[6:])
         answer.usage = chunk.get("usage") or answer.usage
         piece = "".join(choice.get("text", "") for choice in chunk["choices"])
-        if piece:
+        # A token that ends within a character has no text of its own; the first one counts all the same.
+        if piece or (chunk["choices"] and not answer.times):
             answer.times.append(now)
             answer.text += piece
         if stop and stop.is_set():

@@ -26,6 +26,10 @@ use crate::prompt::{self, Rendered};
 use crate::schedule::{Limits, Row, Scheduler};
 use crate::sequence::Waiting;
 
+/// What attention takes on one thread to pass over a cell that is not the token's own, for one head of one layer
+/// (SmolLM2-135M with 7,000 such cells: 12.3 instead of 10.1 ms a token on two threads).
+const FOREIGN_CELL_SECONDS: f64 = 2e-9;
+
 /// What writes an answer.
 struct Writer {
     /// Chooses its tokens.
@@ -102,6 +106,8 @@ impl<'model> Engine<'model> {
             cells: context.n_ctx() as usize,
             step_tokens: model::step_tokens(spec) as usize,
             sharing: Sharing::of(model),
+            seconds_per_foreign_cell: FOREIGN_CELL_SECONDS * f64::from(model.n_head()) * f64::from(model.n_layer())
+                / f64::from(spec.threads.max(1)),
         };
         Self {
             name: spec.model.clone(),
@@ -207,6 +213,7 @@ impl<'model> Engine<'model> {
     fn step(&mut self, frames: &mut FrameWriter) -> anyhow::Result<()> {
         let mut cells = ContextCells { context: &mut self.context, window: model::window(self.model) };
         self.scheduler.begin_waiting(&mut cells);
+        self.scheduler.give_up_dear(&mut cells);
         let step = self.scheduler.fill(&mut cells);
         if step.rows.is_empty() {
             return Ok(());

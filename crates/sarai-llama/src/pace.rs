@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// How much longer than a step of answers alone a step may be that takes prompts in beside them.
-const LONGER: f64 = 5.0;
+const LONGER: f64 = 6.0;
 /// A step takes at least so many tokens of a prompt: fewer are hardly quicker.
 const FEWEST: usize = 16;
 /// Tokens of a prompt beside answers while nothing has been measured.
@@ -43,6 +43,12 @@ impl Pace {
         let tokens = tokens.min(f64::from(u16::MAX)) as usize;
         tokens.max(FEWEST)
     }
+
+    /// How often so many seconds pass while one token of a prompt is computed, once that is known.
+    pub fn prompt_tokens_worth(&self, seconds: f64) -> Option<u64> {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a positive number, or infinity")]
+        self.prompt_token.map(|prompt_token| (prompt_token / seconds) as u64)
+    }
 }
 
 fn mix(known: &mut Option<f64>, newest: f64) {
@@ -62,9 +68,9 @@ mod tests {
             let prompt = pace.prompt_tokens_beside_answers();
             pace.observe(4, prompt, Duration::from_millis(25 + 2 * prompt as u64));
         }
-        // 25 ms of answers, and four times as much of prompts at 2 ms each.
+        // 25 ms of answers, and five times as much of prompts at 2 ms each.
         let tokens = pace.prompt_tokens_beside_answers();
-        assert!((48..=52).contains(&tokens), "{tokens}");
+        assert!((60..=64).contains(&tokens), "{tokens}");
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub struct Limits {
     pub step_tokens: usize,
     /// How sequences may share.
     pub sharing: Sharing,
+    /// Seconds that each token of a step takes longer for each cell that another sequence holds.
+    pub seconds_per_foreign_cell: f64,
 }
 
 /// One token of a step.
@@ -65,6 +67,8 @@ pub struct Scheduler<W> {
     /// What steps take.
     pub pace: Pace,
     uses: u64,
+    /// Tokens that were computed.
+    rows: u64,
 }
 
 impl<W> Scheduler<W> {
@@ -77,6 +81,7 @@ impl<W> Scheduler<W> {
             waiting: VecDeque::new(),
             pace: Pace::default(),
             uses: 0,
+            rows: 0,
         }
     }
 
@@ -151,6 +156,7 @@ impl<W> Scheduler<W> {
         self.uses += 1;
         let sequence = &mut self.sequences[place];
         sequence.last_used = self.uses;
+        sequence.last_row = self.rows;
         sequence.cached.clear();
         sequence.cached.extend_from_slice(&prompt[..kept]);
         (place, kept)
@@ -160,6 +166,7 @@ impl<W> Scheduler<W> {
     fn share_into_place(&mut self, source: usize, kept: usize, cells: &mut impl Cells) -> (usize, usize) {
         self.uses += 1;
         self.sequences[source].last_used = self.uses;
+        self.sequences[source].last_row = self.rows;
         let is_idle = self.sequences[source].generation.is_none();
         let is_continued = is_idle && self.sequences[source].cached.len() - kept <= SHORT_TAIL;
         if is_continued && source < self.limits.parallel {
@@ -212,6 +219,19 @@ impl<W> Scheduler<W> {
         true
     }
 
+    /// Gives up idle sequences whose cells have by now cost as much time, in the attention of all others, as it would take to
+    /// compute them again: so keeping them never costs more than twice what knowing the future would.
+    pub fn give_up_dear(&mut self, cells: &mut impl Cells) {
+        let Some(most) = self.pace.prompt_tokens_worth(self.limits.seconds_per_foreign_cell) else { return };
+        for index in 0..self.sequences.len() {
+            let sequence = &self.sequences[index];
+            let is_kept = sequence.generation.is_none() && !sequence.cached.is_empty();
+            if is_kept && self.rows - sequence.last_row > most {
+                self.forget(index, cells);
+            }
+        }
+    }
+
     /// Chooses the next step's tokens; they count as cached from here on.
     pub fn fill(&mut self, cells: &mut impl Cells) -> Step {
         let mut step = Step::default();
@@ -230,6 +250,10 @@ impl<W> Scheduler<W> {
         prompts.sort_by_key(|&index| self.sequences[index].prompt_left());
         for index in prompts {
             room -= self.add_prompt(index, room, &mut step);
+        }
+        self.rows += step.rows.len() as u64;
+        for sequence in self.sequences.iter_mut().filter(|sequence| sequence.generation.is_some()) {
+            sequence.last_row = self.rows;
         }
         step
     }
@@ -272,7 +296,9 @@ impl<W> Scheduler<W> {
         }
         for index in 0..self.sequences.len() {
             let sequence = &self.sequences[index];
-            let Some(generation) = sequence.generation.as_ref().filter(|_| sequence.prompt_left() > 1) else { continue };
+            let Some(generation) = sequence.generation.as_ref().filter(|_| sequence.prompt_left() > 1) else {
+                continue;
+            };
             let prompt = &generation.asked.prompt;
             let done = sequence.cached.len();
             // What is not computed yet cannot be shared: an answer's token of this very step is the last one there.

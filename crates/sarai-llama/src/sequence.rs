@@ -85,11 +85,13 @@ pub struct Sequence<W> {
     pub generation: Option<Generation<W>>,
     /// Counts up with each use, to find the least recently used.
     pub last_used: u64,
+    /// How many tokens had been computed when it was used last.
+    pub last_row: u64,
 }
 
 impl<W> Default for Sequence<W> {
     fn default() -> Self {
-        Self { cached: Vec::new(), generation: None, last_used: 0 }
+        Self { cached: Vec::new(), generation: None, last_used: 0, last_row: 0 }
     }
 }
 

@@ -316,7 +316,9 @@ mod tests {
     #[test]
     fn a_chunk_that_says_more_than_text_is_read_whole() {
         let chunk = |more: &str, choice: &str, delta: &str| {
-            format!(r#"data: {{"id":"c","choices":[{{"index":0,"delta":{{"content":"H\u00e9"{delta}}},"finish_reason":null{choice}}}]{more}}}"#)
+            format!(
+                r#"data: {{"id":"c","choices":[{{"index":0,"delta":{{"content":"H\u00e9"{delta}}},"finish_reason":null{choice}}}]{more}}}"#
+            )
         };
         let read_one = |line: String| read(&[&line]).0.remove(0);
         assert_eq!(read_one(chunk("", r#","logprobs":null"#, r#","role":"assistant""#)), Event::Text("H\u{e9}".into()));

@@ -91,7 +91,8 @@ struct Case {
 
 impl Case {
     fn new(parallel: usize, cells: usize, step_tokens: usize) -> Self {
-        let limits = Limits { parallel, cells, step_tokens, sharing: Sharing::Prefixes };
+        let limits =
+            Limits { parallel, cells, step_tokens, sharing: Sharing::Prefixes, seconds_per_foreign_cell: 1e-9 };
         Self { scheduler: Scheduler::new(limits), pool: Pool::new(cells), ended: Vec::new() }
     }
 
@@ -104,6 +105,7 @@ impl Case {
     /// One step, as the engine does it; false if there was nothing to do.
     fn step(&mut self) -> bool {
         self.scheduler.begin_waiting(&mut self.pool);
+        self.scheduler.give_up_dear(&mut self.pool);
         let running = self.scheduler.sequences.iter().filter(|sequence| sequence.generation.is_some()).count();
         assert!(running <= self.scheduler.limits.parallel);
         let step = self.scheduler.fill(&mut self.pool);
@@ -120,7 +122,9 @@ impl Case {
             let sequence = &mut self.scheduler.sequences[index];
             assert_eq!(self.pool.tokens(index), sequence.cached, "sequence {index}");
             let in_cache = sequence.cached.len();
-            let Some(generation) = sequence.generation.as_mut().filter(|one| one.output_row.is_some()) else { continue };
+            let Some(generation) = sequence.generation.as_mut().filter(|one| one.output_row.is_some()) else {
+                continue;
+            };
             generation.generated += 1;
             generation.next = Some(next_token(&sequence.cached));
             if generation.limit(in_cache).is_some() {
@@ -224,7 +228,8 @@ fn a_prompt_that_waits_for_another_one_goes_on_alone_when_that_is_cancelled() {
 
 #[test]
 fn a_state_that_cannot_be_cut_is_continued_and_never_shared() {
-    let limits = Limits { parallel: 2, cells: 2048, step_tokens: 64, sharing: Sharing::Whole };
+    let limits =
+        Limits { parallel: 2, cells: 2048, step_tokens: 64, sharing: Sharing::Whole, seconds_per_foreign_cell: 1e-9 };
     let mut case = Case { scheduler: Scheduler::new(limits), pool: Pool::new(2048), ended: Vec::new() };
     case.ask(1, &numbers(0, 100), 1, 1024);
     while case.step() {}
@@ -245,4 +250,23 @@ fn a_short_prompt_does_not_wait_behind_a_long_one() {
     case.ask(2, &numbers(5000, 30), 1, 2048);
     case.step();
     assert_eq!(case.ended.iter().map(|ended| ended.0).collect::<Vec<_>>(), [2]);
+}
+
+#[test]
+fn what_is_kept_is_given_up_once_passing_over_it_has_cost_as_much_as_computing_it_again() {
+    let mut case = Case::new(1, 4096, 64);
+    // A step of a prompt takes 1/64 ms a token here: worth passing over a cell for a hundred tokens.
+    case.scheduler.limits.seconds_per_foreign_cell = 1e-3 / 64.0 / 100.0;
+    case.ask(1, &numbers(0, 64), 1, 1024);
+    case.ask(2, &numbers(1000, 64), 1, 1024);
+    while case.step() {}
+    assert_eq!(case.pool.used(), 128);
+    case.ask(3, &numbers(2000, 64), 1, 1024);
+    case.ask(4, &numbers(1000, 65), 1, 1024);
+    while case.step() {}
+    case.ask(5, &numbers(3000, 64), 1, 1024);
+    while case.step() {}
+    let cached: Vec<_> = case.ended.iter().map(|ended| ended.2).collect();
+    assert_eq!(cached, [0, 0, 0, 64, 0]);
+    assert_eq!(case.pool.used(), 64 + 65 + 64, "the first one has cost its worth, the one that was used again has not");
 }
