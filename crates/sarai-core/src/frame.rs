@@ -13,6 +13,7 @@ use crate::error::Error;
 use crate::event::Event;
 use crate::memory::{EngineMemory, KvType};
 use crate::request::GenerateRequest;
+use crate::units::Bytes;
 
 /// The longest frame that is accepted, in bytes: a prompt and its JSON escapes.
 pub const MAX_FRAME_BYTES: usize = 256 << 20;
@@ -47,6 +48,18 @@ pub struct LoadSpec {
     /// Bytes of the file, from and to, that nothing reads once the model is loaded, because they were copied.
     #[serde(default)]
     pub idle: Vec<(u64, u64)>,
+    /// Where what was computed is kept when the worker goes, if it is.
+    #[serde(default)]
+    pub park: Option<Park>,
+}
+
+/// Room on disk for sequences of a worker that is gone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Park {
+    /// A folder of this file's own.
+    pub folder: PathBuf,
+    /// All of it together.
+    pub most_bytes: Bytes,
 }
 
 /// What a worker says of the model it loaded.
@@ -85,6 +98,8 @@ pub enum ToWorker {
         /// Tokens that one sequence can hold.
         context_tokens: u32,
     },
+    /// Keep on disk what was computed, and end.
+    Leave,
     /// Give back what can be had again: pages of the weights, free heap.
     Trim,
 }

@@ -4,6 +4,9 @@ use std::ops::Range;
 
 use llama_cpp_4::context::LlamaContext;
 use llama_cpp_4::model::LlamaModel;
+use llama_cpp_4::token::LlamaToken;
+
+use crate::park::Parking;
 
 /// The cells of all sequences.
 pub trait Cells {
@@ -16,6 +19,16 @@ pub trait Cells {
     /// Whether all that the next token needs of the first `keep` positions of a sequence is there: a sliding window
     /// that has moved on has lost some of it.
     fn holds(&self, sequence: usize, keep: usize) -> bool;
+
+    /// How many of the first tokens of a prompt are kept elsewhere, up to `most`.
+    fn parked(&self, _prompt: &[LlamaToken], _most: usize) -> usize {
+        0
+    }
+
+    /// Brings that back into an empty sequence; returns all that it holds then.
+    fn restore(&mut self, _sequence: usize, _prompt: &[LlamaToken]) -> Vec<LlamaToken> {
+        Vec::new()
+    }
 }
 
 /// The cells of a context of llama.cpp.
@@ -24,6 +37,8 @@ pub struct ContextCells<'a, 'model> {
     pub context: &'a mut LlamaContext<'model>,
     /// Positions that a sliding window covers; 0 if the model has none.
     pub window: usize,
+    /// What is kept on disk.
+    pub parking: Option<&'a mut Parking>,
 }
 
 impl Cells for ContextCells<'_, '_> {
@@ -49,6 +64,15 @@ impl Cells for ContextCells<'_, '_> {
         }
         let first = self.context.memory_seq_pos_min(i32::try_from(sequence).unwrap_or(-1));
         usize::try_from(first).is_ok_and(|first| first <= keep.saturating_sub(self.window))
+    }
+
+    fn parked(&self, prompt: &[LlamaToken], most: usize) -> usize {
+        self.parking.as_ref().map_or(0, |parking| parking.holds(prompt, most))
+    }
+
+    fn restore(&mut self, sequence: usize, prompt: &[LlamaToken]) -> Vec<LlamaToken> {
+        let Some(parking) = &mut self.parking else { return Vec::new() };
+        parking.restore(self.context, sequence, prompt)
     }
 }
 

@@ -22,6 +22,7 @@ use crate::cells::{ContextCells, Sharing};
 use crate::channel::FrameWriter;
 use crate::log;
 use crate::model::{self, Allocation};
+use crate::park::Parking;
 use crate::prompt::{self, Rendered};
 use crate::schedule::{Limits, Row, Scheduler};
 use crate::sequence::Waiting;
@@ -91,7 +92,17 @@ struct Engine<'model> {
     batch: LlamaBatch,
     scheduler: Scheduler<Writer>,
     path: PathBuf,
+    parking: Option<Parking>,
     resize: Option<u32>,
+    leaves: bool,
+}
+
+fn cells<'a, 'model>(
+    context: &'a mut LlamaContext<'model>,
+    model: &LlamaModel,
+    parking: &'a mut Option<Parking>,
+) -> ContextCells<'a, 'model> {
+    ContextCells { context, window: model::window(model), parking: parking.as_mut() }
 }
 
 impl<'model> Engine<'model> {
@@ -118,13 +129,19 @@ impl<'model> Engine<'model> {
             batch: LlamaBatch::new(limits.step_tokens, 1),
             scheduler: Scheduler::new(limits),
             path: spec.path.clone(),
+            parking: Parking::open(spec),
             resize: None,
+            leaves: false,
         }
     }
 
     fn serve(&mut self, commands: &Receiver<ToWorker>, frames: &mut FrameWriter) -> Outcome {
         loop {
             if !self.take_commands(commands, frames) {
+                return Outcome::End;
+            }
+            if self.leaves {
+                self.park();
                 return Outcome::End;
             }
             if let Some(context_tokens) = self.resize {
@@ -155,7 +172,7 @@ impl<'model> Engine<'model> {
             if self.obey(command, frames).is_err() {
                 return false;
             }
-            if self.resize.is_some() {
+            if self.resize.is_some() || self.leaves {
                 return true;
             }
         }
@@ -184,6 +201,10 @@ impl<'model> Engine<'model> {
                 self.resize = Some(context_tokens);
                 Ok(())
             }
+            ToWorker::Leave => {
+                self.leaves = true;
+                Ok(())
+            }
             ToWorker::Trim => {
                 model::trim(&self.path);
                 Ok(())
@@ -210,8 +231,17 @@ impl<'model> Engine<'model> {
         Ok(Waiting { id, prompt, given, max_tokens, context_tokens, since, writer: Writer { sampler, answer } })
     }
 
+    /// Keeps on disk what the sequences hold; a token that was chosen, and not computed, is not among it.
+    fn park(&mut self) {
+        let Some(parking) = &mut self.parking else { return };
+        let mut kept: Vec<_> = self.scheduler.sequences.iter().enumerate().collect();
+        kept.sort_by_key(|(_, sequence)| std::cmp::Reverse(sequence.last_used));
+        let kept = kept.into_iter().map(|(index, sequence)| (index, sequence.cached.as_slice()));
+        parking.park(&mut self.context, kept);
+    }
+
     fn step(&mut self, frames: &mut FrameWriter) -> anyhow::Result<()> {
-        let mut cells = ContextCells { context: &mut self.context, window: model::window(self.model) };
+        let mut cells = cells(&mut self.context, self.model, &mut self.parking);
         self.scheduler.begin_waiting(&mut cells);
         self.scheduler.give_up_dear(&mut cells);
         let step = self.scheduler.fill(&mut cells);
@@ -238,7 +268,7 @@ impl<'model> Engine<'model> {
     fn decode(&mut self) -> Result<(), DecodeError> {
         loop {
             let outcome = self.context.decode(&mut self.batch);
-            let mut cells = ContextCells { context: &mut self.context, window: model::window(self.model) };
+            let mut cells = cells(&mut self.context, self.model, &mut self.parking);
             let is_full = matches!(outcome, Err(DecodeError::NoKvCacheSlot));
             if !(is_full && self.scheduler.evict(&mut cells)) {
                 return outcome;
@@ -310,7 +340,7 @@ impl<'model> Engine<'model> {
 
     /// A step that llama.cpp could not compute fails all that took part, and leaves an empty cache.
     fn fail_all(&mut self, frames: &mut FrameWriter, reason: &str) -> anyhow::Result<()> {
-        let mut cells = ContextCells { context: &mut self.context, window: 0 };
+        let mut cells = cells(&mut self.context, self.model, &mut self.parking);
         for generation in self.scheduler.take_all(&mut cells) {
             let error = Error::Internal(format!("llama.cpp could not compute a step: {reason}"));
             frames.queue(&FromWorker::Failed { id: generation.asked.id, error })?;

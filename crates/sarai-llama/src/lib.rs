@@ -11,6 +11,7 @@ mod engine;
 mod log;
 mod model;
 mod pace;
+mod park;
 mod probe;
 mod prompt;
 mod schedule;

@@ -20,6 +20,9 @@ const WORTH_WAITING: usize = 4;
 /// A sequence is continued in its place, rather than shared, if it has no more than this beyond the shared tokens.
 const SHORT_TAIL: usize = 2;
 
+/// What is kept on disk is brought back if it is by so much longer than what the cache has.
+const WORTH_RESTORING: usize = 32;
+
 /// Sizes that a load has decided.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -136,7 +139,10 @@ impl<W> Scheduler<W> {
     fn place(&mut self, prompt: &[LlamaToken], cells: &mut impl Cells) -> (usize, usize) {
         let most = prompt.len().saturating_sub(1);
         let shared = |sequence: &Sequence<W>| common(&sequence.cached, prompt).min(most);
+        let known = self.sequences.iter().map(shared).max().unwrap_or_default();
+        let is_parked = cells.parked(prompt, most) > known + WORTH_RESTORING;
         let (place, kept) = match self.limits.sharing {
+            _ if is_parked => self.restored(prompt, most, cells),
             Sharing::Whole => {
                 let free = self.free_places();
                 let best = free.max_by_key(|(_, one)| (shared(one), u64::MAX - one.last_used));
@@ -160,6 +166,16 @@ impl<W> Scheduler<W> {
         sequence.cached.clear();
         sequence.cached.extend_from_slice(&prompt[..kept]);
         (place, kept)
+    }
+
+    /// A place that holds what was kept on disk of a prompt.
+    fn restored(&mut self, prompt: &[LlamaToken], most: usize, cells: &mut impl Cells) -> (usize, usize) {
+        let (place, _) = self.empty_place(None, cells);
+        let tokens = cells.restore(place, prompt);
+        let kept = common(&tokens, prompt).min(most);
+        let is_usable = kept == tokens.len() || cells.holds(place, kept);
+        let kept = if is_usable { kept } else { 0 };
+        (place, if cells.cut(place, kept) { kept } else { 0 })
     }
 
     /// A place that holds the first `kept` tokens of a source, which may be the place itself.

@@ -27,6 +27,7 @@ pub struct File {
     pub max_ram_gb: Option<f64>,
     pub max_concurrent_llms: Option<u32>,
     pub strategy: Option<Strategy>,
+    pub park_mb: Option<u32>,
     pub models: Vec<WrittenModel>,
 }
 
@@ -151,6 +152,7 @@ fn read_memory(file: &mut File, mut memory: Section<'_>, mistakes: &mut Vec<Mist
     file.max_concurrent_llms = memory.count("max_concurrent_llms", 1, 1000, mistakes);
     let strategies = [("hybrid_http_gguf", Strategy::HybridHttpGguf), ("evict_lru", Strategy::EvictLru)];
     file.strategy = memory.word("strategy", &strategies, mistakes);
+    file.park_mb = memory.count("park_mb", 0, 1_000_000, mistakes);
     memory.finish(mistakes);
 }
 

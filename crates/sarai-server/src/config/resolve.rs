@@ -1,12 +1,14 @@
 //! The configuration as meant: every default filled in, the environment applied, engines shared by file.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use sarai_api::ollama::keep_alive;
+use sarai_core::frame::Park;
 use sarai_core::{Api, Bytes, Deadlines, KeepAlive, KvType};
 use sarai_plan::ledger::EngineId;
 use sarai_plan::{Repack, Settings, Strategy};
@@ -96,6 +98,8 @@ pub struct Engine {
     pub keep_alive: KeepAlive,
     /// The longest of the sharing models.
     pub load_deadline: Duration,
+    /// Where its worker keeps what it computed when it goes, if it does.
+    pub park: Option<Park>,
 }
 
 impl Engine {
@@ -167,7 +171,20 @@ pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &
         let model = Resolver { written, folder, environment }.model(&mut config.engines, mistakes);
         config.models.push(model);
     }
+    let most_bytes = Bytes::mib(u64::from(file.park_mb.unwrap_or(256)));
+    let parks = config.server.state_dir.join("park");
+    for engine in config.engines.iter_mut().filter(|engine| engine.process.is_none() && most_bytes > Bytes::ZERO) {
+        engine.park = Some(Park { folder: parks.join(folder_name(&engine.path)), most_bytes });
+    }
     config
+}
+
+/// A name for what belongs to a file, told from files of the same name elsewhere.
+fn folder_name(path: &Path) -> String {
+    let mut hasher = DefaultHasher::new();
+    path.hash(&mut hasher);
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    format!("{stem}-{:08x}", hasher.finish() & 0xffff_ffff)
 }
 
 /// What repacking does on this CPU.
@@ -416,6 +433,7 @@ impl Resolver<'_> {
             resident: written.resident,
             keep_alive: self.keep_alive(mistakes),
             load_deadline: deadlines.load,
+            park: None,
             process: Some(Arc::new(process)),
         });
         Some(Deployment::Process { engine: EngineId(engines.len() - 1), context_tokens, remote })
@@ -497,6 +515,7 @@ impl Resolver<'_> {
             resident: written.resident,
             keep_alive,
             load_deadline: deadlines.load,
+            park: None,
         });
         Some(Deployment::Local { engine: EngineId(engines.len() - 1), context_tokens: settings.context_tokens })
     }

@@ -502,5 +502,6 @@ pub(super) fn load_spec(config: &crate::config::Engine, settings: Settings, thre
         flash_attention: settings.flash_attention,
         repack: settings.repack != Repack::Off,
         idle: Vec::new(),
+        park: config.park.clone(),
     }
 }

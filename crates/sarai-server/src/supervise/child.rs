@@ -28,6 +28,8 @@ use crate::machine::cgroup::Groups;
 
 /// How long a worker may take to end by itself.
 pub const END_GRACE: Duration = Duration::from_secs(2);
+/// How long a worker that nobody needs may take to keep on disk what it computed.
+const PARK_GRACE: Duration = Duration::from_secs(5);
 /// How the system writes that a process was killed.
 const KILLED: &str = "signal: 9";
 /// How long a thread of OpenMP's (GNU) spins at a barrier before it sleeps, in turns of its loop; about a millisecond. A worker
@@ -240,6 +242,10 @@ async fn run(
         },
         reason = &mut stop => Outcome::of(reason),
     };
+    if matches!(outcome, Outcome::Stopped) && commands.send(ToWorker::Leave).is_ok() {
+        // It keeps on disk what it can, unless that takes too long.
+        let _ = tokio::time::timeout(PARK_GRACE, launched.child.wait()).await;
+    }
     // Closing our end asks the worker to go.
     drop(commands);
     writing.abort();

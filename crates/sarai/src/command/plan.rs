@@ -153,6 +153,7 @@ fn dry_run(path: &Path, settings: Settings) -> Result<EngineMemory, String> {
         flash_attention: settings.flash_attention,
         repack: settings.repack != Repack::Off,
         idle: Vec::new(),
+        park: None,
     };
     let runtime = command::runtime().map_err(|failure| failure.to_string())?;
     runtime.block_on(probe(Path::new(super::serve::THIS_BINARY), spec)).map(|info| info.memory)

@@ -1,0 +1,145 @@
+//! What was computed once is not computed again: prefixes that requests share, and conversations of a worker that went.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod support;
+
+use std::path::PathBuf;
+
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+use support::{Sarai, gemma, qwen, smollm2};
+
+fn config(file: &str, parallel: u32, more: &str) -> String {
+    format!(
+        "memory: {{ max_ram_gb: 4{more} }}\nmodels:\n  m: {{ backend: gguf_native, gguf_path: {file}, context_length: 2048, parallel: {parallel} }}\n"
+    )
+}
+
+fn words(from: usize, count: usize) -> String {
+    (from..from + count)
+        .map(|n| format!("item {n} is {};", ["red", "blue", "small", "old"][n % 4]))
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// The text, and how many tokens of the prompt were and were not in the cache.
+async fn complete(sarai: &Sarai, prompt: &str, tokens: u32) -> (String, u64, u64) {
+    let body = json!({ "model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "seed": 1 });
+    let answer = sarai.post("/v1/completions", body.to_string()).await;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    let answer = answer.json();
+    let cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+    let computed = answer["usage"]["prompt_tokens"].as_u64().unwrap() - cached;
+    (answer["choices"][0]["text"].as_str().unwrap().to_owned(), cached, computed)
+}
+
+async fn unload(sarai: &Sarai) {
+    let answer = sarai.post("/api/generate", json!({ "model": "m", "keep_alive": 0 }).to_string()).await;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    sarai.until("no worker", |ps| ps["workers"].as_array().is_some_and(Vec::is_empty)).await;
+}
+
+/// The files of what is parked.
+fn parked(sarai: &Sarai, extension: &str) -> Vec<PathBuf> {
+    let folders = std::fs::read_dir(sarai.folder.path().join("state/park")).into_iter().flatten().flatten();
+    let files = folders.flat_map(|folder| std::fs::read_dir(folder.path()).unwrap().flatten());
+    files.map(|file| file.path()).filter(|path| path.extension().is_some_and(|it| it == extension)).collect()
+}
+
+#[tokio::test]
+async fn requests_that_arrive_together_compute_a_common_beginning_once_and_answer_as_alone() {
+    let sarai = Sarai::start(&config(&smollm2(), 4, ""));
+    let shared = words(0, 60);
+    // What follows is certain enough that the order of sums in a batch does not decide it.
+    let count = |n: usize| (10 * n..10 * n + 6).map(|n| format!("{n}, ")).collect::<String>();
+    let prompts: Vec<_> = (1..11).map(|n| format!("{shared} We count: {}", count(n).trim_end())).collect();
+    let together = join_all(prompts.iter().map(|prompt| complete(&sarai, prompt, 10))).await;
+    let computed: u64 = together.iter().map(|answer| answer.2).sum();
+    let (_, cached, own) = complete(&sarai, &prompts[0], 1).await;
+    let whole = cached + own;
+    assert!(computed < whole + 10 * 32, "{computed} of ten times {whole}");
+    let alone = Sarai::start(&config(&smollm2(), 1, ""));
+    for (prompt, (text, ..)) in prompts.iter().zip(&together) {
+        assert_eq!(&complete(&alone, prompt, 10).await.0, text);
+    }
+}
+
+#[tokio::test]
+async fn more_conversations_than_places_go_on_without_computing_their_past_again() {
+    let sarai = Sarai::start(&config(&smollm2(), 2, ""));
+    let mut prompts: Vec<_> = (0..6).map(|n| format!("{} {}", ["Alpha", "Beta"][n % 2], words(1000 * n, 20))).collect();
+    for prompt in &mut prompts {
+        let (text, ..) = complete(&sarai, prompt, 8).await;
+        *prompt += &text;
+    }
+    for prompt in &prompts {
+        let (_, cached, computed) = complete(&sarai, &format!("{prompt} and"), 4).await;
+        // Where the answer's tokens are not those that its text is made of, they are computed again.
+        assert!(computed <= 12 && cached > 100, "{computed} computed, {cached} cached");
+    }
+}
+
+#[tokio::test]
+async fn a_conversation_of_a_worker_that_went_comes_back_from_disk_and_goes_on_as_if_it_had_stayed() {
+    for (file, parallel) in [(smollm2(), 2), (gemma(), 1), (qwen(), 1)] {
+        let sarai = Sarai::start(&config(&file, parallel, ""));
+        let stays = Sarai::start(&config(&file, 1, ", park_mb: 0"));
+        let first = words(0, 70);
+        let (text, ..) = complete(&sarai, &first, 8).await;
+        assert_eq!(complete(&stays, &first, 8).await.0, text);
+        unload(&sarai).await;
+        assert_eq!((parked(&sarai, "kv").len(), parked(&sarai, "json").len()), (1, 1), "{file}");
+        let next = format!("{first}{text} and after that");
+        let (text, cached, computed) = complete(&sarai, &next, 12).await;
+        assert!(computed < 20, "{file}: {computed} computed, {cached} cached");
+        assert_eq!(complete(&stays, &next, 12).await.0, text, "{file}");
+        assert_eq!(parked(&sarai, "kv").len(), 0, "what came back is not parked any more");
+        unload(&stays).await;
+        assert!(parked(&stays, "kv").is_empty(), "park_mb: 0");
+    }
+}
+
+#[tokio::test]
+async fn what_is_damaged_or_of_something_else_is_computed_again_and_goes() {
+    let sarai = Sarai::start(&config(&smollm2(), 1, ""));
+    let prompt = words(0, 60);
+    let (text, _, whole) = complete(&sarai, &prompt, 8).await;
+    let damages: [fn(&Sarai); 4] = [
+        |sarai| {
+            let state = &parked(sarai, "kv")[0];
+            let mut bytes = std::fs::read(state).unwrap();
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            std::fs::write(state, bytes).unwrap();
+        },
+        |sarai| std::fs::write(&parked(sarai, "kv")[0], "short").unwrap(),
+        |sarai| {
+            let note = &parked(sarai, "json")[0];
+            let mut text: Value = serde_json::from_slice(&std::fs::read(note).unwrap()).unwrap();
+            text["key"] = "another file".into();
+            std::fs::write(note, text.to_string()).unwrap();
+        },
+        |sarai| std::fs::write(&parked(sarai, "json")[0], "{ no json").unwrap(),
+    ];
+    for damage in damages {
+        unload(&sarai).await;
+        damage(&sarai);
+        let (again, cached, computed) = complete(&sarai, &prompt, 8).await;
+        assert_eq!((again.as_str(), cached, computed), (text.as_str(), 0, whole));
+        assert!(parked(&sarai, "kv").is_empty() && parked(&sarai, "json").is_empty());
+    }
+}
+
+#[tokio::test]
+async fn what_is_parked_stays_within_its_room_on_disk() {
+    let sarai = Sarai::start(&config(&smollm2(), 1, ", park_mb: 20"));
+    for round in 0..3 {
+        for n in 0..3 {
+            complete(&sarai, &words(10_000 * round + 1000 * n, 60), 1).await;
+        }
+        unload(&sarai).await;
+        let bytes: u64 = parked(&sarai, "kv").iter().map(|path| path.metadata().unwrap().len()).sum();
+        assert!(bytes > 5 << 20 && bytes <= 20 << 20, "{bytes} bytes");
+    }
+}
