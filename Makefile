@@ -9,7 +9,7 @@ export SARAI_MODELS = $(SARAI_CACHE)/models
 # One profile for all: llama.cpp is built once.
 CARGO_FLAGS = --release --locked
 
-.PHONY: run test lint unit bench bench-memory bench-cage bench-gateway bench-failover deps models demo-models sketches ollama clients build
+.PHONY: run test lint unit bench bench-memory bench-cage bench-gateway bench-failover bench-engine deps models demo-models sketches ollama clients build
 
 run: build demo-models
 	@exec $(CARGO_TARGET_DIR)/release/sarai serve --config config/demo.yaml
@@ -44,6 +44,12 @@ bench-cage: build models ollama
 # What passes through to a host, beside asking it directly, nginx as a plain proxy, and LiteLLM's.
 bench-gateway: build
 	env $$(scripts/gateway_peers.sh) cargo bench --profile release --locked -p sarai --bench gateway
+
+# The engine beside llama.cpp's own server: alone, 1 to 16 streams, a long prompt entering, shared prefixes, several models at
+# once, parking, cold start. `ENGINE="together park"` measures some of it only.
+bench-engine: build models
+	LLAMA_SERVER=$${LLAMA_SERVER:-$$(scripts/build_llama_server.sh)} SARAI_BINARY=$(CARGO_TARGET_DIR)/release/sarai \
+		python3 scripts/bench_engine.py $(ENGINE)
 
 # A real Ollama killed before, while and after it answers: time to the fallback, and back.
 bench-failover: build models ollama

@@ -84,9 +84,6 @@ class Stock(Process):
         connection.request("GET", "/health")
         return connection.getresponse().status
 
-    def pids(self):
-        return [self.process.pid]
-
 
 class Sarai(Process):
     """One sarai for all models."""
@@ -97,17 +94,13 @@ class Sarai(Process):
             config.write("memory: { max_ram_gb: 12, max_concurrent_llms: 4 }\nserver: { max_in_flight: 64 }\nmodels:\n")
             for model in models:
                 path = f"gguf_path: {file_of(model)}, context_length: {context}, parallel: {parallel}"
-                config.write(f"  {model}: {{ backend: gguf_native, {path}, resident: true, keep_alive: -1{more} }}\n")
+                config.write(f"  {model}: {{ backend: gguf_native, {path}, keep_alive: -1{more} }}\n")
         self.start(
             [binary, "serve", "--listen", f"127.0.0.1:{self.port}", "--config", f"{self.folder.name}/sarai.yaml"],
             {"SARAI_STATE_DIR": f"{self.folder.name}/state"},
         )
         for model in models:
             until(lambda model=model: ask(self.port, model, "Hi", 1).status == 200)
-
-    def pids(self):
-        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
-        return [self.process.pid, *map(int, found)]
 
 
 def until(is_so, seconds=120):
@@ -295,22 +288,15 @@ class Bench:
         shared = [text(900 + n, 400) for n in range(prefixes)]
         conversations = [shared[n % prefixes] + " " + text(2000 + n, 10) for n in range(16)]
         known = [0] * 16
-        computed, first, seen = [], [], set()
+        computed, first = [], []
         for turn in range(3):
             turns = list(range(16))
             order.shuffle(turns)
             answers = at_once([(server.port, model, conversations[n], 16) for n in turns])
             did = sum(a.usage["prompt_tokens"] - a.usage["prompt_tokens_details"]["cached_tokens"] for a in answers)
-            needed = 0
-            for n, answer in zip(turns, answers):
-                prompt = answer.usage["prompt_tokens"]
-                prefix = 0
-                if turn == 0 and n % prefixes in seen:
-                    # All words but the last ones are another session's too.
-                    prefix = self.prefix_tokens[n % prefixes] if hasattr(self, "prefix_tokens") else 0
-                needed += prompt - max(known[n], prefix)
-                seen.add(n % prefixes)
+            needed = sum(a.usage["prompt_tokens"] - known[n] for n, a in zip(turns, answers))
             if turn == 0:
+                # Each prefix is new once.
                 lengths = [ask(server.port, model, one, 1).usage["prompt_tokens"] for one in shared]
                 needed -= sum(lengths[n % prefixes] for n in range(16)) - sum(lengths)
             for n, answer in zip(turns, answers):
@@ -377,23 +363,37 @@ class Bench:
 
     def cold(self):
         """From nothing to the first token: a stock server's start, and sarai's load on demand."""
-        model = "smollm2"
-        stock, sarai = [], []
-        with Sarai(self.binary, [], context=2048) as server:
-            pass
-        for seed in range(self.rounds):
-            began = time.monotonic()
-            with self.stock(model) as server:
-                ask(server.port, model, text(seed, 20), 1)
-                stock.append(time.monotonic() - began)
-        with self.sarai([model], more="").__class__(self.binary, [model]) as server:
+        model, stock, sarai = "smollm2", [], []
+        with self.sarai([model]) as server:
             for seed in range(self.rounds):
-                connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-                connection.request("POST", "/api/generate", json.dumps({"model": model, "keep_alive": 0}))
-                connection.getresponse().read()
-                until(lambda: not [m for m in self.loaded(server)])
+                began = time.monotonic()
+                with self.stock(model) as other:
+                    ask(other.port, model, text(seed, 20), 1)
+                    stock.append(time.monotonic() - began)
+                self.unload(server, model)
                 sarai.append(ask(server.port, model, text(seed, 20), 1).first)
         report("cold start to the first token, s", stock, sarai, False)
+
+    def park(self):
+        """A conversation of 2,000 tokens whose model was unloaded: to its first token, beside computing it."""
+        for model in MODELS:
+            computed, returned = [], []
+            with self.sarai([model], context=4096) as server:
+                for seed in range(self.rounds):
+                    first = ask(server.port, model, text(8000 + seed, 1700), 4)
+                    computed.append(first.first)
+                    self.unload(server, model)
+                    again = ask(server.port, model, text(8000 + seed, 1700) + first.text + " and", 4)
+                    returned.append(again.first)
+                tokens = first.usage["prompt_tokens"]
+            ratio = statistics.median(computed) / statistics.median(returned)
+            print(f"{model}: {tokens} tokens computed in {spread(computed)} s; after an unload back in {spread(returned)} s, {ratio:.1f} times as fast")
+
+    def unload(self, server, model):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection.request("POST", "/api/generate", json.dumps({"model": model, "keep_alive": 0}))
+        connection.getresponse().read()
+        until(lambda: not self.loaded(server))
 
     def loaded(self, server):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
@@ -402,7 +402,7 @@ class Bench:
 
 
 def main():
-    parts = ["alone", "streams", "entering", "prefix", "together", "cold"]
+    parts = ["alone", "streams", "entering", "prefix", "together", "park", "cold"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}")
     parser.add_argument("--peer", default=os.environ.get("LLAMA_SERVER"), help="a llama-server")

@@ -23,6 +23,9 @@ const SHORT_TAIL: usize = 2;
 /// What is kept on disk is brought back if it is by so much longer than what the cache has.
 const WORTH_RESTORING: usize = 32;
 
+/// What is kept may cost one in so many of what computing it again would.
+const DEAR: f64 = 3.0;
+
 /// Sizes that a load has decided.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -235,10 +238,11 @@ impl<W> Scheduler<W> {
         true
     }
 
-    /// Gives up idle sequences whose cells have by now cost as much time, in the attention of all others, as it would take to
-    /// compute them again: so keeping them never costs more than twice what knowing the future would.
+    /// Gives up idle sequences whose cells have by now cost a good part of the time, in the attention of all others, that it would
+    /// take to compute them again.
     pub fn give_up_dear(&mut self, cells: &mut impl Cells) {
-        let Some(most) = self.pace.prompt_tokens_worth(self.limits.seconds_per_foreign_cell) else { return };
+        let seconds = DEAR * self.limits.seconds_per_foreign_cell;
+        let Some(most) = self.pace.prompt_tokens_worth(seconds) else { return };
         for index in 0..self.sequences.len() {
             let sequence = &self.sequences[index];
             let is_kept = sequence.generation.is_none() && !sequence.cached.is_empty();
