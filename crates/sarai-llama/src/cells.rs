@@ -8,6 +8,15 @@ use llama_cpp_4::token::LlamaToken;
 
 use crate::park::Parking;
 
+/// A prompt that what was kept may begin.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a> {
+    /// The prompt, but for its last token.
+    pub prompt: &'a [LlamaToken],
+    /// Whether only what the prompt goes on from is of use, and not a part of it.
+    pub whole: bool,
+}
+
 /// The cells of all sequences.
 pub trait Cells {
     /// Lets a sequence use the cells that another one holds at these positions.
@@ -20,14 +29,14 @@ pub trait Cells {
     /// that has moved on has lost some of it.
     fn holds(&self, sequence: usize, keep: usize) -> bool;
 
-    /// How many of the first tokens of a prompt are kept elsewhere, up to `most`.
-    fn parked(&self, _prompt: &[LlamaToken], _most: usize) -> usize {
+    /// How many of the first tokens of a prompt are kept elsewhere.
+    fn parked(&self, _wanted: Wanted<'_>) -> usize {
         0
     }
 
-    /// Brings that back into an empty sequence; returns all that it holds then.
-    fn restore(&mut self, _sequence: usize, _prompt: &[LlamaToken]) -> Vec<LlamaToken> {
-        Vec::new()
+    /// Brings that back into an empty sequence: all that it holds then, or nothing where there is no room for it.
+    fn restore(&mut self, _sequence: usize, _wanted: Wanted<'_>) -> Option<Vec<LlamaToken>> {
+        None
     }
 }
 
@@ -66,13 +75,12 @@ impl Cells for ContextCells<'_, '_> {
         usize::try_from(first).is_ok_and(|first| first <= keep.saturating_sub(self.window))
     }
 
-    fn parked(&self, prompt: &[LlamaToken], most: usize) -> usize {
-        self.parking.as_ref().map_or(0, |parking| parking.holds(prompt, most))
+    fn parked(&self, wanted: Wanted<'_>) -> usize {
+        self.parking.as_ref().map_or(0, |parking| parking.holds(wanted))
     }
 
-    fn restore(&mut self, sequence: usize, prompt: &[LlamaToken]) -> Vec<LlamaToken> {
-        let Some(parking) = &mut self.parking else { return Vec::new() };
-        parking.restore(self.context, sequence, prompt)
+    fn restore(&mut self, sequence: usize, wanted: Wanted<'_>) -> Option<Vec<LlamaToken>> {
+        self.parking.as_mut()?.restore(self.context, sequence, wanted)
     }
 }
 
@@ -81,14 +89,17 @@ impl Cells for ContextCells<'_, '_> {
 pub enum Sharing {
     /// Any prefix, by any sequence.
     Prefixes,
-    /// A recurrent state stands for all tokens at once: it is continued, and never cut or shared.
+    /// A recurrent state stands for all tokens at once: it is continued, and never cut or shared. A sliding window loses what
+    /// it has passed, and llama.cpp takes such a cell back only from a sequence that has it alone: it is continued, or cut where
+    /// its window still reaches.
     Whole,
 }
 
 impl Sharing {
     /// What the model allows.
     pub fn of(model: &LlamaModel) -> Self {
-        if model.is_recurrent() || model.is_hybrid() { Self::Whole } else { Self::Prefixes }
+        let is_whole = model.is_recurrent() || model.is_hybrid() || model.n_swa() > 0;
+        if is_whole { Self::Whole } else { Self::Prefixes }
     }
 
     /// How many sequences there are, those included that are computed at once. llama.cpp computes only so many of them, and

@@ -18,7 +18,7 @@ use sarai_core::frame::{FromWorker, LoadSpec, ToWorker};
 use sarai_core::{Error, Event, FinishReason, GenerateRequest};
 
 use crate::answer::{AnswerText, Pushed};
-use crate::cells::{ContextCells, Sharing};
+use crate::cells::{Cells, ContextCells, Sharing};
 use crate::channel::FrameWriter;
 use crate::log;
 use crate::model::{self, Allocation};
@@ -235,9 +235,20 @@ impl<'model> Engine<'model> {
     fn park(&mut self) {
         let Some(parking) = &mut self.parking else { return };
         let mut kept: Vec<_> = self.scheduler.sequences.iter().enumerate().collect();
-        kept.sort_by_key(|(_, sequence)| std::cmp::Reverse(sequence.last_used));
-        let kept = kept.into_iter().map(|(index, sequence)| (index, sequence.cached.as_slice()));
-        parking.park(&mut self.context, kept);
+        let parallel = self.scheduler.parallel();
+        kept.sort_by_key(|(index, sequence)| (*index >= parallel, std::cmp::Reverse(sequence.last_used)));
+        let mut leaving = parking.begin();
+        for (index, sequence) in kept {
+            if index < parallel {
+                leaving.add(&mut self.context, index, &sequence.cached);
+            } else if !sequence.cached.is_empty() {
+                // llama.cpp writes only those that it computes: one after the other takes the first one's place.
+                let mut cells = ContextCells { context: &mut self.context, window: 0, parking: None };
+                cells.cut(0, 0);
+                cells.share(index, 0, 0..sequence.cached.len());
+                leaving.add(&mut self.context, 0, &sequence.cached);
+            }
+        }
     }
 
     fn step(&mut self, frames: &mut FrameWriter) -> anyhow::Result<()> {

@@ -14,6 +14,7 @@ use llama_cpp_4::token::LlamaToken;
 use sarai_core::frame::LoadSpec;
 use serde::{Deserialize, Serialize};
 
+use crate::cells::Wanted;
 use crate::log::warn;
 use crate::sequence::common;
 
@@ -69,86 +70,68 @@ impl Parking {
             warn(&format!("nothing is parked in {}: {error}", park.folder.display()));
             return None;
         }
-        let notes = fs::read_dir(&park.folder).into_iter().flatten().flatten().map(|entry| entry.path());
-        let notes = notes.filter(|path| path.extension().is_some_and(|extension| extension == "json"));
-        let parked = notes.filter_map(|note| read_note(note, &key)).collect();
-        Some(Self { folder: park.folder.clone(), most_bytes: park.most_bytes.0, key, parked })
+        // The bindings take no other paths.
+        park.folder.to_str()?;
+        let files: Vec<_> =
+            fs::read_dir(&park.folder).into_iter().flatten().flatten().map(|file| file.path()).collect();
+        let (notes, others): (Vec<_>, Vec<_>) =
+            files.into_iter().partition(|path| path.extension().is_some_and(|extension| extension == "json"));
+        // Whoever was stopped while it wrote has left a state without a note.
+        for path in others.iter().filter(|path| !notes.contains(&path.with_extension("json"))) {
+            let _ = fs::remove_file(path);
+        }
+        let mut parked: Vec<_> = notes.into_iter().filter_map(|note| read_note(note, &key)).collect();
+        parked
+            .sort_by_key(|parked| std::cmp::Reverse(fs::metadata(&parked.note).and_then(|note| note.modified()).ok()));
+        let mut parking = Self { folder: park.folder.clone(), most_bytes: park.most_bytes.0, key, parked };
+        parking.make_room(parking.most_bytes, &[]);
+        Some(parking)
     }
 
     /// The parked sequence that begins like this prompt for longest, and for how long.
-    fn best(&self, prompt: &[LlamaToken], most: usize) -> Option<(usize, usize)> {
-        let shared = self.parked.iter().map(|parked| common(&parked.tokens, prompt).min(most)).enumerate();
-        shared.max_by_key(|(_, shared)| *shared)
+    fn best(&self, wanted: Wanted<'_>) -> Option<(usize, usize)> {
+        let shared = self.parked.iter().map(|parked| match common(&parked.tokens, wanted.prompt) {
+            part if wanted.whole && part < parked.tokens.len() => 0,
+            shared => shared,
+        });
+        shared.enumerate().filter(|(_, shared)| *shared > 0).max_by_key(|(_, shared)| *shared)
     }
 
     /// How many of the first tokens of a prompt are parked.
-    pub fn holds(&self, prompt: &[LlamaToken], most: usize) -> usize {
-        self.best(prompt, most).map_or(0, |(_, shared)| shared)
+    pub fn holds(&self, wanted: Wanted<'_>) -> usize {
+        self.best(wanted).map_or(0, |(_, shared)| shared)
     }
 
-    /// Puts the best parked sequence into an empty one; returns all its tokens, or none if its file cannot be trusted. It is
-    /// not parked any more then.
+    /// Puts the best parked sequence into an empty one; returns its tokens. It is not parked any more then. `None` means that
+    /// it stays parked, since the cache has no room for it; one whose files cannot be trusted goes, and has no tokens.
     pub fn restore(
         &mut self,
         context: &mut LlamaContext<'_>,
         sequence: usize,
-        prompt: &[LlamaToken],
-    ) -> Vec<LlamaToken> {
-        let Some((index, _)) = self.best(prompt, usize::MAX) else { return Vec::new() };
-        let parked = self.parked.swap_remove(index);
+        wanted: Wanted<'_>,
+    ) -> Option<Vec<LlamaToken>> {
+        let Some((index, _)) = self.best(wanted) else { return Some(Vec::new()) };
+        let parked = &self.parked[index];
         let path = parked.state();
         let is_sound = checksum(&path).is_ok_and(|found| found == (parked.bytes, parked.crc32));
         let mut tokens = Vec::new();
-        let read = match i32::try_from(sequence) {
-            Ok(sequence) if is_sound => context.state_seq_load_file(&path, sequence, &mut tokens, parked.tokens.len()),
-            _ => 0,
-        };
-        parked.remove();
-        if read > 0 && tokens == parked.tokens {
-            return tokens;
+        if is_sound {
+            let sequence = i32::try_from(sequence).ok()?;
+            if context.state_seq_load_file(&path, sequence, &mut tokens, parked.tokens.len()) == 0 {
+                // llama.cpp may have read a part of it.
+                let _ = context.clear_kv_cache_seq(u32::try_from(sequence).ok(), None, None);
+                return None;
+            }
+        } else {
+            warn(&format!("{} is damaged, and is computed again", path.display()));
         }
-        warn(&format!("{} is damaged, and is computed again", path.display()));
-        Vec::new()
+        self.parked.swap_remove(index).remove();
+        Some(tokens)
     }
 
-    /// Parks sequences, those first that were used last, as far as the room reaches; what was parked longest gives way.
-    pub fn park<'a>(
-        &mut self,
-        context: &mut LlamaContext<'_>,
-        sequences: impl Iterator<Item = (usize, &'a [LlamaToken])>,
-    ) {
-        let mut room = self.most_bytes;
-        let mut kept: Vec<Parked> = Vec::new();
-        for (sequence, tokens) in sequences {
-            let is_known = kept.iter().any(|parked| common(&parked.tokens, tokens) == tokens.len());
-            if tokens.len() < FEWEST_TOKENS || is_known {
-                continue;
-            }
-            let Ok(sequence) = i32::try_from(sequence) else { continue };
-            if context.state_seq_get_size(sequence) as u64 > room {
-                continue;
-            }
-            match self.write(context, sequence, tokens) {
-                Ok(parked) => {
-                    room = room.saturating_sub(parked.bytes);
-                    kept.push(parked);
-                }
-                Err(error) => warn(&format!("a sequence is not parked: {error}")),
-            }
-        }
-        for older in std::mem::take(&mut self.parked) {
-            let is_known = kept.iter().any(|parked| common(&parked.tokens, &older.tokens) == older.tokens.len());
-            if is_known || older.bytes > room {
-                // The same tokens have the same name.
-                if kept.iter().all(|parked| parked.note != older.note) {
-                    older.remove();
-                }
-            } else {
-                room -= older.bytes;
-                kept.push(older);
-            }
-        }
-        self.parked = kept;
+    /// Begins to park what a worker holds.
+    pub fn begin(&mut self) -> Leaving<'_> {
+        Leaving { parking: self, kept: Vec::new(), bytes: 0 }
     }
 
     fn write(&self, context: &mut LlamaContext<'_>, sequence: i32, tokens: &[LlamaToken]) -> io::Result<Parked> {
@@ -160,6 +143,7 @@ impl Parking {
         // Without its note a state file is nothing, so the note goes first and comes last.
         let _ = fs::remove_file(&note);
         if context.state_seq_save_file(&state, sequence, tokens) == 0 {
+            let _ = fs::remove_file(&state);
             return Err(io::Error::other(format!("{} cannot be written", state.display())));
         }
         let (bytes, crc32) = checksum(&state)?;
@@ -171,14 +155,62 @@ impl Parking {
     }
 }
 
+/// A worker that goes parks its sequences, those first that were used last.
+pub struct Leaving<'a> {
+    parking: &'a mut Parking,
+    kept: Vec<Parked>,
+    bytes: u64,
+}
+
+impl Leaving<'_> {
+    /// Parks a sequence if there is room for it; what has been parked for longer gives way.
+    pub fn add(&mut self, context: &mut LlamaContext<'_>, sequence: usize, tokens: &[LlamaToken]) {
+        let is_known = self.kept.iter().any(|parked| common(&parked.tokens, tokens) == tokens.len());
+        let Ok(sequence) = i32::try_from(sequence) else { return };
+        if tokens.len() < FEWEST_TOKENS || is_known {
+            return;
+        }
+        let bytes = self.bytes + context.state_seq_get_size(sequence) as u64;
+        if bytes > self.parking.most_bytes {
+            return;
+        }
+        self.parking.make_room(self.parking.most_bytes - bytes, tokens);
+        match self.parking.write(context, sequence, tokens) {
+            Ok(parked) => {
+                self.bytes += parked.bytes;
+                self.kept.push(parked);
+            }
+            Err(error) => warn(&format!("a sequence is not parked: {error}")),
+        }
+    }
+}
+
+impl Parking {
+    /// Lets what is parked take so many bytes at most, and removes what these tokens make superfluous.
+    fn make_room(&mut self, most: u64, tokens: &[LlamaToken]) {
+        let mut room = most;
+        self.parked.retain(|parked| {
+            let stays = parked.bytes <= room && common(&parked.tokens, tokens) < parked.tokens.len();
+            if stays {
+                room -= parked.bytes;
+            } else {
+                parked.remove();
+            }
+            stays
+        });
+    }
+}
+
 /// What a state depends on beside its tokens.
 fn key(spec: &LoadSpec) -> Option<String> {
     let file = fs::metadata(&spec.path).ok()?;
     let changed = file.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
     let path = fs::canonicalize(&spec.path).ok()?;
-    let LoadSpec { kv, flash_attention, repack, .. } = spec;
+    let LoadSpec { kv, flash_attention, repack, parallel, .. } = spec;
+    // Some models rotate keys in another way from a certain size of the context on.
+    let context = (crate::model::sequence_tokens(spec), if spec.shared_context { 1 } else { *parallel });
     let version = concat!(env!("CARGO_PKG_VERSION"), " with llama-cpp-4 0.11.0");
-    Some(format!("{} {} {changed} {version} {kv:?} {flash_attention} {repack}", path.display(), file.len()))
+    Some(format!("{} {} {changed} {version} {kv:?} {flash_attention} {repack} {context:?}", path.display(), file.len()))
 }
 
 fn read_note(path: PathBuf, key: &str) -> Option<Parked> {

@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 
 use llama_cpp_4::token::LlamaToken;
 
-use crate::cells::{Cells, Sharing};
+use crate::cells::{Cells, Sharing, Wanted};
 use crate::pace::Pace;
 use crate::sequence::{Generation, Sequence, Waiting, common};
 
@@ -91,6 +91,11 @@ impl<W> Scheduler<W> {
         }
     }
 
+    /// Generations that run at once, in the first of the sequences.
+    pub fn parallel(&self) -> usize {
+        self.limits.parallel
+    }
+
     /// Whether nothing runs and nothing waits.
     pub fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.running().next().is_none()
@@ -143,13 +148,16 @@ impl<W> Scheduler<W> {
         let most = prompt.len().saturating_sub(1);
         let shared = |sequence: &Sequence<W>| common(&sequence.cached, prompt).min(most);
         let known = self.sequences.iter().map(shared).max().unwrap_or_default();
-        let is_parked = cells.parked(prompt, most) > known + WORTH_RESTORING;
+        let wanted = Wanted { prompt: &prompt[..most], whole: self.limits.sharing == Sharing::Whole };
+        let is_parked = cells.parked(wanted) > known + WORTH_RESTORING;
+        let restored = if is_parked { self.restored(wanted, cells) } else { None };
         let (place, kept) = match self.limits.sharing {
-            _ if is_parked => self.restored(prompt, most, cells),
+            _ if restored.is_some() => restored.unwrap_or_default(),
             Sharing::Whole => {
                 let free = self.free_places();
                 let best = free.max_by_key(|(_, one)| (shared(one), u64::MAX - one.last_used));
                 let (place, kept) = best.map(|(place, one)| (place, shared(one))).unwrap_or_default();
+                let kept = if cells.holds(place, kept) { kept } else { 0 };
                 (place, if cells.cut(place, kept) { kept } else { 0 })
             }
             Sharing::Prefixes => {
@@ -171,14 +179,23 @@ impl<W> Scheduler<W> {
         (place, kept)
     }
 
-    /// A place that holds what was kept on disk of a prompt.
-    fn restored(&mut self, prompt: &[LlamaToken], most: usize, cells: &mut impl Cells) -> (usize, usize) {
+    /// A place that holds what was kept on disk of a prompt, and how much of it that is.
+    fn restored(&mut self, wanted: Wanted<'_>, cells: &mut impl Cells) -> Option<(usize, usize)> {
         let (place, _) = self.empty_place(None, cells);
-        let tokens = cells.restore(place, prompt);
-        let kept = common(&tokens, prompt).min(most);
-        let is_usable = kept == tokens.len() || cells.holds(place, kept);
-        let kept = if is_usable { kept } else { 0 };
-        (place, if cells.cut(place, kept) { kept } else { 0 })
+        let tokens = loop {
+            match cells.restore(place, wanted) {
+                Some(tokens) => break tokens,
+                None if self.evict(cells) => {}
+                None => return None,
+            }
+        };
+        let kept = common(&tokens, wanted.prompt);
+        self.sequences[place].cached = tokens;
+        match self.limits.sharing {
+            // What follows the common part is of use to others yet.
+            Sharing::Prefixes if kept > 0 => Some(self.share_into_place(place, kept, cells)),
+            _ => Some((place, if cells.cut(place, kept) { kept } else { 0 })),
+        }
     }
 
     /// A place that holds the first `kept` tokens of a source, which may be the place itself.
@@ -193,6 +210,10 @@ impl<W> Scheduler<W> {
         }
         let (place, moved) = self.empty_place(Some(source), cells);
         let source = moved.unwrap_or(source);
+        if source == place {
+            // There was nowhere to keep it.
+            return (place, 0);
+        }
         cells.share(source, place, 0..kept);
         if is_continued {
             self.forget(source, cells);
@@ -241,6 +262,12 @@ impl<W> Scheduler<W> {
     /// Gives up idle sequences whose cells have by now cost a good part of the time, in the attention of all others, that it would
     /// take to compute them again.
     pub fn give_up_dear(&mut self, cells: &mut impl Cells) {
+        // llama.cpp lists the sequences of each cell, in memory that was not planned for any number of them.
+        let is_kept = |sequence: &&Sequence<W>| sequence.generation.is_none();
+        while self.sequences.iter().filter(is_kept).map(|kept| kept.cached.len()).sum::<usize>() > 2 * self.limits.cells
+        {
+            self.evict(cells);
+        }
         let seconds = DEAR * self.limits.seconds_per_foreign_cell;
         let Some(most) = self.pace.prompt_tokens_worth(seconds) else { return };
         for index in 0..self.sequences.len() {

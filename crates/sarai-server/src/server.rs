@@ -27,7 +27,7 @@ use crate::state::State;
 use crate::supervise::spare::spare_the_server;
 
 /// How long the workers together may take to end; those that still live are killed with their handles.
-const END_WORKERS: Duration = Duration::from_secs(5);
+const END_WORKERS: Duration = Duration::from_secs(8);
 
 /// Why the server cannot start.
 #[derive(Debug, ThisError)]

@@ -101,6 +101,33 @@ async fn a_conversation_of_a_worker_that_went_comes_back_from_disk_and_goes_on_a
 }
 
 #[tokio::test]
+async fn all_conversations_of_a_worker_that_went_come_back_also_those_beyond_its_places() {
+    let sarai = Sarai::start(&config(&smollm2(), 1, ""));
+    let prompts: Vec<_> = (0..3).map(|n| words(1000 * n, 40)).collect();
+    for prompt in &prompts {
+        complete(&sarai, prompt, 4).await;
+    }
+    for _ in 0..2 {
+        unload(&sarai).await;
+        assert_eq!(parked(&sarai, "kv").len(), 3);
+        for prompt in &prompts {
+            let (_, cached, computed) = complete(&sarai, prompt, 4).await;
+            assert!(computed == 1 && cached > 200, "{computed} computed, {cached} cached");
+        }
+    }
+}
+
+/// A cell behind a sliding window that two sequences held could not be taken back.
+#[tokio::test]
+async fn requests_with_a_common_beginning_longer_than_the_sliding_window_are_all_answered() {
+    let sarai = Sarai::start(&config(&gemma(), 2, ""));
+    let shared = words(0, 190);
+    let prompts = [format!("{shared} and one"), format!("{shared} and two"), format!("{shared} and three")];
+    let together = join_all(prompts.iter().map(|prompt| complete(&sarai, prompt, 40))).await;
+    assert!(together.iter().all(|answer| answer.1 + answer.2 > 1300), "{together:?}");
+}
+
+#[tokio::test]
 async fn what_is_damaged_or_of_something_else_is_computed_again_and_goes() {
     let sarai = Sarai::start(&config(&smollm2(), 1, ""));
     let prompt = words(0, 60);

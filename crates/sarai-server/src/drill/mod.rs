@@ -127,6 +127,8 @@ async fn prepare(config: &Config, drill: &Drill, fault: Fault, shape: Shape) -> 
         if let Deployment::Remote(remote) = &mut model.deployments[index] {
             remote.url.clone_from(&host.url);
             remote.api_key = None;
+            // All hosts of the drill are looked at at once, by the process that plays them: how far away they seem says nothing.
+            remote.wan = true;
             if faulty.is_none() {
                 // Hosts that share the load are of one name: by another, it is always asked first.
                 remote.model_name = "drill".into();

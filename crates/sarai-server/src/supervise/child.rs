@@ -215,10 +215,12 @@ async fn run(
     let mut reading = tokio::spawn(read_frames(launched.reader, routes.clone(), loaded, resized));
     let _ = commands.send(ToWorker::Load(spec.clone()));
 
+    let mut is_loaded = false;
     let loading = tokio::time::timeout(start.load_deadline, on_loaded.recv());
     let outcome = tokio::select! {
         loaded = loading => match loaded {
             Ok(Some(Ok(info))) => {
+                is_loaded = true;
                 report(Report::Loaded(Worker {
                     pid: launched.pid,
                     info,
@@ -242,7 +244,8 @@ async fn run(
         },
         reason = &mut stop => Outcome::of(reason),
     };
-    if matches!(outcome, Outcome::Stopped) && commands.send(ToWorker::Leave).is_ok() {
+    let may_park = is_loaded && spec.park.is_some() && matches!(outcome, Outcome::Stopped);
+    if may_park && commands.send(ToWorker::Leave).is_ok() {
         // It keeps on disk what it can, unless that takes too long.
         let _ = tokio::time::timeout(PARK_GRACE, launched.child.wait()).await;
     }
