@@ -26,6 +26,9 @@ const WORTH_RESTORING: usize = 32;
 /// What is kept may cost one in so many of what computing it again would.
 const DEAR: f64 = 3.0;
 
+/// How many idle sequences may hold a cell, on average: llama.cpp lists them, in memory of its own.
+const MOST_OWNERS: usize = 4;
+
 /// Sizes that a load has decided.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -259,13 +262,15 @@ impl<W> Scheduler<W> {
         true
     }
 
+    fn kept_tokens(&self) -> usize {
+        let kept = self.sequences.iter().filter(|sequence| sequence.generation.is_none());
+        kept.map(|sequence| sequence.cached.len()).sum()
+    }
+
     /// Gives up idle sequences whose cells have by now cost a good part of the time, in the attention of all others, that it would
     /// take to compute them again.
     pub fn give_up_dear(&mut self, cells: &mut impl Cells) {
-        // llama.cpp lists the sequences of each cell, in memory that was not planned for any number of them.
-        let is_kept = |sequence: &&Sequence<W>| sequence.generation.is_none();
-        while self.sequences.iter().filter(is_kept).map(|kept| kept.cached.len()).sum::<usize>() > 2 * self.limits.cells
-        {
+        while self.kept_tokens() > MOST_OWNERS * self.limits.cells {
             self.evict(cells);
         }
         let seconds = DEAR * self.limits.seconds_per_foreign_cell;

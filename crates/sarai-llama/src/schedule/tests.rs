@@ -92,7 +92,7 @@ struct Case {
 impl Case {
     fn new(parallel: usize, cells: usize, step_tokens: usize) -> Self {
         let limits =
-            Limits { parallel, cells, step_tokens, sharing: Sharing::Prefixes, seconds_per_foreign_cell: 1e-9 };
+            Limits { parallel, cells, step_tokens, sharing: Sharing::Prefixes, seconds_per_foreign_cell: 1e-12 };
         Self { scheduler: Scheduler::new(limits), pool: Pool::new(cells), ended: Vec::new() }
     }
 
@@ -229,7 +229,7 @@ fn a_prompt_that_waits_for_another_one_goes_on_alone_when_that_is_cancelled() {
 #[test]
 fn a_state_that_cannot_be_cut_is_continued_and_never_shared() {
     let limits =
-        Limits { parallel: 2, cells: 2048, step_tokens: 64, sharing: Sharing::Whole, seconds_per_foreign_cell: 1e-9 };
+        Limits { parallel: 2, cells: 2048, step_tokens: 64, sharing: Sharing::Whole, seconds_per_foreign_cell: 1e-12 };
     let mut case = Case { scheduler: Scheduler::new(limits), pool: Pool::new(2048), ended: Vec::new() };
     case.ask(1, &numbers(0, 100), 1, 1024);
     while case.step() {}
