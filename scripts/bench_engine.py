@@ -251,7 +251,7 @@ class Bench:
                         thread.start()
                     until(lambda: all(len(a.times) > 60 for a in answers))
                     entered = time.monotonic()
-                    long = ask(server.port, model, text(7000 + seed, 1000), 1)
+                    long = ask(server.port, model, text(7000 + seed, 1700), 1)
                     done = time.monotonic()
                     ended.set()
                     for thread in threads:
@@ -285,7 +285,7 @@ class Bench:
 
     def sessions(self, server, model, prefixes):
         order = random.Random(5)
-        shared = [text(900 + n, 400) for n in range(prefixes)]
+        shared = [text(900 + n, 680) for n in range(prefixes)]
         conversations = [shared[n % prefixes] + " " + text(2000 + n, 10) for n in range(16)]
         known = [0] * 16
         computed, first = [], []
