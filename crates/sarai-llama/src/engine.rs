@@ -129,7 +129,7 @@ impl<'model> Engine<'model> {
             batch: LlamaBatch::new(limits.step_tokens, 1),
             scheduler: Scheduler::new(limits),
             path: spec.path.clone(),
-            parking: Parking::open(spec),
+            parking: Parking::open(spec, model),
             resize: None,
             leaves: false,
         }

@@ -85,6 +85,19 @@ pub fn sequence_tokens(spec: &LoadSpec) -> u32 {
     spec.context_tokens.checked_next_multiple_of(CELLS).unwrap_or(u32::MAX)
 }
 
+/// Tokens that all sequences together can hold.
+pub fn pool_tokens(spec: &LoadSpec) -> u32 {
+    sequence_tokens(spec).saturating_mul(if spec.shared_context { 1 } else { spec.parallel })
+}
+
+/// The context up to which a model rotates positions as it was first trained; others rotate them so whatever their context.
+pub fn unstretched_tokens(model: &LlamaModel) -> u32 {
+    let text = |key: &str| model.meta_val_str(key, 128).ok();
+    let tokens =
+        text("general.architecture").and_then(|it| text(&format!("{it}.rope.scaling.original_context_length")));
+    tokens.and_then(|tokens| tokens.parse().ok()).unwrap_or(u32::MAX)
+}
+
 /// What the server is told of a load.
 pub fn info(spec: &LoadSpec, context: &LlamaContext<'_>) -> LoadedInfo {
     LoadedInfo { context_tokens: sequence_tokens(spec).min(context.n_ctx()), memory: memory(context) }
@@ -107,16 +120,15 @@ fn context_params(spec: &LoadSpec) -> LlamaContextParams {
         KvType::Q8_0 => GgmlType::Q8_0,
         KvType::Q4_0 => GgmlType::Q4_0,
     };
-    // One pool of cells in any case, so that sequences can share what they begin with.
-    let times = if spec.shared_context { 1 } else { spec.parallel };
     let flash = if spec.flash_attention { LlamaFlashAttnType::Enabled } else { LlamaFlashAttnType::Disabled };
     LlamaContextParams::default()
-        .with_n_ctx(NonZeroU32::new(sequence_tokens(spec).saturating_mul(times)))
+        .with_n_ctx(NonZeroU32::new(pool_tokens(spec)))
         .with_n_seq_max(spec.parallel)
         .with_n_batch(step_tokens(spec))
         .with_n_ubatch(step_tokens(spec))
         .with_n_outputs_max(spec.parallel)
         .with_swa_full(false)
+        // One pool of cells in any case, so that sequences can share what they begin with.
         .with_kv_unified(true)
         .with_flash_attn_type(flash)
         .with_cache_type_k(kv)

@@ -10,12 +10,14 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use llama_cpp_4::context::LlamaContext;
+use llama_cpp_4::model::LlamaModel;
 use llama_cpp_4::token::LlamaToken;
 use sarai_core::frame::LoadSpec;
 use serde::{Deserialize, Serialize};
 
 use crate::cells::Wanted;
 use crate::log::warn;
+use crate::model;
 use crate::sequence::common;
 
 /// Shorter sequences are computed as fast as they are read.
@@ -63,9 +65,9 @@ pub struct Parking {
 
 impl Parking {
     /// What is parked for this load; nothing if parking is off.
-    pub fn open(spec: &LoadSpec) -> Option<Self> {
+    pub fn open(spec: &LoadSpec, model: &LlamaModel) -> Option<Self> {
         let park = spec.park.as_ref()?;
-        let key = key(spec)?;
+        let key = key(spec, model)?;
         if let Err(error) = fs::DirBuilder::new().recursive(true).mode(0o700).create(&park.folder) {
             warn(&format!("nothing is parked in {}: {error}", park.folder.display()));
             return None;
@@ -129,6 +131,20 @@ impl Parking {
         Some(tokens)
     }
 
+    /// Lets what is parked take so many bytes at most, and removes what these tokens make superfluous.
+    fn make_room(&mut self, most: u64, tokens: &[LlamaToken]) {
+        let mut room = most;
+        self.parked.retain(|parked| {
+            let stays = parked.bytes <= room && common(&parked.tokens, tokens) < parked.tokens.len();
+            if stays {
+                room -= parked.bytes;
+            } else {
+                parked.remove();
+            }
+            stays
+        });
+    }
+
     /// Begins to park what a worker holds.
     pub fn begin(&mut self) -> Leaving<'_> {
         Leaving { parking: self, kept: Vec::new(), bytes: 0 }
@@ -185,32 +201,20 @@ impl Leaving<'_> {
     }
 }
 
-impl Parking {
-    /// Lets what is parked take so many bytes at most, and removes what these tokens make superfluous.
-    fn make_room(&mut self, most: u64, tokens: &[LlamaToken]) {
-        let mut room = most;
-        self.parked.retain(|parked| {
-            let stays = parked.bytes <= room && common(&parked.tokens, tokens) < parked.tokens.len();
-            if stays {
-                room -= parked.bytes;
-            } else {
-                parked.remove();
-            }
-            stays
-        });
-    }
-}
-
 /// What a state depends on beside its tokens.
-fn key(spec: &LoadSpec) -> Option<String> {
+fn key(spec: &LoadSpec, model: &LlamaModel) -> Option<String> {
     let file = fs::metadata(&spec.path).ok()?;
     let changed = file.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
     let path = fs::canonicalize(&spec.path).ok()?;
-    let LoadSpec { kv, flash_attention, repack, parallel, .. } = spec;
+    let LoadSpec { kv, flash_attention, repack, .. } = spec;
     // Some models rotate keys in another way from a certain size of the context on.
-    let context = (crate::model::sequence_tokens(spec), if spec.shared_context { 1 } else { *parallel });
+    let is_stretched = model::pool_tokens(spec) > model::unstretched_tokens(model);
     let version = concat!(env!("CARGO_PKG_VERSION"), " with llama-cpp-4 0.11.0");
-    Some(format!("{} {} {changed} {version} {kv:?} {flash_attention} {repack} {context:?}", path.display(), file.len()))
+    Some(format!(
+        "{} {} {changed} {version} {kv:?} {flash_attention} {repack} {is_stretched}",
+        path.display(),
+        file.len()
+    ))
 }
 
 fn read_note(path: PathBuf, key: &str) -> Option<Parked> {

@@ -148,30 +148,12 @@ impl<W> Scheduler<W> {
     /// A place for a prompt, and how much of the prompt it holds. The last token is always computed, since its logits are
     /// needed.
     fn place(&mut self, prompt: &[LlamaToken], cells: &mut impl Cells) -> (usize, usize) {
-        let most = prompt.len().saturating_sub(1);
-        let shared = |sequence: &Sequence<W>| common(&sequence.cached, prompt).min(most);
-        let known = self.sequences.iter().map(shared).max().unwrap_or_default();
-        let wanted = Wanted { prompt: &prompt[..most], whole: self.limits.sharing == Sharing::Whole };
-        let is_parked = cells.parked(wanted) > known + WORTH_RESTORING;
-        let restored = if is_parked { self.restored(wanted, cells) } else { None };
-        let (place, kept) = match self.limits.sharing {
-            _ if restored.is_some() => restored.unwrap_or_default(),
-            Sharing::Whole => {
-                let free = self.free_places();
-                let best = free.max_by_key(|(_, one)| (shared(one), u64::MAX - one.last_used));
-                let (place, kept) = best.map(|(place, one)| (place, shared(one))).unwrap_or_default();
-                let kept = if cells.holds(place, kept) { kept } else { 0 };
-                (place, if cells.cut(place, kept) { kept } else { 0 })
-            }
-            Sharing::Prefixes => {
-                let sources = self.sequences.iter().enumerate().map(|(index, one)| (index, one, shared(one)));
-                let usable = sources.filter(|(index, _, kept)| *kept > 0 && cells.holds(*index, *kept));
-                let best = usable.max_by_key(|(_, one, kept)| (*kept, one.last_used));
-                match best.map(|(source, _, kept)| (source, kept)) {
-                    Some((source, kept)) => self.share_into_place(source, kept, cells),
-                    None => (self.empty_place(None, cells).0, 0),
-                }
-            }
+        let wanted =
+            Wanted { prompt: &prompt[..prompt.len().saturating_sub(1)], whole: self.limits.sharing == Sharing::Whole };
+        let (place, kept) = match (self.restored(wanted, cells), self.limits.sharing) {
+            (Some(restored), _) => restored,
+            (None, Sharing::Whole) => self.continued(wanted.prompt, cells),
+            (None, Sharing::Prefixes) => self.shared(wanted.prompt, cells),
         };
         self.uses += 1;
         let sequence = &mut self.sequences[place];
@@ -182,11 +164,37 @@ impl<W> Scheduler<W> {
         (place, kept)
     }
 
-    /// A place that holds what was kept on disk of a prompt, and how much of it that is.
+    /// The free place that holds most of a prompt, cut down to that; of equals, the one whose use is longest ago.
+    fn continued(&self, prompt: &[LlamaToken], cells: &mut impl Cells) -> (usize, usize) {
+        let free = self.free_places().map(|(place, one)| (place, common(&one.cached, prompt), one.last_used));
+        let best = free.max_by_key(|(_, kept, last_used)| (*kept, u64::MAX - last_used));
+        let (place, kept, _) = best.unwrap_or_default();
+        let kept = if cells.holds(place, kept) { kept } else { 0 };
+        (place, if cells.cut(place, kept) { kept } else { 0 })
+    }
+
+    /// A place that shares with the sequence that holds most of a prompt.
+    fn shared(&mut self, prompt: &[LlamaToken], cells: &mut impl Cells) -> (usize, usize) {
+        let sources = self.sequences.iter().enumerate();
+        let sources = sources.map(|(index, one)| (index, common(&one.cached, prompt), one.last_used));
+        let usable = sources.filter(|(index, kept, _)| *kept > 0 && cells.holds(*index, *kept));
+        match usable.max_by_key(|(_, kept, last_used)| (*kept, *last_used)) {
+            Some((source, kept, _)) => self.share_into_place(source, kept, cells),
+            None => (self.empty_place(None, cells).0, 0),
+        }
+    }
+
+    /// A place that holds what was kept on disk of a prompt, and how much of it that is; if it is longer than what the cache
+    /// has, there is room for it, and it can be trusted.
     fn restored(&mut self, wanted: Wanted<'_>, cells: &mut impl Cells) -> Option<(usize, usize)> {
+        let known = self.sequences.iter().map(|one| common(&one.cached, wanted.prompt)).max().unwrap_or_default();
+        if cells.parked(wanted) <= known + WORTH_RESTORING {
+            return None;
+        }
         let (place, _) = self.empty_place(None, cells);
         let tokens = loop {
             match cells.restore(place, wanted) {
+                Some(tokens) if tokens.is_empty() => return None,
                 Some(tokens) => break tokens,
                 None if self.evict(cells) => {}
                 None => return None,
@@ -196,8 +204,8 @@ impl<W> Scheduler<W> {
         self.sequences[place].cached = tokens;
         match self.limits.sharing {
             // What follows the common part is of use to others yet.
-            Sharing::Prefixes if kept > 0 => Some(self.share_into_place(place, kept, cells)),
-            _ => Some((place, if cells.cut(place, kept) { kept } else { 0 })),
+            Sharing::Prefixes => Some(self.share_into_place(place, kept, cells)),
+            Sharing::Whole => Some((place, kept)),
         }
     }
 

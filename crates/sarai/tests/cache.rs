@@ -117,6 +117,19 @@ async fn all_conversations_of_a_worker_that_went_come_back_also_those_beyond_its
     }
 }
 
+#[tokio::test]
+async fn a_context_that_grows_leaves_what_is_parked() {
+    let sarai = Sarai::start(&config(&smollm2(), 1, ""));
+    let prompt = words(0, 40);
+    complete(&sarai, &prompt, 4).await;
+    unload(&sarai).await;
+    let body =
+        json!({ "model": "m", "prompt": "Hello", "stream": false, "options": { "num_ctx": 4096, "num_predict": 1 } });
+    assert_eq!(sarai.post("/api/generate", body.to_string()).await.status, 200);
+    let (_, cached, computed) = complete(&sarai, &prompt, 4).await;
+    assert!(computed == 1 && cached > 200, "{computed} computed, {cached} cached");
+}
+
 /// A cell behind a sliding window that two sequences held could not be taken back.
 #[tokio::test]
 async fn requests_with_a_common_beginning_longer_than_the_sliding_window_are_all_answered() {
