@@ -1,8 +1,9 @@
-//! The configuration: as written (`file`), the environment over it (`env`), and as meant (`resolve`, `model`).
+//! The configuration: as written (`file`), the environment over it (`env`), and as meant (`resolve`, `model`, `engine`).
 //!
 //! All mistakes are reported at once, each with its line, its key and what would fix it. A file that does
 //! not exist or a host that does not answer is no mistake: that is a state of the running server.
 
+mod engine;
 pub mod env;
 mod file;
 mod hosts;
@@ -14,10 +15,11 @@ mod tree;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+pub use engine::Engine;
 pub use env::Environment;
 pub use model::{Deployment, Model, ModelRole, PROCESS, Remote, Resume, backend_name};
 pub use process::{PORT, Process};
-pub use resolve::{Config, Engine, MemoryConfig, ServerConfig};
+pub use resolve::{Config, MemoryConfig, ServerConfig};
 
 /// One mistake.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,7 +1,6 @@
 //! The configuration as meant: every default filled in, the environment applied, engines shared by file.
 
 use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,11 +13,11 @@ use sarai_plan::ledger::EngineId;
 use sarai_plan::{Repack, Settings, Strategy};
 
 use super::Mistake;
+use super::engine::{Engine, folder_name, is_same_file};
 use super::env::{Environment, variable_name};
 use super::file::{Backend, File, WrittenModel};
 use super::hosts::{self, WrittenHost};
 use super::model::{Deployment, Model, ModelRole, Remote};
-use super::process::Process;
 
 /// Where Ollama listens unless told otherwise.
 const DEFAULT_OLLAMA_URL: &str = "http://127.0.0.1:11434";
@@ -73,62 +72,6 @@ pub struct MemoryConfig {
     pub strategy: Strategy,
 }
 
-/// A GGUF file and how it is loaded; models that name the same file share it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Engine {
-    /// The models that share it.
-    pub label: String,
-    /// The GGUF file, or the program.
-    pub path: PathBuf,
-    /// What runs, if it is a command and not a worker of ours.
-    pub process: Option<Arc<Process>>,
-    /// The projector that the model sees or hears through. It is planned for, and not loaded in this version.
-    pub projector: Option<PathBuf>,
-    /// Sizes; sequences of sharing models add up, the longest context counts.
-    pub settings: Settings,
-    /// Threads at most; all cores if not set.
-    pub threads: Option<u32>,
-    /// Whether it counts against `max_concurrent_llms`.
-    pub is_llm: bool,
-    /// Whether it may go to make room.
-    pub evictable: bool,
-    /// Loaded at start.
-    pub resident: bool,
-    /// How long it stays while nobody uses it; the longest of the sharing models.
-    pub keep_alive: KeepAlive,
-    /// The longest of the sharing models.
-    pub load_deadline: Duration,
-    /// Where its worker keeps what it computed when it goes, if it does.
-    pub park: Option<Park>,
-}
-
-impl Engine {
-    /// Whether both load the same.
-    #[must_use]
-    pub fn is_same_place(&self, other: &Self) -> bool {
-        match (&self.process, &other.process) {
-            (None, None) => is_same_file(&self.path, &other.path),
-            (Some(_), Some(_)) => self.label == other.label,
-            _ => false,
-        }
-    }
-
-    /// Whether a worker that was loaded by the one serves the other as well.
-    #[must_use]
-    pub fn loads_like(&self, other: &Self) -> bool {
-        (&self.path, &self.projector, self.settings, self.threads, &self.process)
-            == (&other.path, &other.projector, other.settings, other.threads, &other.process)
-            && self.evictable >= other.evictable
-    }
-
-    /// No model uses it any more: it goes as soon as it is idle, and does not come back.
-    pub fn retire(&mut self) {
-        self.resident = false;
-        self.evictable = true;
-        self.keep_alive = KeepAlive::For(0);
-    }
-}
-
 /// Decides everything that the file leaves open.
 pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &mut Vec<Mistake>) -> Config {
     let (listen, line) = file.listen.unwrap_or(("127.0.0.1:11435".into(), 0));
@@ -177,14 +120,6 @@ pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &
         engine.park = Some(Park { folder: parks.join(folder_name(&engine.path)), most_bytes });
     }
     config
-}
-
-/// A name for what belongs to a file, told from files of the same name elsewhere.
-fn folder_name(path: &Path) -> String {
-    let mut hasher = DefaultHasher::new();
-    path.hash(&mut hasher);
-    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-    format!("{stem}-{:08x}", hasher.finish() & 0xffff_ffff)
 }
 
 /// What repacking does on this CPU.
@@ -519,11 +454,6 @@ impl Resolver<'_> {
         });
         Some(Deployment::Local { engine: EngineId(engines.len() - 1), context_tokens: settings.context_tokens })
     }
-}
-
-/// Whether two paths name one file, through links too.
-fn is_same_file(a: &Path, b: &Path) -> bool {
-    a == b || a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
 }
 
 /// For ever is longer than any time.
