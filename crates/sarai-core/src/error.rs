@@ -61,6 +61,10 @@ pub enum RemoteCause {
     /// What it sent is not its API.
     #[error("sent what is not an answer: {0}")]
     Garbled(String),
+    /// It took the request, and closed the connection without a word: a connection that was kept alive may have ended
+    /// just then.
+    #[error("closed the connection without an answer")]
+    Unanswered,
     /// The stream ended before its end mark.
     #[error("cut the stream before its end")]
     Cut,
@@ -90,7 +94,7 @@ impl RemoteCause {
             Self::Status { .. } => "bad_status",
             Self::Reported(_) => "reported_error",
             Self::Garbled(_) => "garbled",
-            Self::Cut => "cut",
+            Self::Unanswered | Self::Cut => "cut",
             Self::Late { .. } => "late",
             Self::Silent { .. } => "silent",
         }

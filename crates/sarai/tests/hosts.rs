@@ -181,6 +181,19 @@ async fn a_managed_cluster_is_neither_queued_for_nor_asked_twice_and_the_worker_
 }
 
 #[tokio::test]
+async fn a_connection_that_ends_without_a_word_is_tried_once_more_and_a_cluster_is_not() {
+    let once = Host::start(|n, _| if n == 0 { vec![] } else { ollama(&["yes"]) });
+    let answer = ask(&Sarai::start(&on_host(&once.url, "")), json!({})).await;
+    assert_eq!((answer.status, once.asked().len()), (200, 2), "{}", answer.text);
+    for (more, times) in [("", 2), ("    managed_lb: true\n", 1)] {
+        let never = Host::start(|_, _| vec![]);
+        let answer = ask(&Sarai::start(&on_host(&never.url, more)), json!({})).await;
+        assert_eq!((answer.status, never.asked().len()), (502, times), "{}", answer.text);
+        assert_eq!(answer.json()["error"]["code"], "cut");
+    }
+}
+
+#[tokio::test]
 async fn hosts_share_the_load_by_their_weights_and_those_of_a_higher_priority_stand_by() {
     let hosts: Vec<_> = (0..3).map(|_| Host::start(|_, _| ollama(&["yes"]))).collect();
     let urls = format!(

@@ -266,8 +266,7 @@ fn unreachable(error: &reqwest::Error) -> RemoteCause {
     match error.is_connect() {
         true if error.is_timeout() => RemoteCause::Unreachable("connection timed out".into()),
         true => RemoteCause::Unreachable(cause.to_string()),
-        // It took the connection, and closed it without an answer.
-        false => RemoteCause::Cut,
+        false => RemoteCause::Unanswered,
     }
 }
 

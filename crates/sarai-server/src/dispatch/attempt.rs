@@ -12,6 +12,12 @@ use super::candidates::{Candidate, expected};
 use crate::backend::{EventStream, local, remote};
 use crate::config::{Deployment, Remote};
 use crate::health::{Gaps, Health, Place, Sample};
+use crate::pool::Lease;
+
+/// How long a command that cannot be reached may take to end, with all that it has started.
+const PROCESS_ENDS: Duration = Duration::from_secs(6);
+/// How long a command that closed a connection is given to turn out to be ending.
+const CONNECTION_ENDS: Duration = Duration::from_millis(200);
 
 /// Asks a candidate; returns once its first event is there. A host's place is held by the events.
 ///
@@ -74,13 +80,32 @@ async fn at_process(
     let seconds = deadlines.first_token.as_secs();
     let late = |_| Error::Deadline { model: model.name.clone(), phase: Phase::FirstToken, seconds };
     let opened = timeout(deadlines.first_token, dispatch.hosts.open(&place, request)).await;
-    let events = opened.map_err(late)??;
+    let events = match opened.map_err(late)? {
+        Err(Error::Remote { cause: cause @ (RemoteCause::Unreachable(_) | RemoteCause::Unanswered), .. }) => {
+            return Err(died(&lease, &model.name, &cause).await);
+        }
+        opened => opened?,
+    };
     // The lease ends with the events.
     let held = stream::unfold((events, lease), |(mut events, lease)| async {
         let event = events.next().await?;
         Some((event, (events, lease)))
     });
     within_deadlines(candidate, Box::pin(held)).await
+}
+
+/// What to make of a command that does not answer. If it is ending, that is waited for: only then can it be started again.
+async fn died(lease: &Lease, model: &str, cause: &RemoteCause) -> Error {
+    let limit = match cause {
+        RemoteCause::Unreachable(_) => PROCESS_ENDS,
+        _ => CONNECTION_ENDS,
+    };
+    let id = lease.worker.next_id();
+    if let Some(mut ended) = lease.worker.routes.enter(id, 1) {
+        let _ = timeout(limit, ended.recv()).await;
+        lease.worker.routes.leave(id);
+    }
+    Error::WorkerDied { model: model.to_owned(), detail: format!("its command {cause}") }
 }
 
 /// The events of what runs here; one that is late, or a gap that is too long, ends them with an error.

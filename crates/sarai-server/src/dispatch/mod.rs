@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use sarai_api::Served;
-use sarai_core::{Attempt, Error, GenerateRequest, Phase, Residence};
+use sarai_core::{Attempt, Error, GenerateRequest, Phase, RemoteCause, Residence};
 use sarai_plan::{EngineId, Want};
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -234,9 +234,17 @@ impl Dispatch {
             _ => (candidate.clone(), attempt::open(self, candidate, &ask.request, place).await),
         };
         let mut outcome = self.begin(ask, &candidate, opened).await;
-        if matches!(outcome, Err(Error::WorkerDied { .. })) {
-            // Nothing was sent of it: it may be replayed, once.
-            let again = attempt::open(self, &candidate, &ask.request, None).await;
+        let may_repeat = candidate.remote().is_none_or(|remote| !remote.managed_lb);
+        if may_repeat && outcome.as_ref().is_err_and(was_hardly_asked) {
+            // Nothing was sent of it: it may be replayed, once, in its turn.
+            let place = match candidate.remote() {
+                None => None,
+                Some(remote) => {
+                    let place = timeout(candidate.model.deadlines.queue, self.health.place(&[remote])).await;
+                    place.map_or(None, |(_, place)| place)
+                }
+            };
+            let again = attempt::open(self, &candidate, &ask.request, place).await;
             outcome = self.begin(ask, &candidate, again).await;
         }
         match outcome {
@@ -325,6 +333,12 @@ impl Dispatch {
         let made = tokio::task::spawn_blocking(want).await;
         made.unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
     }
+}
+
+/// Whether it was the way to a place that failed, rather than the place: a worker died, or a kept-alive connection ended, just
+/// when it was asked.
+fn was_hardly_asked(error: &Error) -> bool {
+    matches!(error, Error::WorkerDied { .. } | Error::Remote { cause: RemoteCause::Unanswered, .. })
 }
 
 /// Whether an answer from there would do.
