@@ -198,7 +198,7 @@ async fn every_fault_before_the_first_token_leads_to_the_fallback_with_its_reaso
         (ndjson, false, "cut the stream"),
         (ndjson, true, "sent nothing"),
         ("", true, "sent nothing"),
-        ("", false, "cut the stream"),
+        ("", false, "without an answer"),
     ];
     for (answer, holds, reason) in cases {
         let config = config(&faulty_host(answer, holds)).replace("first_token_seconds: 20", "first_token_seconds: 1");

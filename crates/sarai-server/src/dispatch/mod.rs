@@ -245,7 +245,11 @@ impl Dispatch {
                 }
             };
             let again = attempt::open(self, &candidate, &ask.request, place).await;
-            outcome = self.begin(ask, &candidate, again).await;
+            outcome = match self.begin(ask, &candidate, again).await {
+                // It was there, and went while it was asked: that is the reason.
+                Err(Error::Remote { cause: RemoteCause::Unreachable(_), .. }) => outcome,
+                again => again,
+            };
         }
         match outcome {
             Ok(events) => Ok(Some(ask.begun(&candidate, events))),
