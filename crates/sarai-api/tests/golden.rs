@@ -55,7 +55,7 @@ fn openai_answers_and_chunks() {
             writer.role(),
             Some(writer.text("Hel")),
             Some(writer.finish(FinishReason::Length, &served(), &timings())),
-            writer.usage(&USAGE),
+            writer.usage(&USAGE, &serde_json::Value::Null),
         ];
         for text in ["Hel", "\"quoted\"\n", "\u{1}"] {
             assert_eq!(writer.around_text().with(text.into()), writer.text(text).to_string());

@@ -55,6 +55,11 @@ pub enum RemoteCause {
         #[serde(default)]
         retry_after: Option<u64>,
     },
+    /// The prompt is longer than its context.
+    #[error(
+        "says that the prompt is too long for it ({0}): shorten the prompt, or give the model a longer context there"
+    )]
+    TooLong(String),
     /// It reported an error inside a stream.
     #[error("reported an error: {0}")]
     Reported(String),
@@ -92,6 +97,7 @@ impl RemoteCause {
             Self::Unreachable(_) => "unreachable",
             Self::ModelMissing(_) => "model_missing",
             Self::Status { .. } => "bad_status",
+            Self::TooLong(_) => "context_length_exceeded",
             Self::Reported(_) => "reported_error",
             Self::Garbled(_) => "garbled",
             Self::Unanswered | Self::Cut => "cut",

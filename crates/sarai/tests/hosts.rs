@@ -43,7 +43,8 @@ async fn what_the_client_says_beyond_what_is_known_here_reaches_the_host_and_wha
     let delta = |delta: Value| json!({ "id": "x", "service_tier": "default", "choices": [{ "index": 0, "delta": delta, "finish_reason": null }] });
     let part = |text: &str| delta(json!({ "tool_calls": [{ "index": 0, "function": { "arguments": text } }] }));
     let end = json!({ "id": "x", "choices": [{ "index": 0, "delta": {}, "finish_reason": "tool_calls" }] });
-    let usage = json!({ "id": "x", "choices": [], "usage": { "prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13 } });
+    let usage = json!({ "id": "x", "choices": [], "usage": { "prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13,
+        "prompt_tokens_details": { "cached_tokens": 3, "audio_tokens": 1 }, "completion_tokens_details": { "reasoning_tokens": 2 } } });
     let chunks = [
         delta(json!({ "role": "assistant", "tool_calls": [call] })),
         part("{\"city\":"),
@@ -72,8 +73,12 @@ async fn what_the_client_says_beyond_what_is_known_here_reaches_the_host_and_wha
     let called = &choice["message"]["tool_calls"][0];
     assert_eq!((&called["id"], &called["function"]["arguments"]), (&json!("call_1"), &json!("{\"city\":\"Oslo\"}")));
     assert_eq!(body["service_tier"], "default", "{body}");
+    let counts = json!({ "prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13,
+        "prompt_tokens_details": { "cached_tokens": 3, "audio_tokens": 1 }, "completion_tokens_details": { "reasoning_tokens": 2 } });
+    assert_eq!(body["usage"], counts);
     let mut streamed = more;
     streamed["stream"] = true.into();
+    streamed["stream_options"] = json!({ "include_usage": true });
     let events = ask(&sarai, streamed).await;
     let arguments: String = events
         .sse()
@@ -81,6 +86,9 @@ async fn what_the_client_says_beyond_what_is_known_here_reaches_the_host_and_wha
         .filter_map(|event| event["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"].as_str())
         .collect();
     assert_eq!(arguments, "{\"city\":\"Oslo\"}", "{}", events.text);
+    let said: Vec<_> =
+        events.sse().into_iter().map(|event| event["usage"].clone()).filter(|usage| !usage.is_null()).collect();
+    assert_eq!(said, [counts], "once, at the end");
     assert!(events.text.contains("\"finish_reason\":\"tool_calls\"") && events.text.ends_with("data: [DONE]\n\n"));
 }
 
@@ -312,7 +320,7 @@ async fn the_one_that_loses_the_race_is_cancelled_at_the_host() {
 }
 
 #[tokio::test]
-async fn a_stall_is_noticed_within_a_few_of_the_hosts_usual_gaps() {
+async fn a_stall_is_noticed_within_a_few_of_the_hosts_usual_gaps_also_after_a_restart() {
     let host = Host::start(|number, _| {
         let mut steps = vec![Step::Send(ok("application/x-ndjson"))];
         for n in 0..20 {
@@ -323,18 +331,50 @@ async fn a_stall_is_noticed_within_a_few_of_the_hosts_usual_gaps() {
         steps
     });
     // The limit in the configuration is what counts until the gaps are known: far longer than this test may take.
-    let sarai = Sarai::start(&on_host(&host.url, &with_worker("")));
+    let config = on_host(&host.url, &with_worker(""));
+    let state = tempfile::tempdir().unwrap();
+    let start = || Sarai::start_with_env(&config, &[("SARAI_STATE_DIR", state.path().to_str().unwrap())]);
+    let sarai = start();
     for _ in 0..3 {
         assert_eq!(ask(&sarai, json!({})).await.status, 200);
     }
+    drop(sarai);
+    let sarai = start();
     let began = Instant::now();
     let answer = ask(&sarai, json!({ "stream": true, "max_tokens": 40 })).await;
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
     assert!(text_of(&answer).starts_with("0 1 2 3 "), "{}", answer.text);
     let end = answer.sse().into_iter().find(|event| event["sarai"]["resumed"].is_array()).expect("it is resumed");
     assert!(end["sarai"]["resumed"][0]["reason"].as_str().unwrap().contains("sent nothing"), "{end}");
-    let learned = std::fs::read_dir(sarai.folder.path().join("state")).unwrap().count();
-    assert!(learned > 0, "what was learned outlives the server");
+}
+
+/// A host that refuses a prompt for its length is not asked for what it cannot hold, and is not to blame for it.
+#[tokio::test]
+async fn a_prompt_too_long_for_a_host_goes_where_it_fits() {
+    let ollama = Ollama::start();
+    let config = format!(
+        "models:\n  solar: {{ backend: ollama_http, url: \"{}\", model_name: solar, context_length: 256, fallback_models: [long] }}\n  long: {{ backend: gguf_native, gguf_path: {}, context_length: 2048 }}\n  alone: {{ backend: ollama_http, url: \"{0}\", model_name: solar, context_length: 256 }}\n",
+        ollama.url,
+        smollm2()
+    );
+    let sarai = Sarai::start(&config);
+    let prompt = "word ".repeat(600);
+    let ask = async |model: &str| {
+        let body = chat(model, &prompt, json!({ "max_tokens": 4 }));
+        sarai.post("/v1/chat/completions", body).await
+    };
+    let answer = ask("solar").await;
+    assert_eq!((answer.status, served_by(&answer)), (200, "long@gguf_native"), "{}", answer.text);
+    assert!(answer.header("x-sarai-fallback-reason").unwrap().contains("too long"));
+    let refused = ask("alone").await;
+    assert_eq!(
+        (refused.status, &refused.json()["error"]["code"]),
+        (400, &json!("context_length_exceeded")),
+        "{}",
+        refused.text
+    );
+    let short = chat("alone", "Hello.", json!({ "max_tokens": 4 }));
+    assert_eq!(sarai.post("/v1/chat/completions", short).await.status, 200, "its breaker has heard of nothing");
 }
 
 #[tokio::test]
@@ -461,6 +501,28 @@ async fn a_name_stands_for_all_its_addresses_where_that_is_configured() {
     let sarai = Sarai::start(&on_host(&format!("http://localhost:{port}"), "    dns: true\n"));
     let answer = ask(&sarai, json!({})).await;
     assert_eq!((answer.status, served_by(&answer)), (200, &*format!("solar@ollama_http(127.0.0.1:{port})")));
+}
+
+/// The server sees an `/etc/hosts` of its own, in a mount namespace: the name's addresses change while it runs.
+#[tokio::test]
+async fn a_name_whose_addresses_change_is_followed_while_the_server_runs() {
+    let (a, folder) = (Host::start(|_, _| ollama(&["from a"])), tempfile::tempdir().unwrap());
+    let port = a.url.rsplit(':').next().unwrap();
+    let b = Host::start_at(&format!("127.0.0.2:{port}"), |_, _| ollama(&["from b"]));
+    let file = folder.path().join("hosts");
+    std::fs::write(&file, "127.0.0.1 expert.test\n").unwrap();
+    let config = on_host(&format!("http://expert.test:{port}"), "    dns: true\n");
+    let mounted = format!("mount --bind {} /etc/hosts && exec \"$0\" \"$@\"", file.display());
+    let sarai = Sarai::start_below(&["unshare", "--mount", "sh", "-c", &mounted], &config);
+    let served = async || served_by(&ask(&sarai, json!({})).await).to_owned();
+    assert_eq!(served().await, format!("solar@ollama_http(127.0.0.1:{port})"));
+    std::fs::write(&file, "127.0.0.2 expert.test\n").unwrap();
+    let wanted = format!("solar@ollama_http(127.0.0.2:{port})");
+    sarai.until("the other address", |ps| ps["models"][0]["deployments"][0]["deployment"] == *wanted).await;
+    assert_eq!(served().await, wanted);
+    assert_eq!(b.asked().len(), 1);
+    std::fs::write(&file, "127.0.0.1 expert.test\n127.0.0.2 expert.test\n").unwrap();
+    sarai.until("both", |ps| ps["models"][0]["deployments"].as_array().unwrap().len() == 2).await;
 }
 
 #[tokio::test]

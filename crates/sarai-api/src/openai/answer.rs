@@ -83,12 +83,13 @@ impl ChunkWriter {
         chunk
     }
 
-    /// The chunk that carries the usage, if the client asked for it.
+    /// The chunk that carries the usage, and what a host said of it beyond the counts; if the client asked for it.
     #[must_use]
-    pub fn usage(&self, usage: &Usage) -> Option<Value> {
+    pub fn usage(&self, usage: &Usage, details: &Value) -> Option<Value> {
         self.include_usage.then(|| {
             let mut chunk = self.chunk(vec![]);
             chunk["usage"] = usage_of(usage);
+            add_details(&mut chunk["usage"], details);
             chunk
         })
     }
@@ -138,6 +139,9 @@ impl ChunkWriter {
                 put(&mut choice["message"], extra.message);
             }
             put(choice, extra.choice);
+            if let Some(details) = extra.top.remove("usage") {
+                add_details(&mut answer["usage"], &details);
+            }
             put(&mut answer, extra.top);
         }
         answer
@@ -161,6 +165,16 @@ impl AroundText {
 
 fn put(into: &mut Value, fields: Map<String, Value>) {
     fields.into_iter().for_each(|(name, value)| into[name] = value);
+}
+
+/// Adds what a host says of its usage beyond the counts.
+fn add_details(usage: &mut Value, details: &Value) {
+    for (name, value) in details.as_object().into_iter().flatten() {
+        match (&mut usage[name], value) {
+            (Value::Object(known), Value::Object(more)) => known.extend(more.clone()),
+            (known, value) => *known = value.clone(),
+        }
+    }
 }
 
 fn usage_of(usage: &Usage) -> Value {

@@ -170,12 +170,34 @@ struct WireUsage {
     prompt_tokens: u32,
     #[serde(default)]
     completion_tokens: u32,
-    prompt_tokens_details: Option<WireDetails>,
+    prompt_tokens_details: Option<Value>,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
 }
 
-#[derive(Deserialize)]
-struct WireDetails {
-    cached_tokens: Option<u32>,
+impl WireUsage {
+    fn counts(&self) -> Usage {
+        let cached = self.prompt_tokens_details.as_ref().and_then(|details| details["cached_tokens"].as_u64());
+        Usage {
+            prompt_tokens: self.prompt_tokens,
+            cached_tokens: cached.and_then(|cached| u32::try_from(cached).ok()).unwrap_or(0),
+            completion_tokens: self.completion_tokens,
+        }
+    }
+
+    /// What it says beyond counts.
+    fn details(self) -> Option<Value> {
+        let mut details = self.rest;
+        details.remove("total_tokens");
+        if let Some(Value::Object(mut of_prompt)) = self.prompt_tokens_details {
+            of_prompt.remove("cached_tokens");
+            if !of_prompt.is_empty() {
+                details.insert("prompt_tokens_details".into(), of_prompt.into());
+            }
+        }
+        details.retain(|_, value| !value.is_null());
+        (!details.is_empty()).then(|| details.into())
+    }
 }
 
 impl SseReader {
@@ -221,15 +243,15 @@ impl SseReader {
             let message = error["message"].as_str().map_or_else(|| error.to_string(), str::to_owned);
             return Err(RemoteCause::Reported(message));
         }
+        let mut rest = chunk.rest;
         if let Some(usage) = chunk.usage {
-            self.usage = Some(Usage {
-                prompt_tokens: usage.prompt_tokens,
-                cached_tokens: usage.prompt_tokens_details.and_then(|details| details.cached_tokens).unwrap_or(0),
-                completion_tokens: usage.completion_tokens,
-            });
+            self.usage = Some(usage.counts());
+            if let Some(details) = usage.details() {
+                rest.insert("usage".into(), details);
+            }
         }
         let choice = chunk.choices.ok_or_else(garbled)?.into_iter().next();
-        let top = self.news(beyond(chunk.rest));
+        let top = self.news(beyond(rest));
         self.step(top, choice).map(|step| RemoteLine { step, end: None })
     }
 

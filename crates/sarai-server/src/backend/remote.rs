@@ -196,6 +196,9 @@ impl Hosts {
             }
             StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::UNPROCESSABLE_ENTITY => {
                 match refused(response, model_name).await {
+                    RemoteCause::Status { message, .. } if is_about_length(&message) => {
+                        Err(remote(RemoteCause::TooLong(message)))
+                    }
                     RemoteCause::Status { message, .. } => Err(Error::InvalidRequest {
                         message: format!("host {url} refuses the request: {message}"),
                         param: None,
@@ -291,6 +294,22 @@ async fn refused(response: Response, model_name: &str) -> RemoteCause {
     });
     let message = message.unwrap_or_else(|| String::from_utf8_lossy(&body).chars().take(200).collect());
     RemoteCause::Status { status: status.as_u16(), message, retry_after }
+}
+
+/// Whether a host refuses a request for its prompt's length. There is no common code for it: these are the words of OpenAI and
+/// vLLM, of llama.cpp's server, and of Ollama.
+fn is_about_length(message: &str) -> bool {
+    let message = message.to_lowercase();
+    [
+        "maximum context length",
+        "context size",
+        "context length",
+        "context window",
+        "prompt too long",
+        "prompt is too long",
+    ]
+    .iter()
+    .any(|words| message.contains(words))
 }
 
 /// Seconds, or a date.

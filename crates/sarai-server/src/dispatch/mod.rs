@@ -352,7 +352,9 @@ fn is_allowed(candidate: &Candidate, strict: bool) -> bool {
 
 /// What is said when no deployment answered. A prompt that is too long for all that could be asked is the client's matter.
 fn failed(model: &Model, mut attempts: Vec<Attempt>) -> Error {
-    let is_too_long = |attempt: &Attempt| matches!(*attempt.error, Error::ContextOverflow { .. });
+    let is_too_long = |attempt: &Attempt| {
+        matches!(*attempt.error, Error::ContextOverflow { .. } | Error::Remote { cause: RemoteCause::TooLong(_), .. })
+    };
     let too_long = attempts.iter().position(is_too_long);
     match (attempts.len(), too_long) {
         (0, _) => Error::Unavailable {

@@ -3,8 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
@@ -59,19 +59,25 @@ struct Seen {
     asked: AtomicUsize,
 }
 
-struct Answering(Arc<Seen>);
+/// How one client's request fares: since when nobody answers it, or `None` once its client has gone.
+type Waits = Mutex<Option<Instant>>;
+
+struct Answering(Arc<Seen>, Arc<Waits>);
 
 impl Answering {
-    fn at(seen: &Arc<Seen>) -> Self {
+    fn at(seen: &Arc<Seen>, waits: &Arc<Waits>) -> Self {
         let now = seen.now.fetch_add(1, Ordering::SeqCst) + 1;
         seen.most.fetch_max(now, Ordering::SeqCst);
-        Self(Arc::clone(seen))
+        Self(Arc::clone(seen), Arc::clone(waits))
     }
 }
 
 impl Drop for Answering {
     fn drop(&mut self) {
         self.0.now.fetch_sub(1, Ordering::SeqCst);
+        if let Some(since) = &mut *self.1.lock().unwrap() {
+            *since = Instant::now();
+        }
     }
 }
 
@@ -114,10 +120,14 @@ fn answer(remote: &Remote, does: Does, guard: Answering) -> Scripted {
     (headers, Ok(Box::pin(events) as EventStream))
 }
 
-fn dispatch(hosts: usize, script: Script, folder: &std::path::Path) -> Dispatch {
+/// How long a request may wait for a place.
+const QUEUE: Duration = Duration::from_secs(30);
+const SHORT: &str = "queue_seconds: 30, first_token_seconds: 5, gap_seconds: 5";
+
+fn dispatch(hosts: usize, deadlines: &str, script: Script, folder: &std::path::Path) -> Dispatch {
     let urls: Vec<_> = (0..hosts).map(|n| format!("\"http://host{n}\"")).collect();
     let text = format!(
-        "models:\n  m: {{ backend: ollama_http, urls: [{}], max_outstanding: {MOST}, deadlines: {{ queue_seconds: 30, first_token_seconds: 5, gap_seconds: 5 }} }}\n",
+        "models:\n  m: {{ backend: ollama_http, urls: [{}], max_outstanding: {MOST}, deadlines: {{ {deadlines} }} }}\n",
         urls.join(", ")
     );
     let config = config::parse(&text, &folder.join("sarai.yaml"), &Environment::default()).unwrap();
@@ -136,9 +146,9 @@ fn dispatch(hosts: usize, script: Script, folder: &std::path::Path) -> Dispatch 
     Dispatch { catalogs, planner, pool, hosts, health }
 }
 
-fn request() -> GenerateRequest {
+fn request(tag: &str) -> GenerateRequest {
     GenerateRequest {
-        prompt: Prompt::Chat(vec![Message { role: Role::User, content: "go".into() }]),
+        prompt: Prompt::Chat(vec![Message { role: Role::User, content: tag.into() }]),
         sampling: Sampling { temperature: Some(0.0), ..Sampling::default() },
         stop: Vec::new(),
         max_tokens: None,
@@ -150,9 +160,9 @@ fn request() -> GenerateRequest {
 }
 
 /// What a client has seen: its whole text, or an error and the text before it.
-async fn ask(dispatch: &Dispatch, whole: bool) -> (String, Option<Error>) {
+async fn ask(dispatch: &Dispatch, tag: &str, whole: bool) -> (String, Option<Error>) {
     let model = Arc::clone(dispatch.catalogs.now().find("m").unwrap());
-    let mut events = match dispatch.answer(&model, request(), Manner { whole, strict: false }).await {
+    let mut events = match dispatch.answer(&model, request(tag), Manner { whole, strict: false }).await {
         Ok(answer) => answer.events,
         Err(error) => return (String::new(), Some(error)),
     };
@@ -195,6 +205,8 @@ async fn play(hosts: usize, fates: Vec<Does>, clients: Vec<Client>) {
         Arc::new((0..hosts).map(|n| (format!("http://host{n}"), Arc::default())).collect());
     let (next, healed) = (AtomicUsize::new(0), Arc::new(AtomicUsize::new(0)));
     let (of, is_healed) = (Arc::clone(&seen), Arc::clone(&healed));
+    let waits: Arc<Vec<Arc<Waits>>> = Arc::new(clients.iter().map(|_| Arc::default()).collect());
+    let of_client = Arc::clone(&waits);
     let script = Script(Arc::new(move |remote: &Remote, request: &GenerateRequest| {
         let host = &of[&remote.url];
         let fate = fates[next.fetch_add(1, Ordering::SeqCst) % fates.len()];
@@ -203,18 +215,35 @@ async fn play(hosts: usize, fates: Vec<Does>, clients: Vec<Client>) {
             host.asked.fetch_add(1, Ordering::SeqCst);
         }
         let fate = if is_healed.load(Ordering::SeqCst) > 0 { Does::Answers } else { fate };
-        // A probe takes no place.
-        let guard = if is_probe { Answering::at(&Arc::default()) } else { Answering::at(host) };
+        let Prompt::Chat(messages) = &request.prompt else { unreachable!() };
+        let guard = match messages[0].content.parse::<usize>().map(|tag| &of_client[tag]) {
+            Ok(waits) => {
+                let since =
+                    waits.lock().unwrap().expect("nobody is asked for a client that has its answer or has left");
+                assert!(
+                    since.elapsed() <= QUEUE,
+                    "nobody is asked after the deadline of its queue: {:?}",
+                    since.elapsed()
+                );
+                Answering::at(host, waits)
+            }
+            // A probe takes no place.
+            Err(_) if is_probe => Answering::at(&Arc::default(), &Arc::default()),
+            Err(_) => Answering::at(host, &Arc::default()),
+        };
         answer(remote, fate, guard)
     }));
-    let dispatch = dispatch(hosts, script, folder.path());
-    let asked = clients.into_iter().map(|client| {
+    let dispatch = dispatch(hosts, SHORT, script, folder.path());
+    let asked = clients.into_iter().zip(waits.iter().cloned()).enumerate().map(|(tag, (client, waits))| {
         let dispatch = dispatch.clone();
         tokio::spawn(async move {
             tokio::time::sleep(Duration::from_millis(client.arrives_ms)).await;
             let began = Instant::now();
+            *waits.lock().unwrap() = Some(began);
             let patience = Duration::from_millis(client.leaves_after_ms.unwrap_or(100_000_000));
-            let outcome = tokio::time::timeout(patience, ask(&dispatch, client.whole)).await;
+            let tag = tag.to_string();
+            let outcome = tokio::time::timeout(patience, ask(&dispatch, &tag, client.whole)).await;
+            *waits.lock().unwrap() = None;
             (outcome.ok(), began.elapsed(), client.whole)
         })
     });
@@ -247,11 +276,27 @@ async fn play(hosts: usize, fates: Vec<Does>, clients: Vec<Client>) {
     // Nor do they flap: a host that is well stays closed under load.
     let before = seen.values().map(|seen| seen.asked.load(Ordering::SeqCst)).sum::<usize>();
     for _ in 0..4 {
-        let (said, error) = ask(&dispatch, true).await;
+        let (said, error) = ask(&dispatch, "after", true).await;
         assert_eq!((said, error), (text(PIECES), None));
     }
     let after = seen.values().map(|seen| seen.asked.load(Ordering::SeqCst)).sum::<usize>();
     assert_eq!(after - before, 4, "each asked of one host, once");
+    dispatch.pool.stop().await;
+}
+
+/// By its own deadlines, that is: what is learned or configured for others does not shorten them.
+#[tokio::test(start_paused = true)]
+async fn a_cold_host_that_loads_for_90_seconds_is_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let script = Script(Arc::new(|remote: &Remote, _: &GenerateRequest| {
+        let guard = Answering::at(&Arc::default(), &Arc::default());
+        let (_, events) = answer(remote, Does::Answers, guard);
+        (Duration::from_secs(90), events)
+    }));
+    let dispatch = dispatch(1, "connect_seconds: 2", script, folder.path());
+    for whole in [true, false] {
+        assert_eq!(ask(&dispatch, "cold", whole).await, (text(PIECES), None));
+    }
     dispatch.pool.stop().await;
 }
 

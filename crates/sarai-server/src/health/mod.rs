@@ -246,6 +246,9 @@ impl Health {
     /// A request failed; only what is the deployment's fault counts.
     pub fn failed(&self, remote: &Remote, error: &Error) {
         let Error::Remote { cause, .. } = error else { return };
+        if matches!(cause, RemoteCause::TooLong(_)) {
+            return;
+        }
         let mut entries = self.table.lock();
         let Some(entry) = entries.deployments.get_mut(&key(remote)) else { return };
         match cause {

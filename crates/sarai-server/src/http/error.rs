@@ -43,6 +43,9 @@ fn row(error: &Error) -> Row {
         Error::Remote { cause: RemoteCause::Silent { .. }, .. } => {
             row(StatusCode::GATEWAY_TIMEOUT, "server_error", "remote_silent")
         }
+        Error::Remote { cause: cause @ RemoteCause::TooLong(_), .. } => {
+            row(StatusCode::BAD_REQUEST, "invalid_request_error", cause.slug())
+        }
         Error::Remote { cause, .. } => row(StatusCode::BAD_GATEWAY, "server_error", cause.slug()),
         Error::AllFailed { .. } => row(StatusCode::SERVICE_UNAVAILABLE, "server_error", "all_deployments_failed"),
         Error::ShuttingDown => row(StatusCode::SERVICE_UNAVAILABLE, "server_error", "shutting_down"),

@@ -9,7 +9,8 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use sarai_api::openai::{self, ChunkWriter, Kind};
 use sarai_api::{Parsed, Served};
-use sarai_core::{Error, Event};
+use sarai_core::{Api, Error, Event};
+use serde_json::Value;
 
 use super::error::{Failure, openai_body};
 use super::{App, body, is_strict, json_response, served_headers, stream};
@@ -64,31 +65,47 @@ async fn answer(
     headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-cache"));
     let first = writer.role().map(|chunk| Bytes::from(sse(&chunk)));
-    let (mut served, around) = (answer.served, writer.around_text());
+    let around = writer.around_text();
+    let mut end = End { served: answer.served, usage_details: Value::Null };
     let encode = move |event| match event {
         Ok(Event::Text(text)) => sse(&around.with(text)).into(),
-        event => encode(&writer, &mut served, event).into(),
+        event => encode(&writer, &mut end, event).into(),
     };
     let body = stream::body(answer.events, app.stall, first, encode);
     Ok((headers, body).into_response())
 }
 
-fn encode(writer: &ChunkWriter, served: &mut Served, event: Result<Event, Error>) -> String {
+/// What the end of a stream says.
+struct End {
+    served: Served,
+    /// Of a host's usage, what is no count.
+    usage_details: Value,
+}
+
+fn encode(writer: &ChunkWriter, end: &mut End, event: Result<Event, Error>) -> String {
     match event {
         Ok(Event::Resumed { by, reason, degraded }) => {
-            served.resume(by, reason, degraded);
+            end.served.resume(by, reason, degraded);
             String::new()
         }
         Ok(Event::Text(text)) => sse(&writer.text(&text)),
-        Ok(Event::Extra(extra)) => writer.extra(*extra).map(|chunk| sse(&chunk)).unwrap_or_default(),
+        Ok(Event::Extra(mut extra)) => {
+            if let Some(details) = extra.top.remove("usage").filter(|_| extra.api == Api::OpenAi) {
+                end.usage_details = details;
+                if extra.only_describes() && extra.top.is_empty() {
+                    return String::new();
+                }
+            }
+            writer.extra(*extra).map(|chunk| sse(&chunk)).unwrap_or_default()
+        }
         Ok(Event::Alive) => String::new(),
         Ok(Event::Done { finish, usage, timings }) => {
-            let mut end = sse(&writer.finish(finish, served, &timings));
-            if let Some(chunk) = writer.usage(&usage) {
-                end.push_str(&sse(&chunk));
+            let mut last = sse(&writer.finish(finish, &end.served, &timings));
+            if let Some(chunk) = writer.usage(&usage, &end.usage_details) {
+                last.push_str(&sse(&chunk));
             }
-            end.push_str("data: [DONE]\n\n");
-            end
+            last.push_str("data: [DONE]\n\n");
+            last
         }
         Err(error) => sse(&openai_body(&error)),
     }

@@ -35,7 +35,11 @@ pub struct Host {
 impl Host {
     /// `steps` says what to do about a request, by its number.
     pub fn start(steps: impl Fn(usize, &Value) -> Vec<Step> + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Self::start_at("127.0.0.1:0", steps)
+    }
+
+    pub fn start_at(address: &str, steps: impl Fn(usize, &Value) -> Vec<Step> + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind(address).unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (asked, steps) = (Arc::new(Mutex::new(Vec::new())), Arc::new(steps));
         let table = Arc::clone(&asked);

@@ -57,18 +57,25 @@ impl Sarai {
     }
 
     pub fn start_with(config: &str, log: Stdio) -> Self {
-        Self::launch(config, log, &[])
+        Self::launch(&[], config, log, &[])
+    }
+
+    /// Below a command that runs what follows it.
+    pub fn start_below(command: &[&str], config: &str) -> Self {
+        Self::launch(command, config, Stdio::null(), &[])
     }
 
     pub fn start_with_env(config: &str, variables: &[(&str, &str)]) -> Self {
-        Self::launch(config, Stdio::null(), variables)
+        Self::launch(&[], config, Stdio::null(), variables)
     }
 
-    fn launch(config: &str, log: Stdio, variables: &[(&str, &str)]) -> Self {
+    fn launch(below: &[&str], config: &str, log: Stdio, variables: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("sarai.yaml");
         std::fs::write(&file, config).unwrap();
-        let mut child = Command::new(BINARY)
+        let mut words = below.iter().copied().chain([BINARY]);
+        let mut child = Command::new(words.next().unwrap())
+            .args(words)
             .args(["serve", "--listen", "127.0.0.1:0", "--config"])
             .arg(&file)
             .current_dir(folder.path())
