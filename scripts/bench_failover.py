@@ -3,7 +3,7 @@
 
 Prints, per phase and over several rounds, whether the request was served and by whom, how long after the kill its next
 text came, and how long after the restart the host is used again, without traffic. The fallback is a local file that is
-loaded or not when the kill comes.
+loaded or not when the kill comes. Then, at a host of this script's: how long after a client has left the host is told.
 """
 
 import json
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 
@@ -99,8 +100,6 @@ def round_of(phase, url, ollama):
         times, by, resumed, ended = stream(url)
     elif phase == "during load":
         # A fresh host has nothing loaded.
-        import threading
-
         def wait_and_kill():
             children = f"/proc/{ollama.process.pid}/task"
             until("a runner", lambda: any(open(f"{children}/{task}/children").read() for task in os.listdir(children)))
@@ -119,30 +118,93 @@ def round_of(phase, url, ollama):
     return ended, by, bool(resumed), after, recovery
 
 
+class Started:
+    """A server with this configuration."""
+
+    def __init__(self, config, folder):
+        port = free_port()
+        with open(f"{folder}/sarai.yaml", "w") as file:
+            file.write(config)
+        command = [sys.argv[1], "serve", "--listen", f"127.0.0.1:{port}", "--config", f"{folder}/sarai.yaml"]
+        env = {**os.environ, "SARAI_STATE_DIR": f"{folder}/state"}
+        self.server = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.port, self.url = port, f"http://127.0.0.1:{port}"
+
+    def __enter__(self):
+        until("sarai", lambda: get(f"{self.url}/health") is not None)
+        return self
+
+    def __exit__(self, *_):
+        self.server.terminate()
+        self.server.wait()
+
+
+LEAVES = 50
+
+
+def cancellation():
+    """A client that leaves before any header came, or in mid-stream: how long until its host sees it."""
+    listener, asked, told = socket.create_server(("127.0.0.1", 0)), threading.Semaphore(0), []
+    begins = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n\r\n"
+    line = json.dumps({"message": {"role": "assistant", "content": "word "}, "done": False}).encode() + b"\n"
+
+    def answer(connection):
+        head = connection.recv(65536)
+        if b"POST" not in head[:8]:
+            return connection.close()
+        if streams:
+            connection.sendall(begins + line)
+        asked.release()
+        while connection.recv(65536):
+            pass
+        told.append(time.monotonic())
+        heard.release()
+
+    def serve():
+        while True:
+            threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    streams, heard = False, threading.Semaphore(0)
+    threading.Thread(target=serve, daemon=True).start()
+    with tempfile.TemporaryDirectory() as folder:
+        config = f"models:\n  solar: {{ backend: ollama_http, url: \"http://127.0.0.1:{listener.getsockname()[1]}\", model_name: m }}\n"
+        with Started(config, folder) as sarai:
+            body = json.dumps({"model": "solar", "stream": True, "messages": [{"role": "user", "content": "Hi."}]}).encode()
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+            for name in ("before any header", "in mid-stream"):
+                streams, times = name == "in mid-stream", []
+                for _ in range(LEAVES):
+                    with socket.create_connection(("127.0.0.1", sarai.port)) as client:
+                        client.sendall(head + body)
+                        asked.acquire()
+                        while streams and b"word" not in client.recv(65536):
+                            pass
+                        left = time.monotonic()
+                    heard.acquire()
+                    times.append(1000 * (told[-1] - left))
+                times.sort()
+                spread = f"median {statistics.median(times):.1f} ms, longest {times[-1]:.1f} ms"
+                print(f"a client leaves {name:<18} its host is told after: {spread} ({LEAVES} times)", flush=True)
+
+
 def main():
+    cancellation()
     for state in ("not loaded", "resident"):
         for phase in ("before", "during load", "mid-stream"):
             rows = []
             for _ in range(ROUNDS):
                 with tempfile.TemporaryDirectory() as folder:
-                    ollama, port = Ollama(folder), free_port()
+                    ollama = Ollama(folder)
                     kept = "\n    resident: true" if state == "resident" else ""
-                    with open(f"{folder}/sarai.yaml", "w") as file:
-                        file.write(
-                            f"models:\n  solar:\n    backend: ollama_http\n    fallback: gguf_native\n    url: {ollama.url}\n"
-                            f"    gguf_path: {MODEL}\n    context_length: 2048{kept}\n"
-                        )
-                    command = [sys.argv[1], "serve", "--listen", f"127.0.0.1:{port}", "--config", f"{folder}/sarai.yaml"]
-                    env = {**os.environ, "SARAI_STATE_DIR": f"{folder}/state"}
-                    server = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                    url = f"http://127.0.0.1:{port}"
+                    config = (
+                        f"models:\n  solar:\n    backend: ollama_http\n    fallback: gguf_native\n    url: {ollama.url}\n"
+                        f"    gguf_path: {MODEL}\n    context_length: 2048{kept}\n"
+                    )
                     try:
-                        resident = lambda: get(f"{url}/api/ps")["sarai"]["workers"]
-                        until("sarai", lambda: get(f"{url}/health") is not None and (not kept or resident()))
-                        rows.append(round_of(phase, url, ollama))
+                        with Started(config, folder) as sarai:
+                            until("the worker", lambda: not kept or get(f"{sarai.url}/api/ps")["sarai"]["workers"])
+                            rows.append(round_of(phase, sarai.url, ollama))
                     finally:
-                        server.terminate()
-                        server.wait()
                         ollama.kill()
             ended, by, resumed, after, recovery = zip(*rows)
             medians = f"next text after {statistics.median(after):.2f} s   host used again {statistics.median(recovery):.2f} s after its restart"
