@@ -1,9 +1,9 @@
 //! What a body holds beyond what is read here.
 
-use sarai_core::{Api, Error, Extras, Need};
+use sarai_core::{Api, Error, Extras, Need, ToolCall, Tools};
 use serde_json::{Map, Value};
 
-use crate::{check, json};
+use crate::{check, json, tools};
 
 /// The sampling keys, which both APIs spell the same.
 pub const SAMPLING: [&str; 12] = [
@@ -44,9 +44,43 @@ impl Rest {
     pub fn need(&mut self, params: &[&str]) {
         for param in params {
             if self.extras.fields.get(*param).is_some_and(|value| !check::is_default(value)) {
-                self.need_also(param, format!("`{param}` is not supported"));
+                self.need_also(param, format!("`{param}` is not supported"), false);
             }
         }
+    }
+
+    /// A field that was not read.
+    pub fn field(&self, name: &str) -> Option<&Value> {
+        self.extras.fields.get(name)
+    }
+
+    /// Reads tools, and who may be asked with them.
+    ///
+    /// # Errors
+    /// `tool_choice` is wrong.
+    pub fn tools(&mut self) -> Result<Option<Tools>, Error> {
+        let Some(written) = self.field("tools").and_then(Value::as_array).filter(|tools| !tools.is_empty()) else {
+            return Ok(None);
+        };
+        match tools::definitions(written) {
+            Ok(mut definitions) => {
+                definitions.parallel = self.field("parallel_tool_calls").and_then(Value::as_bool);
+                let chosen = tools::choose(definitions, self.field("tool_choice"))?;
+                self.need_also("tools", "`tools` is not supported".into(), true);
+                Ok(chosen)
+            }
+            Err(lack) => {
+                self.need_also("tools", lack, false);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Reads the calls in a message, and who may be asked with them.
+    pub fn calls(&mut self, param: &str, written: &Value) -> Vec<ToolCall> {
+        let calls = tools::calls(written);
+        self.need_also(param, format!("`{param}` is not supported"), calls.is_some());
+        calls.unwrap_or_default()
     }
 
     /// All that is set, but for what is needed and these, is lost where it is not understood.
@@ -58,8 +92,8 @@ impl Rest {
     }
 
     /// Something else is needed.
-    pub fn need_also(&mut self, param: &str, lack: String) {
-        self.extras.needs.push(Need { param: param.to_owned(), lack });
+    pub fn need_also(&mut self, param: &str, lack: String, at_worker: bool) {
+        self.extras.needs.push(Need { param: param.to_owned(), lack, at_worker });
     }
 
     /// Whether anything is needed.

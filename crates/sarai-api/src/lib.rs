@@ -9,8 +9,9 @@ mod json;
 pub mod ollama;
 pub mod openai;
 mod sampling;
+mod tools;
 
-use sarai_core::{Event, Extra, FinishReason, GenerateRequest, Timings, Usage};
+use sarai_core::{Event, Extra, FinishReason, GenerateRequest, Timings, ToolCall, Usage};
 
 /// How the client wants its answer delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +56,10 @@ pub struct RemoteLine {
 pub struct Whole {
     /// The text.
     pub text: String,
+    /// Reasoning that is no part of it.
+    pub reasoning: String,
+    /// Tools that are called.
+    pub tool_calls: Vec<ToolCall>,
     /// Why it ended.
     pub finish: FinishReason,
     /// Tokens.

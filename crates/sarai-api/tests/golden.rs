@@ -152,11 +152,12 @@ fn errors_name_the_field_and_the_value() {
 #[test]
 fn a_request_to_an_ollama_host_sets_only_what_was_asked_for() {
     let request = GenerateRequest {
-        prompt: Prompt::Chat(vec![Message { role: Role::User, content: "Hi".into() }]),
+        prompt: Prompt::Chat(vec![Message::new(Role::User, "Hi")]),
         sampling: Sampling { temperature: Some(0.7), ..Sampling::default() },
         stop: Vec::new(),
         max_tokens: None,
         format: sarai_core::Format::Text,
+        tools: None,
         residence: sarai_core::Residence::default(),
         given: String::new(),
         extras: None,

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::request::Api;
+use crate::tool::ToolCallPart;
 
 /// One step of an answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -13,6 +14,10 @@ use crate::request::Api;
 pub enum Event {
     /// More text: whole characters, never empty.
     Text(String),
+    /// Reasoning that is no part of the answer: whole characters, never empty.
+    Reasoning(String),
+    /// A piece of a call of a tool.
+    ToolCall(ToolCallPart),
     /// A step of a host that has more to say than text.
     Extra(Box<Extra>),
     /// Bytes came that say nothing: a sign of life, and no token. Ends in dispatch.

@@ -9,11 +9,13 @@ pub mod event;
 pub mod frame;
 pub mod memory;
 pub mod request;
+pub mod tool;
 pub mod units;
 
 pub use deadline::Deadlines;
 pub use error::{Attempt, Error, Phase, RemoteCause};
 pub use event::{Event, Extra, FinishReason, Timings, Usage};
 pub use memory::{EngineMemory, Held, KeepAlive, KvType, Part, Refusal};
-pub use request::{Api, Extras, Format, GenerateRequest, Message, Need, Prompt, Residence, Role, Sampling};
+pub use request::{Api, Extras, Format, GenerateRequest, Message, Need, Prompt, Residence, ResultOf, Role, Sampling};
+pub use tool::{ToolCall, ToolCallPart, ToolChoice, Tools};
 pub use units::Bytes;

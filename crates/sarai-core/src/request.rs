@@ -1,8 +1,10 @@
 //! What a client asks for, free of any wire format.
 
-use crate::memory::KeepAlive;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+use crate::memory::KeepAlive;
+use crate::tool::{ToolCall, Tools};
 
 /// Who says a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +40,29 @@ pub struct Message {
     pub role: Role,
     /// The text of it.
     pub content: String,
+    /// Tools that the model called in it.
+    #[serde(default)]
+    pub tool_calls: Vec<ToolCall>,
+    /// Of a tool's result: whose it is.
+    #[serde(default)]
+    pub result_of: Option<ResultOf>,
+}
+
+/// Which call a message is the result of.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResultOf {
+    /// The call.
+    pub id: Option<String>,
+    /// The tool.
+    pub name: Option<String>,
+}
+
+impl Message {
+    /// A message of text.
+    #[must_use]
+    pub fn new(role: Role, content: impl Into<String>) -> Self {
+        Self { role, content: content.into(), tool_calls: Vec::new(), result_of: None }
+    }
 }
 
 /// What the model continues.
@@ -61,6 +86,8 @@ pub enum Format {
     Json,
     /// JSON that this JSON schema accepts; as text, so that its nesting adds nothing to a frame's.
     Schema(String),
+    /// What this grammar, in llama.cpp's GBNF, accepts.
+    Gbnf(String),
 }
 
 impl Format {
@@ -161,6 +188,8 @@ pub struct Need {
     pub param: String,
     /// In words that begin a sentence: "`tools` is not supported".
     pub lack: String,
+    /// Whether a worker of this server can.
+    pub at_worker: bool,
 }
 
 /// One generation, ready for any backend.
@@ -176,6 +205,9 @@ pub struct GenerateRequest {
     pub max_tokens: Option<u32>,
     /// The form that the answer must have.
     pub format: Format,
+    /// Tools that may be called.
+    #[serde(default)]
+    pub tools: Option<Tools>,
     /// How the model is to be resident.
     #[serde(default)]
     pub residence: Residence,

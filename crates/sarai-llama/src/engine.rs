@@ -9,21 +9,23 @@ use std::time::Instant;
 
 use llama_cpp_4::DecodeError;
 use llama_cpp_4::chat::ChatTemplates;
-use llama_cpp_4::common_sampler::CommonSampler;
 use llama_cpp_4::context::LlamaContext;
 use llama_cpp_4::llama_backend::LlamaBackend;
 use llama_cpp_4::llama_batch::LlamaBatch;
 use llama_cpp_4::model::{LlamaModel, Special};
+use llama_cpp_4::token::LlamaToken;
 use sarai_core::frame::{FromWorker, LoadSpec, ToWorker};
 use sarai_core::{Error, Event, FinishReason, GenerateRequest};
 
 use crate::answer::{AnswerText, Pushed};
 use crate::cells::{Cells, ContextCells, Sharing};
 use crate::channel::FrameWriter;
+use crate::chat::Parts;
 use crate::log;
 use crate::model::{self, Allocation};
 use crate::park::Parking;
 use crate::prompt::{self, Rendered};
+use crate::sampler::{self, Sampler};
 use crate::schedule::{Limits, Row, Scheduler};
 use crate::sequence::Waiting;
 
@@ -34,9 +36,30 @@ const FOREIGN_CELL_SECONDS: f64 = 2e-9;
 /// What writes an answer.
 struct Writer {
     /// Chooses its tokens.
-    sampler: CommonSampler,
+    sampler: Sampler,
     /// Its text, as far as it is held back.
     answer: AnswerText,
+    /// Its parts, where it is more than text.
+    parts: Option<Parts>,
+}
+
+impl Writer {
+    /// What is passed on of more text.
+    fn events(&mut self, text: String) -> Vec<Event> {
+        match &mut self.parts {
+            _ if text.is_empty() => Vec::new(),
+            Some(parts) => parts.push(&text),
+            None => vec![Event::Text(text)],
+        }
+    }
+
+    /// Whether a special token is part of the text.
+    fn shown(&self, token: LlamaToken) -> Special {
+        match &self.parts {
+            Some(parts) if parts.preserved.contains(&token) => Special::Tokenize,
+            _ => Special::Plaintext,
+        }
+    }
 }
 
 /// Loads the model, reports it, and computes until the server is gone.
@@ -216,7 +239,7 @@ impl<'model> Engine<'model> {
     fn render(&self, id: u64, context_tokens: u32, request: GenerateRequest) -> Result<Waiting<Writer>, Error> {
         let since = Instant::now();
         let context_tokens = self.context_tokens.min(context_tokens as usize);
-        let Rendered { tokens: prompt, given } = prompt::render(self.model, self.templates, &request)?;
+        let Rendered { tokens: prompt, given, form } = prompt::render(self.model, self.templates, &request)?;
         if prompt.len() >= context_tokens {
             return Err(Error::ContextOverflow {
                 model: self.name.clone(),
@@ -224,11 +247,16 @@ impl<'model> Engine<'model> {
                 context_tokens: u32::try_from(context_tokens).unwrap_or(u32::MAX),
             });
         }
-        let mut sampler = prompt::sampler(self.model, context_tokens, &request)?;
-        prompt.iter().for_each(|&token| sampler.accept(token, false));
-        let answer = AnswerText::after(&request.given, &request.stop);
+        let mut sampler = Sampler::new(self.model, context_tokens, &request, form.as_ref())?;
+        prompt.iter().for_each(|&token| sampler.saw(token));
+        let mut stops = request.stop.clone();
+        stops.extend(form.iter().flat_map(sampler::stops));
+        let answer = AnswerText::after(&request.given, &stops);
         let max_tokens = request.max_tokens.unwrap_or(u32::MAX);
-        Ok(Waiting { id, prompt, given, max_tokens, context_tokens, since, writer: Writer { sampler, answer } })
+        let tools = request.tools.map(|tools| tools.names).unwrap_or_default();
+        let parts = form.map(|form| Parts::new(form.clone(), sampler::preserved(self.model, &form), tools));
+        let writer = Writer { sampler, answer, parts };
+        Ok(Waiting { id, prompt, given, max_tokens, context_tokens, since, writer })
     }
 
     /// Keeps on disk what the sequences hold; a token that was chosen, and not computed, is not among it.
@@ -298,26 +326,27 @@ impl<'model> Engine<'model> {
             // No token is wanted, or all that are were given elsewhere.
             return self.end(index, finish, frames);
         }
-        let token = match generation.asked.writer.sampler.sample(&mut self.context, row, false) {
+        let token = match generation.asked.writer.sampler.choose(self.model, &mut self.context, row) {
             Ok(token) => token,
             Err(error) => {
                 let id = generation.asked.id;
                 sequence.generation = None;
-                return frames.queue(&FromWorker::Failed { id, error: Error::Internal(error.to_string()) });
+                return frames.queue(&FromWorker::Failed { id, error });
             }
         };
-        generation.asked.writer.sampler.accept(token, true);
         generation.generated += 1;
         if self.model.is_eog_token(token) {
             return self.end(index, FinishReason::Stop, frames);
         }
-        let piece = self.model.token_to_raw_bytes(token, Special::Plaintext).unwrap_or_default();
+        let shown = generation.asked.writer.shown(token);
+        let piece = self.model.token_to_raw_bytes(token, shown).unwrap_or_default();
         match generation.asked.writer.answer.push(&piece) {
             Pushed::Stopped(text) => return self.end_with(index, FinishReason::Stop, text, frames),
-            Pushed::Text(text) if !text.is_empty() => {
-                frames.queue(&FromWorker::Event { id: generation.asked.id, event: Event::Text(text) })?;
+            Pushed::Text(text) => {
+                for event in generation.asked.writer.events(text) {
+                    frames.queue(&FromWorker::Event { id: generation.asked.id, event })?;
+                }
             }
-            Pushed::Text(_) => {}
         }
         generation.next = Some(token);
         match generation.limit(in_cache) {
@@ -340,10 +369,17 @@ impl<'model> Engine<'model> {
         text: String,
         frames: &mut FrameWriter,
     ) -> anyhow::Result<()> {
-        let Some(generation) = self.scheduler.sequences[index].generation.take() else { return Ok(()) };
-        let id = generation.asked.id;
-        if !text.is_empty() {
-            frames.queue(&FromWorker::Event { id, event: Event::Text(text) })?;
+        let Some(mut generation) = self.scheduler.sequences[index].generation.take() else { return Ok(()) };
+        let (id, writer) = (generation.asked.id, &mut generation.asked.writer);
+        let mut events = writer.events(text);
+        let mut finish = finish;
+        if let Some(parts) = &mut writer.parts {
+            let (rest, why) = parts.finish(finish);
+            events.extend(rest);
+            finish = why;
+        }
+        for event in events {
+            frames.queue(&FromWorker::Event { id, event })?;
         }
         let event = Event::Done { finish, usage: generation.usage(), timings: generation.timings() };
         frames.queue(&FromWorker::Event { id, event })

@@ -7,6 +7,7 @@
 mod answer;
 mod cells;
 mod channel;
+mod chat;
 mod engine;
 mod log;
 mod model;
@@ -14,6 +15,7 @@ mod pace;
 mod park;
 mod probe;
 mod prompt;
+mod sampler;
 mod schedule;
 mod sequence;
 

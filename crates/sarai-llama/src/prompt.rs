@@ -1,13 +1,12 @@
-//! A request made into tokens and a sampler, by llama.cpp's own templates, grammars and sampling.
+//! A request made into tokens, by llama.cpp's own templates.
 
-use llama_cpp_4::chat::{ChatApplyParams, ChatTemplates, ReasoningFormat};
-use llama_cpp_4::common_sampler::{CommonSampler, CommonSamplerParams, GrammarSource};
+use llama_cpp_4::chat::{ChatApplyParams, ChatParams, ChatTemplates, ReasoningFormat, ToolChoice as LlamaToolChoice};
 use llama_cpp_4::model::{AddBos, LlamaModel, Special};
 use llama_cpp_4::token::LlamaToken;
-use sarai_core::{Error, Format, GenerateRequest, Message, Prompt, Sampling};
+use sarai_core::{Error, GenerateRequest, Message, Prompt, ToolChoice, Tools};
+use serde_json::{Value, json};
 
-/// Both APIs' -100 bans a token; for llama.cpp that is minus infinity, which JSON frames cannot carry.
-const BANNED: f32 = -100.0;
+use crate::sampler::schema_of;
 
 /// A prompt in tokens.
 pub struct Rendered {
@@ -15,6 +14,8 @@ pub struct Rendered {
     pub tokens: Vec<LlamaToken>,
     /// How many of them are the answer's.
     pub given: usize,
+    /// What the template says of the answer, where it is more than text: how calls and reasoning are marked.
+    pub form: Option<ChatParams>,
 }
 
 /// Renders and tokenises the prompt, and the beginning of the answer.
@@ -22,15 +23,19 @@ pub struct Rendered {
 /// # Errors
 /// The template refuses the messages, or the text cannot be tokenised.
 pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateRequest) -> Result<Rendered, Error> {
+    let mut form = None;
     let mut tokens = match &request.prompt {
         Prompt::Raw(text) => {
             model.str_to_token_with_special(text, AddBos::Always, Special::Tokenize).map_err(internal)?
         }
         Prompt::Chat(messages) => {
-            let chat = templates.apply(&chat_params(messages)).map_err(|error| {
+            let chat = templates.apply(&chat_params(messages, request)).map_err(|error| {
                 Error::invalid("messages", format!("the model's chat template refuses the messages: {error}"))
             })?;
-            chat.tokenize_prompt(model, AddBos::Always).map_err(internal)?
+            let tokens = chat.tokenize_prompt(model, AddBos::Always).map_err(internal)?;
+            let reasons = !chat.thinking_start_tag.is_empty() && !request.format.is_constrained();
+            form = (request.tools.is_some() || reasons).then_some(chat);
+            tokens
         }
     };
     if tokens.is_empty() {
@@ -38,7 +43,7 @@ pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateR
     }
     let given = given_tokens(model, &request.given)?;
     tokens.extend(&given);
-    Ok(Rendered { tokens, given: given.len() })
+    Ok(Rendered { tokens, given: given.len(), form })
 }
 
 /// Text that goes on in the middle of a line. Some vocabularies put a space before whatever they are handed: there, it is
@@ -60,72 +65,53 @@ fn given_tokens(model: &LlamaModel, given: &str) -> Result<Vec<LlamaToken>, Erro
     Ok(at.map_or(plain, |at| behind[at + 1..].to_vec()))
 }
 
-fn chat_params(messages: &[Message]) -> ChatApplyParams {
-    let messages: Vec<_> = messages
-        .iter()
-        .map(|message| serde_json::json!({ "role": message.role.as_str(), "content": message.content }))
-        .collect();
-    ChatApplyParams::new(serde_json::Value::from(messages).to_string()).with_reasoning_format(ReasoningFormat::None)
-}
-
-fn schema_of(format: &Format) -> Option<String> {
-    match format {
-        Format::Text => None,
-        Format::Json => Some(r#"{"type":"object"}"#.to_owned()),
-        Format::Schema(schema) => Some(schema.clone()),
+fn chat_params(messages: &[Message], request: &GenerateRequest) -> ChatApplyParams {
+    let messages: Value = messages.iter().map(message).collect();
+    let params = ChatApplyParams::new(messages.to_string());
+    let Some(tools) = &request.tools else {
+        // What must have a form of its own does not begin with reasoning.
+        let format = if request.format.is_constrained() { ReasoningFormat::None } else { ReasoningFormat::Auto };
+        return params.with_reasoning_format(format);
+    };
+    let choice = match tools.choice {
+        ToolChoice::Auto => LlamaToolChoice::Auto,
+        ToolChoice::Required | ToolChoice::Named(_) => LlamaToolChoice::Required,
+    };
+    let params = params
+        .with_reasoning_format(ReasoningFormat::Auto)
+        .with_tools(shown(tools))
+        .with_tool_choice(choice)
+        .with_parallel_tool_calls(tools.parallel.unwrap_or(true));
+    match schema_of(&request.format) {
+        Some(schema) => params.with_json_schema(schema),
+        None => params,
     }
 }
 
-/// Builds the sampler chain of one generation.
-///
-/// # Errors
-/// The schema is not one that llama.cpp can make a grammar of.
-pub fn sampler(model: &LlamaModel, context_tokens: usize, request: &GenerateRequest) -> Result<CommonSampler, Error> {
-    let mut params = CommonSamplerParams::new();
-    set_scalars(&mut params, context_tokens, &request.sampling);
-    for &(token, bias) in &request.sampling.logit_bias {
-        if token < 0 || token >= model.n_vocab() {
-            return Err(Error::invalid(
-                "logit_bias",
-                format!("`{token}` is no token of this model: use ids from 0 to {}", model.n_vocab() - 1),
-            ));
+/// The definitions that the model is shown: all, or the one that it must call.
+fn shown(tools: &Tools) -> String {
+    let ToolChoice::Named(wanted) = &tools.choice else { return tools.definitions.clone() };
+    let all: Vec<Value> = serde_json::from_str(&tools.definitions).unwrap_or_default();
+    all.into_iter().filter(|tool| tool["function"]["name"] == *wanted).collect::<Value>().to_string()
+}
+
+/// A message as templates know it.
+fn message(message: &Message) -> Value {
+    let mut value = json!({ "role": message.role.as_str(), "content": message.content });
+    if !message.tool_calls.is_empty() {
+        let call = |call: &sarai_core::ToolCall| json!({ "id": call.id, "type": "function", "function": { "name": call.name, "arguments": call.arguments } });
+        value["tool_calls"] = message.tool_calls.iter().map(call).collect();
+    }
+    if let Some(result_of) = &message.result_of {
+        for (key, said) in [("tool_call_id", &result_of.id), ("name", &result_of.name)] {
+            if let Some(said) = said {
+                value[key] = said.as_str().into();
+            }
         }
-        params
-            .add_logit_bias(LlamaToken(token), if bias <= BANNED { f32::NEG_INFINITY } else { bias })
-            .map_err(internal)?;
     }
-    set_grammar(&mut params, &request.format)?;
-    CommonSampler::new(model, &mut params)
-        .map_err(|error| Error::invalid("format", format!("llama.cpp cannot make a grammar of the schema: {error}")))
+    value
 }
 
-fn set_scalars(params: &mut CommonSamplerParams, context_tokens: usize, sampling: &Sampling) {
-    let mut scalars = params.scalars();
-    let set = |to: &mut f32, from: Option<f32>| *to = from.unwrap_or(*to);
-    set(&mut scalars.temp, sampling.temperature);
-    set(&mut scalars.top_p, sampling.top_p);
-    set(&mut scalars.min_p, sampling.min_p);
-    set(&mut scalars.typ_p, sampling.typical_p);
-    set(&mut scalars.penalty_repeat, sampling.repeat_penalty);
-    set(&mut scalars.penalty_freq, sampling.frequency_penalty);
-    set(&mut scalars.penalty_present, sampling.presence_penalty);
-    scalars.top_k = sampling.top_k.unwrap_or(scalars.top_k);
-    // The samplers take -1 for nothing; both APIs mean the whole context by it.
-    let last_n = sampling.repeat_last_n.unwrap_or(scalars.penalty_last_n);
-    scalars.penalty_last_n = if last_n < 0 { i32::try_from(context_tokens).unwrap_or(i32::MAX) } else { last_n };
-    scalars.seed = sampling.seed.unwrap_or(scalars.seed);
-    scalars.no_perf = true;
-    params.set_scalars(&scalars);
-}
-
-/// The grammar is made of the schema alone: the templates' own ones let a fence of backticks through.
-fn set_grammar(params: &mut CommonSamplerParams, format: &Format) -> Result<(), Error> {
-    let Some(schema) = schema_of(format) else { return Ok(()) };
-    let bad = |error| Error::invalid("format", format!("llama.cpp cannot make a grammar of the schema: {error}"));
-    let grammar = llama_cpp_4::chat::json_schema_to_grammar(&schema, false).map_err(bad)?;
-    params.set_grammar(&grammar, GrammarSource::User, false).map_err(bad)
-}
-
-fn internal(error: impl std::fmt::Display) -> Error {
+pub fn internal(error: impl std::fmt::Display) -> Error {
     Error::Internal(error.to_string())
 }

@@ -73,6 +73,11 @@ impl ModelFile {
         Ok(Self { path: path.to_owned(), header, size, modified, identity, first_size })
     }
 
+    /// Whether its chat template shows tools to the model.
+    pub fn knows_tools(&self) -> bool {
+        sarai_api::ollama::knows_tools(self.header.text("tokenizer.chat_template").unwrap_or_default())
+    }
+
     /// Whether the file still is as it was read.
     pub fn is_unchanged(&self) -> bool {
         let meta = std::fs::metadata(&self.path);

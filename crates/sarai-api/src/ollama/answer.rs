@@ -2,11 +2,11 @@
 
 use std::time::{Duration, SystemTime};
 
-use sarai_core::{Api, Extra, FinishReason, Timings, Usage};
+use sarai_core::{Api, Extra, FinishReason, Timings, ToolCall, Usage};
 use serde_json::{Value, json};
 
 use crate::openai::extension;
-use crate::{Served, Whole};
+use crate::{Served, Whole, tools};
 
 /// Which of the two endpoints answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +35,22 @@ impl LineWriter {
         line
     }
 
+    /// A line of reasoning.
+    #[must_use]
+    pub fn reasoning(&self, now: SystemTime, text: &str) -> Value {
+        let mut line = self.text(now, "");
+        put_reasoning(&mut line, self.kind, text);
+        line
+    }
+
+    /// A line of whole calls; `/api/generate` has none.
+    #[must_use]
+    pub fn tool_calls(&self, now: SystemTime, calls: &[ToolCall]) -> Value {
+        let mut line = self.text(now, "");
+        put_calls(&mut line, self.kind, calls);
+        line
+    }
+
     /// A line of what a host says beyond text; of a host that speaks another API, its text.
     #[must_use]
     pub fn extra(&self, now: SystemTime, extra: Extra) -> Option<Value> {
@@ -49,9 +65,11 @@ impl LineWriter {
     /// The only line of an answer that does not stream.
     #[must_use]
     pub fn whole(&self, now: SystemTime, whole: Whole, served: &Served) -> Value {
-        let Whole { text, finish, usage, timings, extra } = whole;
+        let Whole { text, reasoning, tool_calls, finish, usage, timings, extra } = whole;
         let end = End { finish, usage: &usage, timings: &timings, served };
         let mut line = self.done(now, &text, &end);
+        put_reasoning(&mut line, self.kind, &reasoning);
+        put_calls(&mut line, self.kind, &tool_calls);
         if let Some(extra) = extra.filter(|extra| extra.api == Api::Ollama) {
             put(&mut line, self.kind, *extra);
         }
@@ -98,6 +116,20 @@ impl LineWriter {
             }),
             Kind::Generate => json!({ "model": self.model, "created_at": created_at, "response": text }),
         }
+    }
+}
+
+fn put_reasoning(line: &mut Value, kind: Kind, text: &str) {
+    match kind {
+        _ if text.is_empty() => {}
+        Kind::Chat => line["message"]["thinking"] = text.into(),
+        Kind::Generate => line["thinking"] = text.into(),
+    }
+}
+
+fn put_calls(line: &mut Value, kind: Kind, calls: &[ToolCall]) {
+    if kind == Kind::Chat && !calls.is_empty() {
+        line["message"]["tool_calls"] = tools::to_ollama(calls);
     }
 }
 
@@ -202,9 +234,16 @@ pub fn process_entry(
 /// `POST /api/show`.
 #[must_use]
 pub fn show(facts: &ModelFacts, template: &str, model_info: Value) -> Value {
+    let capabilities = if knows_tools(template) { vec!["completion", "tools"] } else { vec!["completion"] };
     json!({
         "modelfile": format!("# served by sarai\nFROM {}\n", facts.name), "parameters": "", "template": template,
-        "details": facts.details(), "model_info": model_info, "capabilities": ["completion"],
+        "details": facts.details(), "model_info": model_info, "capabilities": capabilities,
         "modified_at": timestamp(facts.modified.unwrap_or(SystemTime::UNIX_EPOCH)),
     })
+}
+
+/// Whether a chat template shows tools to its model.
+#[must_use]
+pub fn knows_tools(template: &str) -> bool {
+    template.contains("tools")
 }

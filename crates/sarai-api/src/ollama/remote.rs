@@ -23,6 +23,8 @@ pub fn chat_request(model: &str, context_tokens: Option<u32>, request: &Generate
     match &request.format {
         Format::Text => {}
         Format::Json => body["format"] = "json".into(),
+        // Only a host that speaks the client's API has it, in a field of its own.
+        Format::Gbnf(_) => {}
         Format::Schema(schema) => body["format"] = serde_json::from_str(schema).unwrap_or_default(),
     }
     let extras = request.extras.as_deref().filter(|extras| extras.api == Api::Ollama);

@@ -1,6 +1,6 @@
 //! `POST /api/chat`, `/api/generate` and `/api/show`, from the wire to the core.
 
-use sarai_core::{Api, Error, Format, GenerateRequest, KeepAlive, Message, Prompt, Residence, Role};
+use sarai_core::{Api, Error, Format, GenerateRequest, KeepAlive, Message, Prompt, Residence, ResultOf, Role};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -77,7 +77,7 @@ struct AllOptions {
 const READ: [&str; 9] = ["model", "stream", "format", "options", "keep_alive", "messages", "prompt", "system", "raw"];
 const READ_OPTIONS: [&str; 2] = ["num_predict", "num_ctx"];
 /// Fields that change what is asked for.
-const NEEDS: [&str; 8] = ["tools", "images", "suffix", "template", "context", "logprobs", "top_logprobs", "think"];
+const NEEDS: [&str; 7] = ["images", "suffix", "template", "context", "logprobs", "top_logprobs", "think"];
 /// Options that change the answer, if not what it is an answer to.
 const DEGRADING: [&str; 5] = ["num_keep", "mirostat", "mirostat_eta", "mirostat_tau", "tfs_z"];
 
@@ -119,14 +119,17 @@ pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
         let at = format!("messages[{index}]");
         for (name, _) in message.rest.iter().filter(|(_, value)| !check::is_default(value)) {
             is_more = true;
-            if ["images", "tool_calls"].contains(&name.as_str()) {
-                rest.need_also(&format!("{at}.{name}"), format!("`{at}.{name}` is not supported"));
+            if name == "images" {
+                rest.need_also(&format!("{at}.{name}"), format!("`{at}.{name}` is not supported"), false);
             }
         }
-        Ok(Message {
-            role: check::role(&format!("{at}.role"), &message.role)?,
-            content: check::text(&at, message.content.unwrap_or_default())?,
-        })
+        let tool_calls = message.rest.get("tool_calls").filter(|calls| !check::is_default(calls));
+        let tool_calls = tool_calls.map(|calls| rest.calls(&format!("{at}.tool_calls"), calls)).unwrap_or_default();
+        let role = check::role(&format!("{at}.role"), &message.role)?;
+        let text = |name: &str| message.rest.get(name).and_then(Value::as_str).map(str::to_owned);
+        let result_of = (role == Role::Tool).then(|| ResultOf { id: text("tool_call_id"), name: text("tool_name") });
+        let content = check::text(&at, message.content.unwrap_or_default())?;
+        Ok(Message { role, content, tool_calls, result_of })
     });
     let prompt = Prompt::Chat(messages.collect::<Result<_, Error>>()?);
     if is_more {
@@ -156,8 +159,8 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
         Prompt::Raw(prompt)
     } else {
         let system = generate.system.filter(|system| !system.is_empty());
-        let system = system.map(|content| Message { role: Role::System, content });
-        let user = Message { role: Role::User, content: prompt };
+        let system = system.map(|content| Message::new(Role::System, content));
+        let user = Message::new(Role::User, prompt);
         Prompt::Chat(system.into_iter().chain([user]).collect())
     };
     common.finish(body, prompt, rest)
@@ -198,7 +201,7 @@ impl Common {
         Ok(Residence { context_tokens, keep_alive })
     }
 
-    fn finish(self, body: &[u8], prompt: Prompt, rest: Rest) -> Result<OllamaRequest, Error> {
+    fn finish(self, body: &[u8], prompt: Prompt, mut rest: Rest) -> Result<OllamaRequest, Error> {
         let residence = self.residence()?;
         let options = self.options.map(|Object(options)| options).unwrap_or_default();
         let sampling: SamplingBody = json::parse(body)?;
@@ -211,6 +214,7 @@ impl Common {
             stop,
             max_tokens,
             format: format_of(self.format)?,
+            tools: rest.tools()?,
             residence,
             given: String::new(),
             extras: rest.finish(),

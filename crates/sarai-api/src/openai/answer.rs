@@ -1,9 +1,9 @@
 //! Answers, chunks, model lists and errors, from the core to the wire.
 
-use sarai_core::{Api, Extra, FinishReason, Timings, Usage};
+use sarai_core::{Api, Extra, FinishReason, Timings, ToolCallPart, Usage};
 use serde_json::{Map, Value, json};
 
-use crate::{Served, Whole};
+use crate::{Served, Whole, tools};
 
 /// Which of the two endpoints answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +53,25 @@ impl ChunkWriter {
             Kind::Chat => json!({ "index": 0, "delta": { "content": text }, "finish_reason": null }),
             Kind::Completion => json!({ "index": 0, "text": text, "logprobs": null, "finish_reason": null }),
         }])
+    }
+
+    /// A chunk of reasoning.
+    #[must_use]
+    pub fn reasoning(&self, text: &str) -> Option<Value> {
+        let choice = json!({ "index": 0, "delta": { "reasoning_content": text }, "finish_reason": null });
+        (self.kind == Kind::Chat).then(|| self.chunk(vec![choice]))
+    }
+
+    /// A chunk of a call.
+    #[must_use]
+    pub fn tool_call(&self, part: &ToolCallPart) -> Value {
+        let ToolCallPart { index, call } = part;
+        let mut piece = match call.name.is_empty() {
+            true => json!({ "function": { "arguments": call.arguments } }),
+            false => tools::to_openai(call),
+        };
+        piece["index"] = (*index).into();
+        self.chunk(vec![json!({ "index": 0, "delta": { "tool_calls": [piece] }, "finish_reason": null })])
     }
 
     /// A chunk of what a host says beyond text; of a host that speaks another API, its text.
@@ -111,7 +130,7 @@ impl ChunkWriter {
     /// The whole answer of a request that does not stream.
     #[must_use]
     pub fn whole(&self, whole: Whole, served: &Served) -> Value {
-        let Whole { text, finish, usage, timings, extra } = whole;
+        let Whole { text, reasoning, tool_calls, finish, usage, timings, extra } = whole;
         let finish = finish.as_str();
         let (object, choice) = match self.kind {
             Kind::Chat => (
@@ -126,6 +145,18 @@ impl ChunkWriter {
             "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": [choice],
             "usage": usage_of(&usage), "sarai": extension(served, &timings),
         });
+        if self.kind == Kind::Chat {
+            let message = &mut answer["choices"][0]["message"];
+            if !reasoning.is_empty() {
+                message["reasoning_content"] = reasoning.into();
+            }
+            if !tool_calls.is_empty() {
+                message["tool_calls"] = tool_calls.iter().map(tools::to_openai).collect();
+                if text.is_empty() {
+                    message["content"] = Value::Null;
+                }
+            }
+        }
         if let Some(mut extra) = extra.filter(|extra| extra.api == Api::OpenAi) {
             for calls in extra.message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
                 // Only steps number them.

@@ -38,7 +38,8 @@ pub fn request(model: &str, request: &GenerateRequest) -> (&'static str, Value) 
         body["logit_bias"] = Value::Object(bias.collect());
     }
     match &request.format {
-        Format::Text => {}
+        // A grammar stands among the client's own fields.
+        Format::Text | Format::Gbnf(_) => {}
         Format::Json => body["response_format"] = json!({ "type": "json_object" }),
         Format::Schema(schema) => {
             let schema: Value = serde_json::from_str(schema).unwrap_or_default();
@@ -381,6 +382,7 @@ mod tests {
             stop: Vec::new(),
             max_tokens: Some(4),
             format: Format::Json,
+            tools: None,
             residence: sarai_core::Residence::default(),
             given: String::new(),
             extras: None,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use sarai_core::{Api, Error, Format, GenerateRequest, Message, Prompt, Residence};
+use sarai_core::{Api, Error, Format, GenerateRequest, Message, Prompt, Residence, ResultOf, Role};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -123,13 +123,10 @@ const READ: [&str; 10] = [
 ];
 
 /// Fields that change what is asked for.
-const NEEDS: [&str; 17] = [
-    "tools",
+const NEEDS: [&str; 14] = [
     "functions",
     "logprobs",
     "top_logprobs",
-    "grammar",
-    "json_schema",
     "audio",
     "echo",
     "suffix",
@@ -158,9 +155,17 @@ const HARMLESS: [&str; 12] = [
     "parallel_tool_calls",
 ];
 
+/// Fields of llama.cpp's server that say the form of the answer.
+const FORMS: [&str; 2] = ["grammar", "json_schema"];
+
 fn rest_of(body: &[u8]) -> Result<Rest, Error> {
     let mut rest = Rest::of(Api::OpenAi, body, &[&READ[..], &SAMPLING[..]].concat())?;
     rest.need(&NEEDS);
+    for form in FORMS {
+        if rest.field(form).is_some_and(|value| !check::is_default(value)) {
+            rest.need_also(form, format!("`{form}` is not supported"), true);
+        }
+    }
     rest.degrades_without(&HARMLESS);
     // What is read of these is not all that they may say.
     ["response_format", "stream_options", "max_completion_tokens"].iter().for_each(|name| rest.keep(name));
@@ -202,12 +207,17 @@ impl Reading<'_> {
         let role = check::role(&format!("{at}.role"), &message.role)?;
         let more: Vec<_> = message.rest.iter().filter(|(_, value)| !check::is_default(value)).collect();
         self.is_more |= !more.is_empty();
+        let mut tool_calls = Vec::new();
         for name in ["tool_calls", "function_call"] {
-            if more.iter().any(|(key, _)| *key == name) {
-                let param = format!("{at}.{name}");
-                self.rest.need_also(&param, format!("`{param}` is not supported"));
+            let Some((_, value)) = more.iter().find(|(key, _)| *key == name) else { continue };
+            let param = format!("{at}.{name}");
+            match name {
+                "tool_calls" => tool_calls = self.rest.calls(&param, value),
+                _ => self.rest.need_also(&param, format!("`{param}` is not supported"), false),
             }
         }
+        let text = |name: &str| message.rest.get(name).and_then(Value::as_str).map(str::to_owned);
+        let result_of = (role == Role::Tool).then(|| ResultOf { id: text("tool_call_id"), name: text("name") });
         let content = match message.content {
             None => String::new(),
             Some(Content::Text(text)) => text,
@@ -216,7 +226,7 @@ impl Reading<'_> {
                 texts.join("\n")
             }
         };
-        Ok(Message { role, content: check::text(&format!("{at}.content"), content)? })
+        Ok(Message { role, content: check::text(&format!("{at}.content"), content)?, tool_calls, result_of })
     }
 
     fn text_of(&mut self, at: &str, part: ContentPart) -> Option<String> {
@@ -226,14 +236,15 @@ impl Reading<'_> {
         }
         self.is_more = true;
         let lack = format!("`{at}.content` has a part of type `{}`, which is not supported", part.kind);
-        self.rest.need_also(&format!("{at}.content"), lack);
+        self.rest.need_also(&format!("{at}.content"), lack, false);
         None
     }
 }
 
 impl Common {
-    fn finish(self, sampling: WireSampling, prompt: Prompt, rest: Rest) -> Result<Parsed, Error> {
+    fn finish(self, sampling: WireSampling, prompt: Prompt, mut rest: Rest) -> Result<Parsed, Error> {
         self.refuse_several()?;
+        let format = form_of(&rest)?.unwrap_or_else(|| format_of(self.response_format));
         let (mut sampling, stop) = sampling.meant(2.0)?;
         sampling.logit_bias = logit_bias(self.logit_bias.unwrap_or_default())?;
         let max_tokens = match self.max_completion_tokens.or(self.max_tokens) {
@@ -249,7 +260,8 @@ impl Common {
             sampling,
             stop,
             max_tokens,
-            format: format_of(self.response_format),
+            format,
+            tools: rest.tools()?,
             residence: Residence::default(),
             given: String::new(),
             extras: rest.finish(),
@@ -269,6 +281,20 @@ impl Common {
             }
         }
         Ok(())
+    }
+}
+
+/// The form as llama.cpp's server has it said.
+fn form_of(rest: &Rest) -> Result<Option<Format>, Error> {
+    let set = |name: &str| rest.field(name).filter(|value| !check::is_default(value));
+    match (set("grammar"), set("json_schema")) {
+        (None, None) => Ok(None),
+        (Some(Value::String(grammar)), None) => Ok(Some(Format::Gbnf(check::text("grammar", grammar.clone())?))),
+        (Some(other), None) => Err(Error::invalid("grammar", format!("`grammar` is {other}: use a text in GBNF"))),
+        (None, Some(schema)) => Ok(Some(Format::Schema(schema.to_string()))),
+        (Some(_), Some(_)) => {
+            Err(Error::invalid("grammar", "`grammar` and `json_schema` are both set: use one of them"))
+        }
     }
 }
 

@@ -34,8 +34,8 @@ pub async fn open(
     let Place { engine, context_tokens, model } = *place;
     let lease = pool.lease(engine, want, model, deadlines).await?;
     let id = lease.worker.next_id();
-    // No answer has more events than its context has tokens, and an end.
-    let capacity = lease.worker.info.context_tokens as usize + 8;
+    // No answer has more steps than its context has tokens, each of a few events, and an end.
+    let capacity = 3 * lease.worker.info.context_tokens as usize + 8;
     let Some(events) = lease.worker.routes.enter(id, capacity) else {
         return Err(Error::WorkerDied {
             model: model.to_owned(),

@@ -96,19 +96,21 @@ pub type Tier = Vec<Candidate>;
 /// # Errors
 /// The request needs what none of them can do.
 pub fn tiers(catalog: &Catalog, model: &Arc<Model>, request: &GenerateRequest) -> Result<Vec<Tier>, Error> {
-    let mut tiers = of_model(model, model, request);
+    let mut tiers = of_model(catalog, model, model, request);
     for name in &model.fallback_models {
         if let Ok(other) = catalog.find(name) {
-            tiers.extend(of_model(model, other, request));
+            tiers.extend(of_model(catalog, model, other, request));
         }
     }
-    match request.needs().first() {
+    // What no worker can do is the likelier reason.
+    let needs = request.needs();
+    match needs.iter().find(|need| !need.at_worker).or(needs.first()) {
         Some(need) if tiers.is_empty() => Err(lacking(model, need)),
         _ => Ok(tiers),
     }
 }
 
-fn lacking(model: &Model, Need { param, lack }: &Need) -> Error {
+fn lacking(model: &Model, Need { param, lack, .. }: &Need) -> Error {
     let name = &model.name;
     let message = format!("{lack} by any deployment of `{name}`: leave it out, or ask a model on a host that has it");
     Error::invalid(param, message)
@@ -116,20 +118,24 @@ fn lacking(model: &Model, Need { param, lack }: &Need) -> Error {
 
 /// Whether a deployment can do what the request needs: what only the client's own API says, only a host that speaks it
 /// understands.
-fn is_able(deployment: &Deployment, request: &GenerateRequest) -> bool {
+fn is_able(catalog: &Catalog, deployment: &Deployment, request: &GenerateRequest) -> bool {
     match (&request.extras, deployment) {
         (Some(extras), Deployment::Remote(remote) | Deployment::Process { remote, .. }) => {
             extras.needs.is_empty() || remote.api == extras.api
         }
-        (Some(extras), Deployment::Local { .. }) => extras.needs.is_empty(),
+        (Some(extras), Deployment::Local { engine, .. }) => {
+            extras.needs.iter().all(|need| need.at_worker)
+                // A file that cannot be read says so when it is asked.
+                && (request.tools.is_none() || catalog.file(*engine).map_or(true, |file| file.knows_tools()))
+        }
         (None, _) => true,
     }
 }
 
-fn of_model(asked: &Arc<Model>, model: &Arc<Model>, request: &GenerateRequest) -> Vec<Tier> {
+fn of_model(catalog: &Catalog, asked: &Arc<Model>, model: &Arc<Model>, request: &GenerateRequest) -> Vec<Tier> {
     let mut tiers: Vec<Tier> = Vec::new();
     for (index, deployment) in model.deployments.iter().enumerate() {
-        if !is_able(deployment, request) {
+        if !is_able(catalog, deployment, request) {
             continue;
         }
         let candidate =

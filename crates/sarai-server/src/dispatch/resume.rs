@@ -71,7 +71,7 @@ pub fn resuming(
     Box::pin(stream::unfold(Some(running), |running| async {
         let mut running = running?;
         let event = running.next().await;
-        let ends = !matches!(event, Ok(Event::Text(_) | Event::Extra(_) | Event::Alive | Event::Resumed { .. }));
+        let ends = matches!(event, Ok(Event::Done { .. }) | Err(_));
         Some((event, (!ends).then_some(running)))
     }))
 }
@@ -101,6 +101,7 @@ impl Running {
                 self.pieces += u32::from(!extra.text.is_empty());
                 self.is_text &= extra.message.is_empty() && extra.choice.is_empty();
             }
+            Event::Reasoning(_) | Event::ToolCall(_) => self.is_text = false,
             _ => {}
         }
         event

@@ -148,11 +148,12 @@ fn dispatch(hosts: usize, deadlines: &str, script: Script, folder: &std::path::P
 
 fn request(tag: &str) -> GenerateRequest {
     GenerateRequest {
-        prompt: Prompt::Chat(vec![Message { role: Role::User, content: tag.into() }]),
+        prompt: Prompt::Chat(vec![Message::new(Role::User, tag)]),
         sampling: Sampling { temperature: Some(0.0), ..Sampling::default() },
         stop: Vec::new(),
         max_tokens: None,
         format: sarai_core::Format::Text,
+        tools: None,
         residence: Residence::default(),
         given: String::new(),
         extras: None,

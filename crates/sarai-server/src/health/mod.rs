@@ -347,13 +347,14 @@ impl Table {
     /// Asks for one token: a list of models that is there proves nothing.
     async fn probe(&self, remote: &Remote, deadlines: &Deadlines) -> Result<(), Error> {
         let place = remote::Place { remote, context_tokens: remote.context_tokens, connect: deadlines.connect };
-        let hello = Message { role: Role::User, content: "Hi".into() };
+        let hello = Message::new(Role::User, "Hi");
         let request = GenerateRequest {
             prompt: Prompt::Chat(vec![hello]),
             sampling: Sampling { temperature: Some(0.0), ..Sampling::default() },
             stop: Vec::new(),
             max_tokens: Some(1),
             format: sarai_core::Format::Text,
+            tools: None,
             residence: Residence::default(),
             given: String::new(),
             extras: None,

@@ -7,7 +7,7 @@ use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use sarai_api::ollama::{self, End, Kind, LineWriter, OllamaRequest};
 use sarai_api::{Parsed, Served};
-use sarai_core::{Error, Event};
+use sarai_core::{Error, Event, ToolCall};
 use serde_json::{Map, Value, json};
 
 use super::error::{Failure, ollama_body};
@@ -98,12 +98,14 @@ async fn generated(app: App, kind: Kind, parsed: Parsed, strict: bool) -> Result
         return Ok(json_response(headers, &writer.whole(SystemTime::now(), whole, &answer.served)));
     }
     headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/x-ndjson"));
-    let mut served = answer.served;
-    let body = stream::body(answer.events, app.stall, None, move |event| encode(&writer, &mut served, event).into());
+    let (mut served, mut calls) = (answer.served, Vec::new());
+    let encode = move |event| encode(&writer, &mut served, &mut calls, event).into();
+    let body = stream::body(answer.events, app.stall, None, encode);
     Ok((headers, body).into_response())
 }
 
-fn encode(writer: &LineWriter, served: &mut Served, event: Result<Event, Error>) -> String {
+/// `calls` are those that are under way: they are passed on whole, before the end.
+fn encode(writer: &LineWriter, served: &mut Served, calls: &mut Vec<ToolCall>, event: Result<Event, Error>) -> String {
     let now = SystemTime::now();
     let line = match event {
         Ok(Event::Resumed { by, reason, degraded }) => {
@@ -111,13 +113,23 @@ fn encode(writer: &LineWriter, served: &mut Served, event: Result<Event, Error>)
             return String::new();
         }
         Ok(Event::Text(text)) => writer.text(now, &text),
+        Ok(Event::Reasoning(text)) => writer.reasoning(now, &text),
+        Ok(Event::ToolCall(part)) => {
+            part.add_to(calls);
+            return String::new();
+        }
         Ok(Event::Extra(extra)) => match writer.extra(now, *extra) {
             Some(line) => line,
             None => return String::new(),
         },
         Ok(Event::Alive) => return String::new(),
         Ok(Event::Done { finish, usage, timings }) => {
-            writer.done(now, "", &End { finish, usage: &usage, timings: &timings, served })
+            let done = writer.done(now, "", &End { finish, usage: &usage, timings: &timings, served });
+            if calls.is_empty() {
+                done
+            } else {
+                return format!("{}\n{done}\n", writer.tool_calls(now, calls));
+            }
         }
         Err(error) => ollama_body(&error),
     };

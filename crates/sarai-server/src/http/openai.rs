@@ -89,6 +89,8 @@ fn encode(writer: &ChunkWriter, end: &mut End, event: Result<Event, Error>) -> S
             String::new()
         }
         Ok(Event::Text(text)) => sse(&writer.text(&text)),
+        Ok(Event::Reasoning(text)) => writer.reasoning(&text).map(|chunk| sse(&chunk)).unwrap_or_default(),
+        Ok(Event::ToolCall(part)) => sse(&writer.tool_call(&part)),
         Ok(Event::Extra(mut extra)) => {
             if let Some(details) = extra.top.remove("usage").filter(|_| extra.api == Api::OpenAi) {
                 end.usage_details = details;

@@ -104,10 +104,13 @@ impl<F: FnMut(Result<Event, Error>) -> Bytes + Unpin> Stream for Pieces<F> {
 /// # Errors
 /// It ended with an error, or without an end.
 pub async fn collect(mut events: EventStream) -> Result<Whole, Error> {
-    let (mut text, mut extra) = (String::new(), None::<Box<Extra>>);
+    let (mut text, mut reasoning, mut tool_calls) = (String::new(), String::new(), Vec::new());
+    let mut extra = None::<Box<Extra>>;
     while let Some(event) = events.next().await {
         match event? {
             Event::Text(more) => text.push_str(&more),
+            Event::Reasoning(more) => reasoning.push_str(&more),
+            Event::ToolCall(part) => part.add_to(&mut tool_calls),
             Event::Extra(more) => {
                 text.push_str(&more.text);
                 match &mut extra {
@@ -117,7 +120,9 @@ pub async fn collect(mut events: EventStream) -> Result<Whole, Error> {
             }
             // Whole answers are not resumed: they are asked for anew.
             Event::Resumed { .. } | Event::Alive => {}
-            Event::Done { finish, usage, timings } => return Ok(Whole { text, finish, usage, timings, extra }),
+            Event::Done { finish, usage, timings } => {
+                return Ok(Whole { text, reasoning, tool_calls, finish, usage, timings, extra });
+            }
         }
     }
     Err(Error::Internal("the answer ended without its end mark".into()))

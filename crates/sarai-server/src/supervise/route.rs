@@ -40,7 +40,7 @@ impl Routes {
 
     /// Passes an event on; the last one of a request takes it out.
     pub fn pass(&self, id: u64, event: Result<Event, Error>) {
-        let last = !matches!(event, Ok(Event::Text(_)));
+        let last = matches!(event, Ok(Event::Done { .. }) | Err(_));
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(table) = table.as_mut() else { return };
         if let Some(sender) = table.get(&id) {

@@ -1,0 +1,91 @@
+//! Tools and their calls: both APIs define them alike, and differ in how calls are written.
+
+use sarai_core::{Error, ToolCall, ToolChoice, Tools};
+use serde_json::{Map, Value, json};
+
+/// Reads `tools`; `Err` says in words what is not understood of them here, and may be by a host.
+pub fn definitions(tools: &[Value]) -> Result<Tools, String> {
+    let mut names = Vec::new();
+    for (index, tool) in tools.iter().enumerate() {
+        let name = tool["function"]["name"].as_str().filter(|name| !name.is_empty() && tool["type"] == "function");
+        match name {
+            Some(name) => names.push(name.to_owned()),
+            None => return Err(format!("`tools[{index}]` is no function with a name, which is not supported")),
+        }
+        let parameters = &tool["function"]["parameters"];
+        if !(parameters.is_object() || parameters.is_null()) {
+            return Err(format!("`tools[{index}].function.parameters` is no JSON schema, which is not supported"));
+        }
+    }
+    let definitions = tools.iter().map(|tool| {
+        let mut tool = tool.clone();
+        // Templates and grammars want a schema.
+        if tool["function"]["parameters"].is_null() {
+            tool["function"]["parameters"] = json!({ "type": "object", "properties": {} });
+        }
+        tool
+    });
+    let definitions = Value::Array(definitions.collect()).to_string();
+    Ok(Tools { definitions, names, choice: ToolChoice::Auto, parallel: None })
+}
+
+/// Takes OpenAI's `tool_choice` into account; `None` if no tool may be called.
+///
+/// # Errors
+/// It is none of the words, or names a tool that there is not.
+pub fn choose(mut tools: Tools, choice: Option<&Value>) -> Result<Option<Tools>, Error> {
+    let wrong = |choice: &Value| {
+        let words = "use \"auto\", \"none\", \"required\" or {\"type\": \"function\", \"function\": {\"name\": …}}";
+        Error::invalid("tool_choice", format!("`tool_choice` is {choice}: {words}"))
+    };
+    tools.choice = match choice {
+        None | Some(Value::Null) => ToolChoice::Auto,
+        Some(Value::String(word)) if word == "auto" => ToolChoice::Auto,
+        Some(Value::String(word)) if word == "required" => ToolChoice::Required,
+        Some(Value::String(word)) if word == "none" => return Ok(None),
+        Some(choice) => {
+            let name = choice["function"]["name"].as_str().ok_or_else(|| wrong(choice))?;
+            if !tools.names.iter().any(|known| known == name) {
+                let known = tools.names.join("`, `");
+                return Err(Error::invalid(
+                    "tool_choice",
+                    format!("`tool_choice` names `{name}`: use one of `{known}`"),
+                ));
+            }
+            ToolChoice::Named(name.to_owned())
+        }
+    };
+    Ok(Some(tools))
+}
+
+/// Reads the calls in a message, of either API; `None` if they are not understood.
+pub fn calls(value: &Value) -> Option<Vec<ToolCall>> {
+    let calls = value.as_array()?.iter().enumerate().map(|(index, call)| {
+        let function = &call["function"];
+        let arguments = match &function["arguments"] {
+            Value::String(text) => text.clone(),
+            Value::Null => "{}".to_owned(),
+            object => object.to_string(),
+        };
+        let id = call["id"].as_str().map_or_else(|| format!("call_{index}"), str::to_owned);
+        Some(ToolCall { id, name: function["name"].as_str()?.to_owned(), arguments })
+    });
+    calls.collect()
+}
+
+/// A call in OpenAI's form: arguments are text.
+pub fn to_openai(call: &ToolCall) -> Value {
+    json!({ "id": call.id, "type": "function", "function": { "name": call.name, "arguments": call.arguments } })
+}
+
+/// Calls in Ollama's form: arguments are an object; those that are none stand as text, so that nothing is lost.
+pub fn to_ollama(calls: &[ToolCall]) -> Value {
+    let call = |(index, call): (usize, &ToolCall)| {
+        let arguments = serde_json::from_str(&call.arguments).unwrap_or_else(|_| match call.arguments.is_empty() {
+            true => Value::Object(Map::new()),
+            false => call.arguments.as_str().into(),
+        });
+        json!({ "id": call.id, "function": { "index": index, "name": call.name, "arguments": arguments } })
+    };
+    calls.iter().enumerate().map(call).collect()
+}

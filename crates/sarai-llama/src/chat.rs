@@ -1,0 +1,220 @@
+//! An answer of a model that calls tools or reasons, taken apart by llama.cpp's own parser as it grows.
+//!
+//! All that there is of it is parsed anew with each piece of text, as llama.cpp's server does; what has become known by it is
+//! passed on. Some models write their calls without the marks of their own template, as bare JSON: where tools may be called, text that
+//! can still become that is held back.
+
+use std::collections::HashSet;
+
+use llama_cpp_4::chat::ChatParams;
+use llama_cpp_4::token::LlamaToken;
+use sarai_core::{Event, FinishReason, ToolCall, ToolCallPart};
+use serde::Deserialize;
+use serde_json::Value;
+
+/// What llama.cpp's parser has read.
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Read {
+    #[serde(default)]
+    content: String,
+    #[serde(default)]
+    reasoning_content: String,
+    #[serde(default)]
+    tool_calls: Vec<ReadCall>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct ReadCall {
+    function: ReadFunction,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct ReadFunction {
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    arguments: String,
+}
+
+/// The parts of one answer.
+pub struct Parts {
+    params: ChatParams,
+    /// Tokens that the parser has to see, although they are special ones.
+    pub preserved: HashSet<LlamaToken>,
+    /// Tools that may be called.
+    tools: Vec<String>,
+    text: String,
+    /// How much of the parts was passed on.
+    reasoned: usize,
+    said: usize,
+    /// For each call that was begun, how much of its arguments.
+    called: Vec<usize>,
+}
+
+impl Parts {
+    /// Of an answer to what a template has made of the messages and these tools.
+    pub fn new(params: ChatParams, preserved: HashSet<LlamaToken>, tools: Vec<String>) -> Self {
+        Self { params, preserved, tools, text: String::new(), reasoned: 0, said: 0, called: Vec::new() }
+    }
+
+    /// What is known by more text.
+    pub fn push(&mut self, text: &str) -> Vec<Event> {
+        self.text.push_str(text);
+        // What cannot be read yet may be with the next piece.
+        let Some(read) = self.read(true) else { return Vec::new() };
+        let may_be_call = read.tool_calls.is_empty() && !self.tools.is_empty() && may_be_bare(&read.content);
+        self.news(&read, may_be_call, false)
+    }
+
+    /// What is known at the end, and why it ended.
+    pub fn finish(&mut self, finish: FinishReason) -> (Vec<Event>, FinishReason) {
+        let is_partial = finish == FinishReason::Length;
+        // What does not end as its form wants is passed on as far as it can be read.
+        let read = self.read(is_partial).or_else(|| self.read(true));
+        let mut read = read.unwrap_or_else(|| Read { content: self.text.clone(), ..Read::default() });
+        if read.tool_calls.is_empty()
+            && self.said == 0
+            && let Some(calls) = bare_calls(&read.content, &self.tools)
+        {
+            read.tool_calls = calls;
+            read.content.clear();
+        }
+        let events = self.news(&read, false, true);
+        let calls = !self.called.is_empty() && finish == FinishReason::Stop;
+        (events, if calls { FinishReason::ToolCalls } else { finish })
+    }
+
+    fn read(&self, is_partial: bool) -> Option<Read> {
+        serde_json::from_str(&self.params.parse(&self.text, is_partial).ok()?).ok()
+    }
+
+    /// The difference to what was passed on.
+    fn news(&mut self, read: &Read, holds_content: bool, is_end: bool) -> Vec<Event> {
+        let mut events = Vec::new();
+        if let Some(more) = read.reasoning_content.get(self.reasoned..).filter(|more| !more.is_empty()) {
+            self.reasoned = read.reasoning_content.len();
+            events.push(Event::Reasoning(more.to_owned()));
+        }
+        if let Some(more) = read.content.get(self.said..).filter(|more| !more.is_empty() && !holds_content) {
+            self.said = read.content.len();
+            events.push(Event::Text(more.to_owned()));
+        }
+        for (index, ReadCall { function }) in read.tool_calls.iter().enumerate() {
+            let is_last = index + 1 == read.tool_calls.len();
+            if index == self.called.len() {
+                // A name may grow until the arguments begin.
+                if is_last && !is_end && function.arguments.is_empty() {
+                    continue;
+                }
+                self.called.push(function.arguments.len());
+                let call = ToolCall {
+                    id: format!("call_{:024x}", rand::random::<u128>() >> 32),
+                    name: function.name.clone(),
+                    arguments: function.arguments.clone(),
+                };
+                events.push(Event::ToolCall(ToolCallPart { index, call }));
+            } else if let Some(more) = function.arguments.get(self.called[index]..).filter(|more| !more.is_empty()) {
+                self.called[index] = function.arguments.len();
+                let call = ToolCall { arguments: more.to_owned(), ..ToolCall::default() };
+                events.push(Event::ToolCall(ToolCallPart { index, call }));
+            }
+        }
+        events
+    }
+}
+
+/// What may stand around a bare call.
+const FENCES: [&str; 3] = ["```json", "```", "<tools>"];
+
+/// The text behind a fence.
+fn within_fence(text: &str) -> &str {
+    let text = text.trim_start();
+    FENCES.iter().find_map(|fence| text.strip_prefix(fence)).unwrap_or(text).trim_start()
+}
+
+/// Whether this may become a bare call: `{"name": …`, alone or in a list, perhaps in a fence.
+fn may_be_bare(text: &str) -> bool {
+    let trimmed = text.trim_start();
+    if FENCES.iter().any(|fence| fence.starts_with(trimmed)) {
+        return true;
+    }
+    let inner = within_fence(text);
+    let compact: String = inner.strip_prefix('[').unwrap_or(inner).split_whitespace().collect();
+    ["{\"name\":", "{\"arguments\":"].iter().any(|wanted| compact.starts_with(wanted) || wanted.starts_with(&*compact))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BareCall {
+    name: String,
+    #[serde(alias = "parameters")]
+    arguments: serde_json::Map<String, Value>,
+}
+
+/// Text that is nothing but calls of these tools.
+fn bare_calls(text: &str, tools: &[String]) -> Option<Vec<ReadCall>> {
+    let inner = within_fence(text).trim_end();
+    let inner = ["```", "</tools>"].iter().find_map(|fence| inner.strip_suffix(fence)).unwrap_or(inner);
+    let mut calls = Vec::new();
+    for value in serde_json::Deserializer::from_str(inner).into_iter::<Value>() {
+        match value.ok()? {
+            Value::Array(values) => calls.extend(values),
+            value => calls.push(value),
+        }
+    }
+    let calls = calls.into_iter().map(|value| {
+        let BareCall { name, arguments } =
+            serde_json::from_value(value).ok().filter(|call: &BareCall| tools.contains(&call.name))?;
+        Some(ReadCall { function: ReadFunction { name, arguments: Value::Object(arguments).to_string() } })
+    });
+    calls.collect::<Option<Vec<_>>>().filter(|calls| !calls.is_empty())
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    fn tools() -> Vec<String> {
+        vec!["weather".into(), "time".into()]
+    }
+
+    #[test]
+    fn calls_without_marks_are_read_alone_in_a_list_one_after_the_other_and_in_a_fence() {
+        let one = r#"{"name": "weather", "arguments": {"city": "Oslo"}}"#;
+        let two = r#"{"name": "time", "arguments": {}}"#;
+        for (text, count) in [
+            (one.to_owned(), 1),
+            (format!("[{one}, {two}]"), 2),
+            (format!("{one}\n{two}\n"), 2),
+            (format!("```json\n{one}\n```"), 1),
+            (format!("<tools>\n{one}\n</tools>"), 1),
+        ] {
+            let calls = bare_calls(&text, &tools()).unwrap();
+            assert_eq!((calls.len(), calls[0].function.name.as_str()), (count, "weather"), "{text}");
+            assert_eq!(calls[0].function.arguments, r#"{"city":"Oslo"}"#);
+            assert!(
+                (0..=text.len()).all(|at| may_be_bare(&text[..at])),
+                "{text} is held back from its first letter on"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_no_call_stays_text() {
+        for text in [
+            r#"{"name": "nobody", "arguments": {}}"#,
+            r#"{"name": "weather", "arguments": {}} is how."#,
+            r#"{"name": "weather", "arguments": "Oslo"}"#,
+            r#"{"city": "Oslo"}"#,
+            "",
+            "[]",
+        ] {
+            assert!(bare_calls(text, &tools()).is_none(), "{text}");
+        }
+        assert!(
+            !may_be_bare(r#"{"city""#) && !may_be_bare("The") && !may_be_bare("```rust\nfn"),
+            "it is passed on at once"
+        );
+    }
+}

@@ -1,0 +1,201 @@
+//! Choosing the tokens of an answer, by llama.cpp's own samplers and grammars.
+
+use std::collections::HashSet;
+
+use llama_cpp_4::chat::ChatParams;
+use llama_cpp_4::common_sampler::{CommonSampler, CommonSamplerParams, GrammarSource};
+use llama_cpp_4::context::LlamaContext;
+use llama_cpp_4::model::{AddBos, LlamaModel, Special};
+use llama_cpp_4::sampling::LlamaSampler;
+use llama_cpp_4::token::LlamaToken;
+use sarai_core::{Error, Format, GenerateRequest, Sampling};
+use serde::Deserialize;
+
+use crate::prompt::internal;
+
+/// Both APIs' -100 bans a token; for llama.cpp that is minus infinity, which JSON frames cannot carry.
+const BANNED: f32 = -100.0;
+
+/// Chooses the tokens of one answer.
+pub struct Sampler {
+    chain: CommonSampler,
+    /// The grammar once more, where banned tokens may leave nothing that it allows: llama.cpp ends the process at the token
+    /// after one that its grammar refuses.
+    guard: Option<LlamaSampler>,
+}
+
+impl Sampler {
+    /// Of one generation, whose template may have said what form its calls have.
+    ///
+    /// # Errors
+    /// The schema or the grammar is none that llama.cpp can follow, or a token does not exist.
+    pub fn new(
+        model: &LlamaModel,
+        context_tokens: usize,
+        request: &GenerateRequest,
+        form: Option<&ChatParams>,
+    ) -> Result<Self, Error> {
+        let mut params = CommonSamplerParams::new();
+        set_scalars(&mut params, context_tokens, &request.sampling);
+        for &(token, bias) in &request.sampling.logit_bias {
+            if token < 0 || token >= model.n_vocab() {
+                return Err(Error::invalid(
+                    "logit_bias",
+                    format!("`{token}` is no token of this model: use ids from 0 to {}", model.n_vocab() - 1),
+                ));
+            }
+            params
+                .add_logit_bias(LlamaToken(token), if bias <= BANNED { f32::NEG_INFINITY } else { bias })
+                .map_err(internal)?;
+        }
+        let param = if matches!(request.format, Format::Gbnf(_)) { "grammar" } else { "format" };
+        let bad = |error: &dyn std::fmt::Display| {
+            Error::invalid(param, format!("llama.cpp cannot make a grammar of `{param}`: {error}"))
+        };
+        let grammar = match form.filter(|form| !form.grammar.is_empty()) {
+            Some(form) => {
+                set_calls(&mut params, model, form)?;
+                (!form.grammar_lazy).then(|| form.grammar.clone())
+            }
+            None => {
+                let grammar = grammar_of(&request.format, &bad)?;
+                if let Some(grammar) = &grammar {
+                    params.set_grammar(grammar, GrammarSource::User, false).map_err(|error| bad(&error))?;
+                }
+                grammar
+            }
+        };
+        let chain = CommonSampler::new(model, &mut params).map_err(|error| bad(&error))?;
+        let may_be_stuck = !request.sampling.logit_bias.is_empty() && form.is_none();
+        let guard = grammar.filter(|_| may_be_stuck).map(|grammar| LlamaSampler::try_grammar(model, &grammar, "root"));
+        Ok(Self { chain, guard: guard.transpose().map_err(|error| bad(&error))? })
+    }
+
+    /// Takes a token of the prompt into account.
+    pub fn saw(&mut self, token: LlamaToken) {
+        self.chain.accept(token, false);
+    }
+
+    /// Chooses the next token by the logits of this row.
+    ///
+    /// # Errors
+    /// There is none that the grammar allows.
+    pub fn choose(
+        &mut self,
+        model: &LlamaModel,
+        context: &mut LlamaContext<'_>,
+        row: i32,
+    ) -> Result<LlamaToken, Error> {
+        let token = self.chain.sample(context, row, false).map_err(internal)?;
+        if model.is_eog_token(token) {
+            // Grammars take no end.
+            return Ok(token);
+        }
+        let stuck = || {
+            Error::invalid(
+                "logit_bias",
+                "no token is left that the form of the answer allows: ban fewer tokens, or ask for another form",
+            )
+        };
+        if let Some(guard) = &mut self.guard {
+            guard.try_accept(token).map_err(|_| stuck())?;
+        }
+        self.chain.accept(token, true);
+        if self.chain.last() == token { Ok(token) } else { Err(stuck()) }
+    }
+}
+
+/// The grammar of a form. It is made of the schema alone: the templates' own ones let a fence of backticks through.
+fn grammar_of(format: &Format, bad: &dyn Fn(&dyn std::fmt::Display) -> Error) -> Result<Option<String>, Error> {
+    match format {
+        Format::Gbnf(grammar) => Ok(Some(grammar.clone())),
+        format => schema_of(format)
+            .map(|schema| llama_cpp_4::chat::json_schema_to_grammar(&schema, false).map_err(|error| bad(&error)))
+            .transpose(),
+    }
+}
+
+#[derive(Deserialize)]
+struct Trigger {
+    #[serde(rename = "type")]
+    kind: String,
+    value: String,
+    #[serde(default)]
+    token: i32,
+}
+
+/// The only token of a text, if it is one.
+fn only_token(model: &LlamaModel, text: &str) -> Option<LlamaToken> {
+    let tokens = tokens(model, text);
+    (tokens.len() == 1).then(|| tokens[0])
+}
+
+fn tokens(model: &LlamaModel, text: &str) -> Vec<LlamaToken> {
+    model.str_to_token_with_special(text, AddBos::Never, Special::Tokenize).unwrap_or_default()
+}
+
+/// Special tokens that the parser of calls has to see.
+pub fn preserved(model: &LlamaModel, form: &ChatParams) -> HashSet<LlamaToken> {
+    let words: Vec<String> = serde_json::from_str(&form.preserved_tokens_json).unwrap_or_default();
+    words.iter().filter_map(|word| only_token(model, word)).collect()
+}
+
+/// Further texts that end an answer of this form.
+pub fn stops(form: &ChatParams) -> Vec<String> {
+    serde_json::from_str(&form.additional_stops_json).unwrap_or_default()
+}
+
+/// The grammar of calls: from the beginning where one must be made, else from the mark on that begins one, and never within
+/// reasoning.
+fn set_calls(params: &mut CommonSamplerParams, model: &LlamaModel, form: &ChatParams) -> Result<(), Error> {
+    let triggers: Vec<Trigger> = serde_json::from_str(&form.grammar_triggers_json).unwrap_or_default();
+    if form.grammar_lazy && triggers.is_empty() {
+        return Ok(());
+    }
+    let bad = |error: &dyn std::fmt::Display| {
+        Error::invalid("tools", format!("llama.cpp cannot make a grammar of the tools: {error}"))
+    };
+    params.set_grammar(&form.grammar, GrammarSource::ToolCalls, form.grammar_lazy).map_err(|error| bad(&error))?;
+    let preserved = preserved(model, form);
+    for Trigger { kind, value, token } in triggers {
+        let single = only_token(model, &value).filter(|token| kind == "word" && preserved.contains(token));
+        let (kind, token) = single.map_or((kind.as_str(), LlamaToken(token)), |token| ("token", token));
+        params.add_grammar_trigger(kind, &value, token).map_err(|error| bad(&error))?;
+    }
+    params.set_generation_prompt(form.generation_prompt()).map_err(internal)?;
+    let ends: Vec<String> = serde_json::from_str(&form.thinking_end_tags_json).unwrap_or_default();
+    if !form.thinking_start_tag.is_empty() && !ends.is_empty() {
+        let ends: Vec<_> = ends.iter().map(|end| tokens(model, end)).collect();
+        let start = tokens(model, &form.thinking_start_tag);
+        params.set_reasoning_budget(&start, &ends, &ends[0], "").map_err(internal)?;
+    }
+    Ok(())
+}
+
+/// The schema of a form of JSON.
+pub fn schema_of(format: &Format) -> Option<String> {
+    match format {
+        Format::Text | Format::Gbnf(_) => None,
+        Format::Json => Some(r#"{"type":"object"}"#.to_owned()),
+        Format::Schema(schema) => Some(schema.clone()),
+    }
+}
+
+fn set_scalars(params: &mut CommonSamplerParams, context_tokens: usize, sampling: &Sampling) {
+    let mut scalars = params.scalars();
+    let set = |to: &mut f32, from: Option<f32>| *to = from.unwrap_or(*to);
+    set(&mut scalars.temp, sampling.temperature);
+    set(&mut scalars.top_p, sampling.top_p);
+    set(&mut scalars.min_p, sampling.min_p);
+    set(&mut scalars.typ_p, sampling.typical_p);
+    set(&mut scalars.penalty_repeat, sampling.repeat_penalty);
+    set(&mut scalars.penalty_freq, sampling.frequency_penalty);
+    set(&mut scalars.penalty_present, sampling.presence_penalty);
+    scalars.top_k = sampling.top_k.unwrap_or(scalars.top_k);
+    // The samplers take -1 for nothing; both APIs mean the whole context by it.
+    let last_n = sampling.repeat_last_n.unwrap_or(scalars.penalty_last_n);
+    scalars.penalty_last_n = if last_n < 0 { i32::try_from(context_tokens).unwrap_or(i32::MAX) } else { last_n };
+    scalars.seed = sampling.seed.unwrap_or(scalars.seed);
+    scalars.no_perf = true;
+    params.set_scalars(&scalars);
+}
