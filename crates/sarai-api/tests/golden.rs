@@ -40,7 +40,7 @@ fn timings() -> Timings {
 fn whole_answer(extra: Option<Extra>) -> Whole {
     let text = extra.as_ref().map_or_else(|| "Hello".into(), |extra| extra.text.clone());
     let (finish, usage, timings) = (FinishReason::Stop, USAGE, timings());
-    Whole { text, finish, usage, timings, extra: extra.map(Box::new) }
+    Whole { text, reasoning: String::new(), tool_calls: Vec::new(), finish, usage, timings, extra: extra.map(Box::new) }
 }
 
 #[test]

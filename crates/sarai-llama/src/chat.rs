@@ -8,8 +8,9 @@ use std::collections::HashSet;
 
 use llama_cpp_4::chat::ChatParams;
 use llama_cpp_4::token::LlamaToken;
-use sarai_core::{Event, FinishReason, ToolCall, ToolCallPart};
+use sarai_core::{Event, FinishReason, ToolCall, ToolCallPart, ToolChoice, Tools};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::Value;
 
 /// What llama.cpp's parser has read.
@@ -43,18 +44,35 @@ pub struct Parts {
     pub preserved: HashSet<LlamaToken>,
     /// Tools that may be called.
     tools: Vec<String>,
+    /// Whether one call is all that is wanted.
+    is_single: bool,
     text: String,
     /// How much of the parts was passed on.
     reasoned: usize,
     said: usize,
     /// For each call that was begun, how much of its arguments.
     called: Vec<usize>,
+    /// Whether the first one's arguments are all there.
+    is_whole: bool,
 }
 
 impl Parts {
     /// Of an answer to what a template has made of the messages and these tools.
-    pub fn new(params: ChatParams, preserved: HashSet<LlamaToken>, tools: Vec<String>) -> Self {
-        Self { params, preserved, tools, text: String::new(), reasoned: 0, said: 0, called: Vec::new() }
+    pub fn new(params: ChatParams, preserved: HashSet<LlamaToken>, tools: Option<Tools>) -> Self {
+        let is_named = |tools: &Tools| matches!(tools.choice, ToolChoice::Named(_));
+        let is_single = tools.as_ref().is_some_and(|tools| is_named(tools) || tools.parallel == Some(false));
+        let tools = tools.map(|tools| tools.names).unwrap_or_default();
+        Self {
+            params,
+            preserved,
+            tools,
+            is_single,
+            text: String::new(),
+            reasoned: 0,
+            said: 0,
+            called: Vec::new(),
+            is_whole: false,
+        }
     }
 
     /// What is known by more text.
@@ -84,6 +102,11 @@ impl Parts {
         (events, if calls { FinishReason::ToolCalls } else { finish })
     }
 
+    /// Whether nothing more is wanted: the only call is whole.
+    pub fn is_complete(&self) -> bool {
+        self.is_single && !self.called.is_empty() && self.is_whole
+    }
+
     fn read(&self, is_partial: bool) -> Option<Read> {
         serde_json::from_str(&self.params.parse(&self.text, is_partial).ok()?).ok()
     }
@@ -100,6 +123,9 @@ impl Parts {
             events.push(Event::Text(more.to_owned()));
         }
         for (index, ReadCall { function }) in read.tool_calls.iter().enumerate() {
+            if index == 0 && !self.is_whole {
+                self.is_whole = serde_json::from_str::<IgnoredAny>(&function.arguments).is_ok();
+            }
             let is_last = index + 1 == read.tool_calls.len();
             if index == self.called.len() {
                 // A name may grow until the arguments begin.

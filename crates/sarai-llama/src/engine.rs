@@ -253,8 +253,10 @@ impl<'model> Engine<'model> {
         stops.extend(form.iter().flat_map(sampler::stops));
         let answer = AnswerText::after(&request.given, &stops);
         let max_tokens = request.max_tokens.unwrap_or(u32::MAX);
-        let tools = request.tools.map(|tools| tools.names).unwrap_or_default();
-        let parts = form.map(|form| Parts::new(form.clone(), sampler::preserved(self.model, &form), tools));
+        let parts = form.map(|form| {
+            let preserved = sampler::preserved(self.model, &form);
+            Parts::new(form, preserved, request.tools)
+        });
         let writer = Writer { sampler, answer, parts };
         Ok(Waiting { id, prompt, given, max_tokens, context_tokens, since, writer })
     }
@@ -349,7 +351,8 @@ impl<'model> Engine<'model> {
             }
         }
         generation.next = Some(token);
-        match generation.limit(in_cache) {
+        let is_complete = generation.asked.writer.parts.as_ref().is_some_and(Parts::is_complete);
+        match is_complete.then_some(FinishReason::Stop).or_else(|| generation.limit(in_cache)) {
             Some(finish) => self.end(index, finish, frames),
             None => Ok(()),
         }

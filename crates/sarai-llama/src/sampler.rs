@@ -145,6 +145,20 @@ pub fn stops(form: &ChatParams) -> Vec<String> {
     serde_json::from_str(&form.additional_stops_json).unwrap_or_default()
 }
 
+/// The grammar of a call that must be made, without the text that llama.cpp lets stand before it: a small model that does not
+/// know its own template's marks would write text for ever.
+fn without_preface(grammar: &str) -> String {
+    let is_preface = |word: &&str| {
+        let number = word.strip_prefix("until-").and_then(|word| word.strip_suffix('?'));
+        number.is_some_and(|number| number.parse::<u32>().is_ok())
+    };
+    let lines = grammar.lines().map(|line| match line.starts_with("root ::=") {
+        true => line.split(' ').filter(|word| !is_preface(word)).collect::<Vec<_>>().join(" "),
+        false => line.to_owned(),
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
 /// The grammar of calls: from the beginning where one must be made, else from the mark on that begins one, and never within
 /// reasoning.
 fn set_calls(params: &mut CommonSamplerParams, model: &LlamaModel, form: &ChatParams) -> Result<(), Error> {
@@ -155,7 +169,8 @@ fn set_calls(params: &mut CommonSamplerParams, model: &LlamaModel, form: &ChatPa
     let bad = |error: &dyn std::fmt::Display| {
         Error::invalid("tools", format!("llama.cpp cannot make a grammar of the tools: {error}"))
     };
-    params.set_grammar(&form.grammar, GrammarSource::ToolCalls, form.grammar_lazy).map_err(|error| bad(&error))?;
+    let grammar = if form.grammar_lazy { form.grammar.clone() } else { without_preface(&form.grammar) };
+    params.set_grammar(&grammar, GrammarSource::ToolCalls, form.grammar_lazy).map_err(|error| bad(&error))?;
     let preserved = preserved(model, form);
     for Trigger { kind, value, token } in triggers {
         let single = only_token(model, &value).filter(|token| kind == "word" && preserved.contains(token));
@@ -198,4 +213,16 @@ fn set_scalars(params: &mut CommonSamplerParams, context_tokens: usize, sampling
     scalars.seed = sampling.seed.unwrap_or(scalars.seed);
     scalars.no_perf = true;
     params.set_scalars(&scalars);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::without_preface;
+
+    #[test]
+    fn a_call_that_must_be_made_is_made_at_once() {
+        let grammar = "root ::= \"a\" space until-161? tool-calls\nuntil-161 ::= | [<] until-161\nx ::= until-161?";
+        let wanted = "root ::= \"a\" space tool-calls\nuntil-161 ::= | [<] until-161\nx ::= until-161?";
+        assert_eq!(without_preface(grammar), wanted);
+    }
 }

@@ -1,0 +1,181 @@
+//! Tools and forms of answers on real local models, through both APIs.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod support;
+
+use serde_json::{Value, json};
+use support::{Answer, Sarai, chat, qwen, smollm2};
+
+fn models() -> String {
+    format!(
+        "models:\n  coder: {{ backend: gguf_native, gguf_path: {}, context_length: 2048, parallel: 2 }}\n  plain: {{ backend: gguf_native, gguf_path: {}, context_length: 1024 }}\n",
+        qwen(),
+        smollm2()
+    )
+}
+
+fn tools() -> Value {
+    let city = json!({ "type": "object", "properties": { "city": { "type": "string" } }, "required": ["city"] });
+    json!([
+        { "type": "function", "function": { "name": "get_weather", "description": "The weather of a city", "parameters": city } },
+        { "type": "function", "function": { "name": "get_time", "description": "The time of a city", "parameters": city } },
+    ])
+}
+
+async fn ask(sarai: &Sarai, more: Value) -> Answer {
+    let mut body: Value = serde_json::from_str(&chat("coder", "What is the weather in Oslo?", json!({}))).unwrap();
+    let fields = json!({ "tools": tools(), "temperature": 0, "max_tokens": 100 });
+    for fields in [fields, more] {
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    }
+    sarai.post("/v1/chat/completions", body.to_string()).await
+}
+
+/// The calls of an answer, whole or put together from its deltas: names and arguments.
+fn calls(answer: &Answer) -> Vec<(String, Value)> {
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    let mut calls: Vec<(String, String)> = Vec::new();
+    let mut add = |parts: &Value| {
+        for part in parts.as_array().into_iter().flatten() {
+            let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+            let function = &part["function"];
+            match part["id"].as_str() {
+                Some(id) => {
+                    assert!(id.starts_with("call_") && part["type"] == "function", "{part}");
+                    calls.push((text(&function["name"]), text(&function["arguments"])));
+                }
+                None => calls[usize::try_from(part["index"].as_u64().unwrap()).unwrap()]
+                    .1
+                    .push_str(&text(&function["arguments"])),
+            }
+        }
+    };
+    match answer.text.starts_with('{') {
+        true => add(&answer.json()["choices"][0]["message"]["tool_calls"]),
+        false => answer.sse().iter().for_each(|event| add(&event["choices"][0]["delta"]["tool_calls"])),
+    }
+    calls.into_iter().map(|(name, arguments)| (name, serde_json::from_str(&arguments).unwrap())).collect()
+}
+
+/// Qwen2.5-Coder-0.5B writes its calls as bare JSON, without its template's marks.
+#[tokio::test]
+async fn a_model_decides_must_call_must_call_this_one_or_may_not() {
+    let sarai = Sarai::start(&models());
+    for stream in [false, true] {
+        for (choice, wanted) in [
+            (json!("auto"), "get_weather"),
+            (json!("required"), "get_weather"),
+            (json!({ "type": "function", "function": { "name": "get_time" } }), "get_time"),
+        ] {
+            let answer = ask(&sarai, json!({ "tool_choice": choice, "stream": stream })).await;
+            let calls = calls(&answer);
+            assert_eq!((calls.len(), calls[0].0.as_str()), (1, wanted), "{choice}: {}", answer.text);
+            assert_eq!(calls[0].1["city"], "Oslo", "{choice}");
+            assert!(answer.text.contains("\"finish_reason\":\"tool_calls\""), "{}", answer.text);
+        }
+        let answer = ask(&sarai, json!({ "tool_choice": "none", "stream": stream, "max_tokens": 8 })).await;
+        assert!(calls(&answer).is_empty(), "{}", answer.text);
+    }
+    // Whatever it would rather say, and however it is sampled.
+    for seed in 0..6 {
+        let more = json!({ "tool_choice": "required", "parallel_tool_calls": false, "temperature": 1.5, "seed": seed });
+        let calls = calls(&ask(&sarai, more).await);
+        assert!(calls.len() == 1 && calls[0].1["city"].is_string(), "{calls:?}");
+    }
+    let wrong = ask(&sarai, json!({ "tool_choice": { "type": "function", "function": { "name": "nobody" } } })).await;
+    assert_eq!((wrong.status, &wrong.json()["error"]["param"]), (400, &json!("tool_choice")), "{}", wrong.text);
+    assert!(wrong.text.contains("get_time"), "it says which there are: {}", wrong.text);
+}
+
+#[tokio::test]
+async fn ollamas_clients_get_calls_whole_and_send_results_back() {
+    let sarai = Sarai::start(&models());
+    let question = json!({ "role": "user", "content": "What is the weather in Oslo?" });
+    for stream in [false, true] {
+        let body = json!({ "model": "coder", "messages": [question], "tools": tools(), "stream": stream, "options": { "temperature": 0 } });
+        let answer = sarai.post("/api/chat", body.to_string()).await;
+        let lines = answer.lines();
+        let call = lines
+            .iter()
+            .find_map(|line| line["message"]["tool_calls"].get(0))
+            .unwrap_or_else(|| panic!("{}", answer.text));
+        assert_eq!(
+            (&call["function"]["name"], &call["function"]["arguments"]["city"]),
+            (&json!("get_weather"), &json!("Oslo"))
+        );
+        assert_eq!(
+            (&lines.last().unwrap()["done"], &lines.last().unwrap()["done_reason"]),
+            (&json!(true), &json!("stop"))
+        );
+        let messages = json!([
+            question,
+            { "role": "assistant", "content": "", "tool_calls": [call] },
+            { "role": "tool", "tool_name": "get_weather", "content": "{\"temperature\": -3}" },
+        ]);
+        let prompt_tokens = async |messages: Value| {
+            let body = json!({ "model": "coder", "messages": messages, "tools": tools(), "stream": false, "options": { "num_predict": 1 } });
+            sarai.post("/api/chat", body.to_string()).await.json()["prompt_eval_count"].as_i64().unwrap()
+        };
+        // The template shows the model its call and the result.
+        let (asked, told) = (prompt_tokens(json!([question])).await, prompt_tokens(messages).await);
+        assert!(told > asked + 30, "{asked} {told}");
+    }
+    let shown = |model: &str| sarai.post("/api/show", json!({ "model": model }).to_string());
+    assert_eq!(shown("coder").await.json()["capabilities"], json!(["completion", "tools"]));
+    assert_eq!(shown("plain").await.json()["capabilities"], json!(["completion"]));
+}
+
+/// Neither lost nor answered blind.
+#[tokio::test]
+async fn a_model_without_tools_refuses_them() {
+    let sarai = Sarai::start(&models());
+    let body = chat("plain", "Hello.", json!({ "tools": tools() }));
+    let answer = sarai.post("/v1/chat/completions", body).await;
+    assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!("tools")), "{}", answer.text);
+    assert!(sarai.worker_pids().await.is_empty(), "known from the file");
+}
+
+#[tokio::test]
+async fn an_answer_follows_a_grammar_and_what_is_none_is_a_400_that_says_where() {
+    let sarai = Sarai::start(&models());
+    let ask = async |more: Value| sarai.post("/v1/chat/completions", chat("coder", "Is the sky blue?", more)).await;
+    let answer = ask(json!({ "grammar": "root ::= \"certainly\" | \"never\"" })).await;
+    let said = answer.json()["choices"][0]["message"]["content"].clone();
+    assert!(said == "certainly" || said == "never", "{}", answer.text);
+    let schema = json!({ "type": "object", "properties": { "n": { "type": "integer", "minimum": 3, "maximum": 5 } }, "required": ["n"], "additionalProperties": false });
+    let answer = ask(json!({ "json_schema": schema })).await;
+    let said = answer.json()["choices"][0]["message"]["content"].as_str().unwrap().to_owned();
+    let n = serde_json::from_str::<Value>(&said).unwrap()["n"].as_i64().unwrap();
+    assert!((3..=5).contains(&n), "{said}");
+    let missing = json!({ "type": "object", "properties": { "x": { "$ref": "#/nowhere" } } });
+    for (more, says) in [
+        (json!({ "grammar": "root ::= \"open" }), "grammar"),
+        (json!({ "json_schema": missing }), "#/properties/x"),
+        (
+            json!({ "response_format": { "type": "json_schema", "json_schema": { "name": "a", "schema": missing } } }),
+            "#/nowhere",
+        ),
+        (json!({ "grammar": "root ::= \"a\"", "json_schema": schema }), "both"),
+    ] {
+        let answer = ask(more.clone()).await;
+        assert!(answer.status == 400 && answer.text.contains(says), "{more}: {} {}", answer.status, answer.text);
+    }
+}
+
+/// llama.cpp ends the process at the token after one that its grammar refuses.
+#[tokio::test]
+async fn banning_all_that_a_form_allows_fails_the_request_and_not_the_worker() {
+    let sarai = Sarai::start(&models());
+    let all: serde_json::Map<_, _> = (0..151_000).map(|token| (token.to_string(), json!(-100))).collect();
+    let before = sarai.post("/v1/chat/completions", chat("coder", "Hello.", json!({ "max_tokens": 1 }))).await;
+    assert_eq!(before.status, 200);
+    let pids = sarai.worker_pids().await;
+    for form in [json!({ "response_format": { "type": "json_object" } }), json!({ "grammar": "root ::= \"aaaa\"" })] {
+        let mut more = json!({ "logit_bias": all, "max_tokens": 20 });
+        more.as_object_mut().unwrap().extend(form.as_object().unwrap().clone());
+        let answer = sarai.post("/v1/chat/completions", chat("coder", "Hello.", more)).await;
+        assert!([200, 400].contains(&answer.status), "{}", answer.text);
+    }
+    assert_eq!(sarai.worker_pids().await, pids, "the same worker");
+}
