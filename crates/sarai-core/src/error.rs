@@ -141,6 +141,18 @@ pub enum Error {
         /// Tokens that one sequence can hold.
         context_tokens: u32,
     },
+    /// A text of which a vector is wanted does not fit the model's context.
+    #[error(
+        "a text has {tokens} tokens, and `{model}` reads at most {most} at a time: shorten it, or have it truncated"
+    )]
+    TextTooLong {
+        /// The model's name.
+        model: String,
+        /// Tokens of the text.
+        tokens: u32,
+        /// Tokens that it may have.
+        most: u32,
+    },
     /// No model has this name.
     #[error("no model is called `{name}`{}", suggestion(known))]
     UnknownModel {
@@ -228,6 +240,7 @@ impl Error {
     pub fn of_model(mut self, name: &str) -> Self {
         match &mut self {
             Self::ContextOverflow { model, .. }
+            | Self::TextTooLong { model, .. }
             | Self::Deadline { model, .. }
             | Self::Unavailable { model, .. }
             | Self::WorkerDied { model, .. } => name.clone_into(model),
@@ -249,6 +262,7 @@ impl Error {
             | Self::ShuttingDown => false,
             // The next deployment may have a longer context.
             Self::ContextOverflow { .. }
+            | Self::TextTooLong { .. }
             | Self::Deadline { .. }
             | Self::DoesNotFit(_)
             | Self::Unavailable { .. }

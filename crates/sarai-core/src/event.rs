@@ -18,6 +18,14 @@ pub enum Event {
     Reasoning(String),
     /// A piece of a call of a tool.
     ToolCall(ToolCallPart),
+    /// The vector of one of the inputs, or its score.
+    Vector {
+        /// Which.
+        index: usize,
+        /// Its numbers; as text in a frame.
+        #[serde(with = "numbers")]
+        values: Vec<f32>,
+    },
     /// A step of a host that has more to say than text.
     Extra(Box<Extra>),
     /// Bytes came that say nothing: a sign of life, and no token. Ends in dispatch.
@@ -174,6 +182,25 @@ pub struct Timings {
     pub decode: Duration,
 }
 
+/// Base64 of little-endian bytes: a tenth of the time that decimal digits take.
+mod numbers {
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD;
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(values: &[f32], to: S) -> Result<S::Ok, S::Error> {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        to.serialize_str(&STANDARD.encode(bytes))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<f32>, D::Error> {
+        let bytes = STANDARD.decode(String::deserialize(from)?).map_err(D::Error::custom)?;
+        let value = |four: &[u8]| four.try_into().map(f32::from_le_bytes).unwrap_or_default();
+        Ok(bytes.chunks_exact(4).map(value).collect())
+    }
+}
+
 mod micros {
     use std::time::Duration;
 
@@ -207,6 +234,13 @@ mod tests {
         let text = whole.message["reasoning_content"].as_str().unwrap();
         assert_eq!(text, "first second");
         assert_eq!(whole.message["tool_calls"], json!([call(0, "{\"a\":1}"), call(1, "[]")]));
+    }
+
+    #[test]
+    fn a_vector_comes_back_from_its_frame_to_the_last_bit() {
+        let sent = Event::Vector { index: 3, values: vec![0.1, -1e-30, f32::MAX, 0.0] };
+        let back: Event = serde_json::from_str(&serde_json::to_string(&sent).unwrap()).unwrap();
+        assert_eq!(back, sent);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use thiserror::Error as ThisError;
 use crate::error::Error;
 use crate::event::Event;
 use crate::memory::{EngineMemory, KvType};
-use crate::request::GenerateRequest;
+use crate::request::{EmbedRequest, GenerateRequest};
 use crate::units::Bytes;
 
 /// The longest frame that is accepted, in bytes: a prompt and its JSON escapes.
@@ -20,6 +20,19 @@ pub const MAX_FRAME_BYTES: usize = 256 << 20;
 
 /// Length of the frame header in bytes.
 pub const HEADER_BYTES: usize = 4;
+
+/// What a model is made for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Purpose {
+    /// It goes on with text.
+    #[default]
+    Answers,
+    /// It makes a vector of a text.
+    Vectors,
+    /// It says how well a text answers another one.
+    Scores,
+}
 
 /// How a worker loads its file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +61,9 @@ pub struct LoadSpec {
     /// Bytes of the file, from and to, that nothing reads once the model is loaded, because they were copied.
     #[serde(default)]
     pub idle: Vec<(u64, u64)>,
+    /// What it is used for.
+    #[serde(default)]
+    pub purpose: Purpose,
     /// Where what was computed is kept when the worker goes, if it is.
     #[serde(default)]
     pub park: Option<Park>,
@@ -85,6 +101,13 @@ pub enum ToWorker {
         context_tokens: u32,
         /// What to generate.
         request: Box<GenerateRequest>,
+    },
+    /// Make vectors, or scores.
+    Embed {
+        /// Names it in the frames that follow.
+        id: u64,
+        /// Of what.
+        request: Box<EmbedRequest>,
     },
     /// Stop a generation; unknown ids are ignored.
     Cancel {

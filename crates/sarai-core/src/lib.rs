@@ -15,7 +15,11 @@ pub mod units;
 pub use deadline::Deadlines;
 pub use error::{Attempt, Error, Phase, RemoteCause};
 pub use event::{Event, Extra, FinishReason, Timings, Usage};
+pub use frame::Purpose;
 pub use memory::{EngineMemory, Held, KeepAlive, KvType, Part, Refusal};
-pub use request::{Api, Extras, Format, GenerateRequest, Message, Need, Prompt, Residence, ResultOf, Role, Sampling};
+pub use request::{
+    Api, EmbedRequest, Extras, Format, GenerateRequest, Input, Message, Need, Prompt, Residence, ResultOf, Role,
+    Sampling,
+};
 pub use tool::{ToolCall, ToolCallPart, ToolChoice, Tools};
 pub use units::Bytes;

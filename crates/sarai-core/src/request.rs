@@ -220,6 +220,27 @@ pub struct GenerateRequest {
     pub extras: Option<Box<Extras>>,
 }
 
+/// A text of which a vector is wanted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Input {
+    /// As people write it.
+    Text(String),
+    /// As the model's own tokens.
+    Tokens(Vec<i32>),
+}
+
+/// Vectors that are wanted, or scores.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EmbedRequest {
+    /// Of what.
+    pub inputs: Vec<Input>,
+    /// The question that each of them may answer; then scores are wanted.
+    pub query: Option<String>,
+    /// Whether what is too long is cut, and not refused.
+    pub truncate: bool,
+}
+
 impl GenerateRequest {
     /// What must be followed, and only hosts of the client's API can.
     #[must_use]

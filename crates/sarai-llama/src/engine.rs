@@ -14,20 +14,20 @@ use llama_cpp_4::llama_backend::LlamaBackend;
 use llama_cpp_4::llama_batch::LlamaBatch;
 use llama_cpp_4::model::{LlamaModel, Special};
 use llama_cpp_4::token::LlamaToken;
-use sarai_core::frame::{FromWorker, LoadSpec, ToWorker};
+use sarai_core::frame::{FromWorker, LoadSpec, Purpose, ToWorker};
 use sarai_core::{Error, Event, FinishReason, GenerateRequest};
 
 use crate::answer::{AnswerText, Pushed};
 use crate::cells::{Cells, ContextCells, Sharing};
 use crate::channel::FrameWriter;
 use crate::chat::Parts;
-use crate::log;
 use crate::model::{self, Allocation};
 use crate::park::Parking;
 use crate::prompt::{self, Rendered};
 use crate::sampler::{self, Sampler};
 use crate::schedule::{Limits, Row, Scheduler};
 use crate::sequence::Waiting;
+use crate::{embed, log};
 
 /// What attention takes on one thread to pass over a cell that is not the token's own, for one head of one layer
 /// (SmolLM2-135M with 7,000 such cells: 12.3 instead of 10.1 ms a token on two threads).
@@ -75,6 +75,10 @@ pub fn run(spec: &LoadSpec, commands: &Receiver<ToWorker>, frames: &mut FrameWri
     let mut context = model::context(&spec, &backend, &loaded)?;
     model::release_idle(&spec);
     send(frames, &FromWorker::Loaded(model::info(&spec, &context)))?;
+    if spec.purpose != Purpose::Answers {
+        embed::serve(&spec, &loaded, context, commands, frames);
+        return Ok(());
+    }
     loop {
         let mut engine = Engine::new(&spec, &loaded, &templates, context);
         let Outcome::Resize(context_tokens) = engine.serve(commands, frames) else { return Ok(()) };
@@ -231,6 +235,10 @@ impl<'model> Engine<'model> {
             ToWorker::Trim => {
                 model::trim(&self.path);
                 Ok(())
+            }
+            ToWorker::Embed { id, .. } => {
+                let message = "it answers and makes no vectors: use a model of role embedding";
+                frames.send(&FromWorker::Failed { id, error: Error::invalid("model", message) })
             }
             ToWorker::Load(_) => anyhow::bail!("a worker loads once"),
         }

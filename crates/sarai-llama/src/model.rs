@@ -11,12 +11,12 @@ use std::path::Path;
 use std::ptr::NonNull;
 
 use llama_cpp_4::context::LlamaContext;
-use llama_cpp_4::context::params::{LlamaContextParams, LlamaFlashAttnType};
+use llama_cpp_4::context::params::{LlamaContextParams, LlamaFlashAttnType, LlamaPoolingType};
 use llama_cpp_4::llama_backend::LlamaBackend;
 use llama_cpp_4::model::LlamaModel;
 use llama_cpp_4::quantize::GgmlType;
 use sarai_core::frame::{LoadSpec, LoadedInfo};
-use sarai_core::{Bytes, EngineMemory, KvType};
+use sarai_core::{Bytes, EngineMemory, KvType, Purpose};
 
 /// Whether a load takes memory for tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,12 +121,20 @@ fn context_params(spec: &LoadSpec) -> LlamaContextParams {
         KvType::Q4_0 => GgmlType::Q4_0,
     };
     let flash = if spec.flash_attention { LlamaFlashAttnType::Enabled } else { LlamaFlashAttnType::Disabled };
+    let embeds = spec.purpose != Purpose::Answers;
+    let pooling = match spec.purpose {
+        Purpose::Scores => LlamaPoolingType::Rank,
+        _ => LlamaPoolingType::Unspecified,
+    };
     LlamaContextParams::default()
+        .with_embeddings(embeds)
+        .with_pooling_type(pooling)
         .with_n_ctx(NonZeroU32::new(pool_tokens(spec)))
         .with_n_seq_max(spec.parallel)
         .with_n_batch(step_tokens(spec))
         .with_n_ubatch(step_tokens(spec))
-        .with_n_outputs_max(spec.parallel)
+        // Of a text that is read whole, each token is put out.
+        .with_n_outputs_max(if embeds { 0 } else { spec.parallel })
         .with_swa_full(false)
         // One pool of cells in any case, so that sequences can share what they begin with.
         .with_kv_unified(true)

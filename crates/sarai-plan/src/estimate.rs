@@ -4,10 +4,11 @@
 //! time in llama.cpp's graphs; the constants were fitted to its own dry runs (`make bench-memory` shows how well).
 //! Where a header does not say enough, the estimate is taken high and a note says so; nothing is counted as zero.
 
+use sarai_core::frame::Purpose;
 use sarai_core::{Bytes, KvType, Part};
 
 use crate::gguf::Header;
-use crate::layers::Layers;
+use crate::layers::{self, Layers};
 use crate::projector;
 use crate::scratch::compute;
 use crate::weights::repacked;
@@ -19,6 +20,9 @@ const BARE_PROCESS: Bytes = Bytes::kib(4_500);
 const BINARY: Bytes = Bytes::kib(9_700);
 /// llama.cpp computes in multiples of so many cells.
 const CELLS: u64 = 256;
+
+/// Texts that a model that makes vectors reads side by side.
+const TEXTS_AT_ONCE: u32 = 16;
 
 /// What decides the size besides the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -62,6 +66,19 @@ impl Settings {
     pub fn cells(&self) -> u64 {
         let times = if self.shared_context { 1 } else { u64::from(self.parallel) };
         u64::from(self.context_tokens).next_multiple_of(CELLS) * times
+    }
+
+    /// As this file can be used with: a model that makes vectors reads each text in one step, several side by side, and no
+    /// longer ones than it was trained for.
+    #[must_use]
+    pub fn fitted(self, header: &Header) -> Self {
+        if layers::purpose(header) == Purpose::Answers {
+            return self;
+        }
+        let trained = header.arch_size("context_length").and_then(|n| u32::try_from(n).ok()).filter(|&n| n > 0);
+        let context_tokens = trained.map_or(self.context_tokens, |most| self.context_tokens.min(most));
+        let ubatch_tokens = self.ubatch_tokens.max(context_tokens);
+        Self { context_tokens, ubatch_tokens, parallel: TEXTS_AT_ONCE, shared_context: true, ..self }
     }
 
     /// Tokens that one step really computes at most.
@@ -114,6 +131,7 @@ impl Plan {
     /// Plans a model, with the projector that it sees or hears through, if it has one.
     #[must_use]
     pub fn of(header: &Header, settings: Settings, projector: Option<&Header>) -> Self {
+        let settings = settings.fitted(header);
         let layers = Layers::of(header);
         let part = |name: &str, bytes| Part { name: name.to_owned(), bytes };
         let (copied, replaced) = repacked(header, settings.repack);
@@ -236,6 +254,11 @@ fn states(layers: &Layers, settings: Settings) -> Bytes {
 
 /// Logits of one row per sequence, and what the samplers keep of them.
 fn output(header: &Header, settings: Settings) -> Bytes {
+    if layers::purpose(header) != Purpose::Answers {
+        // A row of each token, and one of each text.
+        let width = header.arch_size("embedding_length").unwrap_or(0);
+        return Bytes(4) * width * (settings.step() + u64::from(settings.parallel));
+    }
     Bytes(4 + 12) * header.vocabulary() * u64::from(settings.parallel)
 }
 

@@ -5,6 +5,8 @@
 //! here is counted as if every layer kept all keys and values, plus whatever state its header names: that is
 //! never too little by much, and [`Layers::known`] says so, so that a dry run is made.
 
+use sarai_core::frame::Purpose;
+
 use crate::gguf::{Header, Value};
 
 /// Architectures whose every layer attends to the whole context, with nothing special about it.
@@ -88,6 +90,8 @@ const ENCODERS: &[&str] = &[
     "llada-moe",
     "rnd1",
 ];
+/// Encoders that answer all the same, by diffusion.
+const DIFFUSION: &[&str] = &["dream", "llada", "llada-moe", "rnd1"];
 /// Architectures of which every layer is recurrent.
 const RECURRENT: &[&str] = &["mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"];
 /// Hybrids whose recurrent layers are those without key and value heads.
@@ -101,6 +105,18 @@ const LATENT: &[&str] = &["deepseek2", "deepseek2-ocr", "mistral4"];
 #[must_use]
 pub fn has_delta_rule(header: &Header) -> bool {
     HYBRID_BY_INTERVAL.contains(&header.architecture())
+}
+
+/// What a file is made for: its header says how it pools tokens, if it does.
+#[must_use]
+pub fn purpose(header: &Header) -> Purpose {
+    let architecture = header.architecture();
+    match header.arch_int("pooling_type") {
+        Some(4) => Purpose::Scores,
+        Some(1..=3) => Purpose::Vectors,
+        _ if ENCODERS.contains(&architecture) && !DIFFUSION.contains(&architecture) => Purpose::Vectors,
+        _ => Purpose::Answers,
+    }
 }
 
 /// One layer.

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures_util::StreamExt;
-use sarai_api::Parsed;
+use sarai_api::embed::{self, Embedded};
+use sarai_api::{Parsed, Served};
 use sarai_core::{Error, Event, Residence};
 
 use crate::admission::Admission;
@@ -50,12 +51,30 @@ impl Gateway {
         Ok(Answer { served: answer.served, events: Box::pin(events) })
     }
 
+    /// Makes vectors or scores.
+    ///
+    /// # Errors
+    /// Whatever keeps it from that.
+    pub async fn embed(&self, parsed: &embed::Parsed) -> Result<(Served, Embedded), Error> {
+        let model = Arc::clone(self.catalog().find(&parsed.model)?);
+        if model.role == ModelRole::Router {
+            let message = format!("`{}` chooses models: use a model of role embedding", parsed.model);
+            return Err(Error::invalid("model", message));
+        }
+        let arrived = Instant::now();
+        let _permit = self.admission.admit().await?;
+        let queued = arrived.elapsed();
+        let (served, mut embedded) = self.dispatch.embed(&model, &parsed.request, parsed.keep_alive).await?;
+        embedded.timings.queue += queued;
+        Ok((served, embedded))
+    }
+
     /// Has a model loaded, where its first deployment that can is.
     ///
     /// # Errors
     /// The load was refused or failed.
     pub async fn load(&self, name: &str, residence: Residence) -> Result<(), Error> {
-        let model = self.chat_model(name)?;
+        let model = Arc::clone(self.catalog().find(name)?);
         let _permit = self.admission.admit().await?;
         self.dispatch.load(&model, residence).await
     }
@@ -65,7 +84,7 @@ impl Gateway {
     /// # Errors
     /// No model has this name.
     pub fn unload(&self, name: &str) -> Result<(), Error> {
-        let model = self.chat_model(name)?;
+        let model = Arc::clone(self.catalog().find(name)?);
         for deployment in &model.deployments {
             if let Some((engine, _)) = deployment.engine() {
                 self.dispatch.pool.unload(engine);
@@ -83,7 +102,7 @@ impl Gateway {
         let model = Arc::clone(self.catalog().find(name)?);
         let purpose = match model.role {
             ModelRole::Chat => return Ok(model),
-            ModelRole::Embedding => "makes vectors",
+            ModelRole::Embedding => "makes vectors (/v1/embeddings)",
             ModelRole::Router => "chooses models",
         };
         Err(Error::invalid("model", format!("`{name}` {purpose} and does not answer: use a model of role chat")))

@@ -4,6 +4,7 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use sarai_core::Purpose;
 use sarai_plan::{GgufError, Header};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
@@ -71,6 +72,11 @@ impl ModelFile {
         let identity = format!("{} {size} {} {}", path.display(), since.as_nanos(), header.tensors.len());
         let identity = hex(&Sha256::digest(identity));
         Ok(Self { path: path.to_owned(), header, size, modified, identity, first_size })
+    }
+
+    /// What it is made for.
+    pub fn purpose(&self) -> Purpose {
+        sarai_plan::layers::purpose(&self.header)
     }
 
     /// Whether its chat template shows tools to the model.

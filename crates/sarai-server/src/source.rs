@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use sarai_core::Bytes;
+use sarai_core::{Bytes, Purpose};
 use sarai_plan::Header;
 use sarai_plan::estimate::{Plan, Settings};
 use sarai_plan::ledger::{Measured, Millis};
@@ -44,7 +44,11 @@ impl Source {
     pub fn longest_context(&self, settings: Settings) -> Option<u32> {
         let Self::File(file) = self else { return Some(settings.context_tokens) };
         let trained = file.header.arch_size("context_length").and_then(|n| u32::try_from(n).ok()).filter(|&n| n > 0);
-        trained.map(|most| most.max(settings.context_tokens))
+        match file.purpose() {
+            Purpose::Answers => trained.map(|most| most.max(settings.context_tokens)),
+            // Positions beyond have no meaning to it.
+            Purpose::Vectors | Purpose::Scores => trained,
+        }
     }
 
     /// What of a measure counts against the plan: of a file, the pages that only the worker has.

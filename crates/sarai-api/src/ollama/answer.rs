@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use sarai_core::{Api, Extra, FinishReason, Timings, ToolCall, Usage};
+use sarai_core::{Api, Extra, FinishReason, Purpose, Timings, ToolCall, Usage};
 use serde_json::{Value, json};
 
 use crate::openai::extension;
@@ -233,8 +233,13 @@ pub fn process_entry(
 
 /// `POST /api/show`.
 #[must_use]
-pub fn show(facts: &ModelFacts, template: &str, model_info: Value) -> Value {
-    let capabilities = if knows_tools(template) { vec!["completion", "tools"] } else { vec!["completion"] };
+pub fn show(facts: &ModelFacts, purpose: Purpose, template: &str, model_info: Value) -> Value {
+    let capabilities = match purpose {
+        Purpose::Vectors => vec!["embedding"],
+        Purpose::Scores => vec!["rerank"],
+        Purpose::Answers if knows_tools(template) => vec!["completion", "tools"],
+        Purpose::Answers => vec!["completion"],
+    };
     json!({
         "modelfile": format!("# served by sarai\nFROM {}\n", facts.name), "parameters": "", "template": template,
         "details": facts.details(), "model_info": model_info, "capabilities": capabilities,

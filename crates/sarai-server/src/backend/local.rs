@@ -1,8 +1,11 @@
 //! A worker of this server.
 
+use std::time::Duration;
+
 use futures_util::stream;
+use sarai_api::embed::Embedded;
 use sarai_core::frame::ToWorker;
-use sarai_core::{Deadlines, Error, Event, GenerateRequest};
+use sarai_core::{Deadlines, EmbedRequest, Error, Event, GenerateRequest, Phase};
 use sarai_plan::{EngineId, Want};
 
 use super::EventStream;
@@ -56,6 +59,38 @@ pub async fn open(
             Err(error) => Some((Err(error), None)),
         }
     })))
+}
+
+/// Has a leased worker make vectors.
+///
+/// # Errors
+/// It died, took too long, or cannot.
+pub async fn embed(lease: Lease, model: &str, limit: Duration, request: EmbedRequest) -> Result<Embedded, Error> {
+    let id = lease.worker.next_id();
+    let died = |detail: &str| Error::WorkerDied { model: model.to_owned(), detail: detail.to_owned() };
+    let mut embedded = Embedded { vectors: vec![Vec::new(); request.inputs.len()], ..Embedded::default() };
+    let events = lease.worker.routes.enter(id, request.inputs.len() + 8);
+    let events = events.ok_or_else(|| died("it ended before the request reached it"))?;
+    lease.worker.send(ToWorker::Embed { id, request: Box::new(request) });
+    let mut running = Generation { id, lease, events };
+    loop {
+        // As long as vectors come, it works.
+        let event = tokio::time::timeout(limit, running.events.recv()).await;
+        let late = |_| Error::Deadline { model: model.to_owned(), phase: Phase::FirstToken, seconds: limit.as_secs() };
+        match event.map_err(late)?.ok_or_else(|| died("it ended"))?? {
+            Event::Vector { index, values } => {
+                if let Some(vector) = embedded.vectors.get_mut(index) {
+                    *vector = values;
+                }
+            }
+            Event::Done { usage, mut timings, .. } => {
+                timings.load = running.lease.load;
+                timings.queue += running.lease.queue;
+                return Ok(Embedded { usage, timings, ..embedded });
+            }
+            _ => {}
+        }
+    }
 }
 
 /// A running generation; dropping it stops the worker's work on it and frees its slot.

@@ -10,9 +10,10 @@ use bytes::{Bytes, BytesMut};
 use futures_util::{FutureExt, Stream, StreamExt, stream};
 use reqwest::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
 use reqwest::{Client, RequestBuilder, Response, StatusCode};
+use sarai_api::embed::Embedded;
 use sarai_api::openai::remote::SseReader;
-use sarai_api::{RemoteLine, ollama, openai};
-use sarai_core::{Api, Error, Event, GenerateRequest, KeepAlive, RemoteCause};
+use sarai_api::{RemoteLine, embed, ollama, openai};
+use sarai_core::{Api, EmbedRequest, Error, Event, GenerateRequest, KeepAlive, RemoteCause};
 
 use super::EventStream;
 use crate::config::Remote;
@@ -163,6 +164,31 @@ impl Hosts {
         if response.status().is_success() { Ok(()) } else { Err(remote(refused(response, model_name).await)) }
     }
 
+    /// Has a host make vectors.
+    ///
+    /// # Errors
+    /// [`Error::Remote`], or [`Error::InvalidRequest`] where the host says the request is wrong.
+    pub async fn embed(
+        &self,
+        place: &Place<'_>,
+        request: &EmbedRequest,
+        keep_alive: Option<KeepAlive>,
+    ) -> Result<Embedded, Error> {
+        let Remote { api, url, model_name, .. } = place.remote;
+        let remote = |cause| Error::Remote { host: url.clone(), cause };
+        let (path, body) = embed::remote_request(*api, model_name, request, keep_alive);
+        let post = with_key(self.client(place.connect).post(format!("{url}{path}")), place.remote);
+        let post = post.header(CONTENT_TYPE, JSON).body(body.to_string());
+        let response = post.send().await.map_err(|error| remote(unreachable(&error)))?;
+        if !response.status().is_success() {
+            return Err(refusal(response, url, model_name).await);
+        }
+        let body = response.bytes().await.map_err(|_| remote(RemoteCause::Cut))?;
+        let garbled = || RemoteCause::Garbled(String::from_utf8_lossy(&body[..body.len().min(80)]).into_owned());
+        let value: serde_json::Value = serde_json::from_slice(&body).map_err(|_| remote(garbled()))?;
+        embed::read_remote(*api, &value, request.inputs.len()).ok_or_else(|| remote(garbled()))
+    }
+
     /// Starts a generation on a host.
     ///
     /// # Errors
@@ -194,21 +220,25 @@ impl Hosts {
                 };
                 Ok(events(reader, url.clone(), response.bytes_stream()))
             }
-            StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::UNPROCESSABLE_ENTITY => {
-                match refused(response, model_name).await {
-                    RemoteCause::Status { message, .. } if is_about_length(&message) => {
-                        Err(remote(RemoteCause::TooLong(message)))
-                    }
-                    RemoteCause::Status { message, .. } => Err(Error::InvalidRequest {
-                        message: format!("host {url} refuses the request: {message}"),
-                        param: None,
-                    }),
-                    other => Err(remote(other)),
-                }
-            }
-            _ => Err(remote(refused(response, model_name).await)),
+            _ => Err(refusal(response, url, model_name).await),
         }
     }
+}
+
+/// Why a host does not do what it was asked for: by the client's fault, or its own.
+async fn refusal(response: Response, url: &str, model_name: &str) -> Error {
+    let status = response.status();
+    let is_clients =
+        [StatusCode::BAD_REQUEST, StatusCode::PAYLOAD_TOO_LARGE, StatusCode::UNPROCESSABLE_ENTITY].contains(&status);
+    let cause = match refused(response, model_name).await {
+        RemoteCause::Status { message, .. } if is_clients && is_about_length(&message) => RemoteCause::TooLong(message),
+        RemoteCause::Status { message, .. } if is_clients => {
+            let message = format!("host {url} refuses the request: {message}");
+            return Error::InvalidRequest { message, param: None };
+        }
+        cause => cause,
+    };
+    Error::Remote { host: url.to_owned(), cause }
 }
 
 /// Connects once more, and leaves.

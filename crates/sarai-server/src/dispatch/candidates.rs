@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use sarai_api::ollama::ignored_by_ollama;
 use sarai_api::openai::remote::unknown_to_openai;
-use sarai_core::{Api, Error, GenerateRequest, Need, Prompt};
+use sarai_core::{Api, Error, GenerateRequest, Need, Prompt, Purpose};
 
 use crate::catalog::Catalog;
 use crate::config::{Deployment, Model, PROCESS, Remote, backend_name};
@@ -96,6 +96,7 @@ pub type Tier = Vec<Candidate>;
 /// # Errors
 /// The request needs what none of them can do.
 pub fn tiers(catalog: &Catalog, model: &Arc<Model>, request: &GenerateRequest) -> Result<Vec<Tier>, Error> {
+    refuse_other_purposes(catalog, model)?;
     let mut tiers = of_model(catalog, model, model, request);
     for name in &model.fallback_models {
         if let Ok(other) = catalog.find(name) {
@@ -108,6 +109,21 @@ pub fn tiers(catalog: &Catalog, model: &Arc<Model>, request: &GenerateRequest) -
         Some(need) if tiers.is_empty() => Err(lacking(model, need)),
         _ => Ok(tiers),
     }
+}
+
+/// Refuses a model whose file does not answer in words.
+fn refuse_other_purposes(catalog: &Catalog, model: &Model) -> Result<(), Error> {
+    for deployment in &model.deployments {
+        let Deployment::Local { engine, .. } = deployment else { continue };
+        let fix = match catalog.file(*engine).map(|file| file.purpose()) {
+            Ok(Purpose::Vectors) => "makes vectors: use /v1/embeddings or /api/embed",
+            Ok(Purpose::Scores) => "scores texts: use /v1/rerank",
+            Ok(Purpose::Answers) | Err(_) => continue,
+        };
+        let message = format!("`{}` does not answer in words, it {fix}, or ask a model of role chat", model.name);
+        return Err(Error::invalid("model", message));
+    }
+    Ok(())
 }
 
 fn lacking(model: &Model, Need { param, lack, .. }: &Need) -> Error {

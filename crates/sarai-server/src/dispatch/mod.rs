@@ -5,6 +5,7 @@
 
 mod attempt;
 mod candidates;
+mod embed;
 mod hedge;
 mod resume;
 #[cfg(test)]
@@ -353,7 +354,12 @@ fn is_allowed(candidate: &Candidate, strict: bool) -> bool {
 /// What is said when no deployment answered. A prompt that is too long for all that could be asked is the client's matter.
 fn failed(model: &Model, mut attempts: Vec<Attempt>) -> Error {
     let is_too_long = |attempt: &Attempt| {
-        matches!(*attempt.error, Error::ContextOverflow { .. } | Error::Remote { cause: RemoteCause::TooLong(_), .. })
+        matches!(
+            *attempt.error,
+            Error::ContextOverflow { .. }
+                | Error::TextTooLong { .. }
+                | Error::Remote { cause: RemoteCause::TooLong(_), .. }
+        )
     };
     let too_long = attempts.iter().position(is_too_long);
     match (attempts.len(), too_long) {

@@ -30,7 +30,7 @@ fn row(error: &Error) -> Row {
         Error::InvalidRequest { .. } => {
             Row { status: StatusCode::BAD_REQUEST, kind: "invalid_request_error", code: None }
         }
-        Error::ContextOverflow { .. } => {
+        Error::ContextOverflow { .. } | Error::TextTooLong { .. } => {
             row(StatusCode::BAD_REQUEST, "invalid_request_error", "context_length_exceeded")
         }
         Error::UnknownModel { .. } => row(StatusCode::NOT_FOUND, "invalid_request_error", "model_not_found"),

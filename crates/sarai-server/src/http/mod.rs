@@ -2,6 +2,7 @@
 
 mod admin;
 mod body;
+mod embed;
 mod error;
 mod ollama;
 mod openai;
@@ -41,10 +42,15 @@ pub fn router(app: App) -> Router {
     Router::new()
         .route("/v1/chat/completions", of(post(openai::chat), Failure::OpenAi))
         .route("/v1/completions", of(post(openai::completion), Failure::OpenAi))
+        .route("/v1/embeddings", of(post(embed::openai), Failure::OpenAi))
+        .route("/v1/rerank", of(post(embed::rerank), Failure::OpenAi))
+        .route("/rerank", of(post(embed::rerank), Failure::OpenAi))
         .route("/v1/models", of(get(openai::models), Failure::OpenAi))
         .route("/v1/models/{*id}", of(get(openai::model), Failure::OpenAi))
         .route("/api/chat", of(post(ollama::chat), Failure::Ollama))
         .route("/api/generate", of(post(ollama::generate), Failure::Ollama))
+        .route("/api/embed", of(post(embed::ollama), Failure::Ollama))
+        .route("/api/embeddings", of(post(embed::ollama_old), Failure::Ollama))
         .route("/api/show", of(post(ollama::show), Failure::Ollama))
         .route("/api/tags", of(get(ollama::tags), Failure::Ollama))
         .route("/api/version", of(get(ollama::version), Failure::Ollama))

@@ -59,7 +59,9 @@ pub async fn show(State(app): State<App>, request: Request) -> Result<Response, 
         }
         let template = info.remove("tokenizer.chat_template");
         let template = template.as_ref().and_then(Value::as_str).unwrap_or_default();
-        Ok(json_response(HeaderMap::new(), &ollama::show(&catalog.facts(model), template, Value::Object(info))))
+        let purpose = file.map(|file| file.purpose()).unwrap_or_default();
+        let shown = ollama::show(&catalog.facts(model), purpose, template, Value::Object(info));
+        Ok(json_response(HeaderMap::new(), &shown))
     };
     show.await.map_err(Failure::Ollama)
 }
@@ -122,7 +124,7 @@ fn encode(writer: &LineWriter, served: &mut Served, calls: &mut Vec<ToolCall>, e
             Some(line) => line,
             None => return String::new(),
         },
-        Ok(Event::Alive) => return String::new(),
+        Ok(Event::Alive | Event::Vector { .. }) => return String::new(),
         Ok(Event::Done { finish, usage, timings }) => {
             let done = writer.done(now, "", &End { finish, usage: &usage, timings: &timings, served });
             if calls.is_empty() {

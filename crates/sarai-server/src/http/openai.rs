@@ -100,7 +100,7 @@ fn encode(writer: &ChunkWriter, end: &mut End, event: Result<Event, Error>) -> S
             }
             writer.extra(*extra).map(|chunk| sse(&chunk)).unwrap_or_default()
         }
-        Ok(Event::Alive) => String::new(),
+        Ok(Event::Alive | Event::Vector { .. }) => String::new(),
         Ok(Event::Done { finish, usage, timings }) => {
             let mut last = sse(&writer.finish(finish, &end.served, &timings));
             if let Some(chunk) = writer.usage(&usage, &end.usage_details) {

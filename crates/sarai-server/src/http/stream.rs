@@ -119,7 +119,7 @@ pub async fn collect(mut events: EventStream) -> Result<Whole, Error> {
                 }
             }
             // Whole answers are not resumed: they are asked for anew.
-            Event::Resumed { .. } | Event::Alive => {}
+            Event::Resumed { .. } | Event::Alive | Event::Vector { .. } => {}
             Event::Done { finish, usage, timings } => {
                 return Ok(Whole { text, reasoning, tool_calls, finish, usage, timings, extra });
             }

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use sarai_core::frame::{LoadSpec, ToWorker};
 use sarai_core::{Bytes, Error};
 use sarai_plan::estimate::{Repack, Settings, idle_pieces};
+use sarai_plan::layers::purpose;
 use sarai_plan::ledger::{EngineSpec, Limits, Millis};
-use sarai_plan::{Effect, EngineId, Ledger, PoolEvent, Size, Ticket, Want};
+use sarai_plan::{Effect, EngineId, Header, Ledger, PoolEvent, Size, Ticket, Want};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Busy, Message, Parts, Pool, Reply, Snapshot, WhatIf};
@@ -376,12 +377,11 @@ impl Owner {
         let source = self.catalog.source(engine).ok();
         let load = match &source {
             Some(Source::Process(process)) => Load::Process(Arc::clone(process)),
-            Some(Source::File(file)) => {
-                let idle = idle_pieces(&file.header, settings.repack);
-                Load::File(LoadSpec { idle, ..load_spec(config, settings, self.threads_of(engine, 1)) })
+            // Of a file that cannot be read, the worker says what is wrong with it.
+            file => {
+                let header = file.as_ref().and_then(Source::header);
+                Load::File(load_spec(config, settings, self.threads_of(engine, 1), header))
             }
-            // The worker says what is wrong with it.
-            None => Load::File(load_spec(config, settings, self.threads_of(engine, 1))),
         };
         let (executable, label) = (self.executable.clone(), config.label.clone());
         let start = Start { executable, label, load, load_deadline: config.load_deadline };
@@ -489,7 +489,13 @@ pub(super) fn budget(memory: MemoryConfig) -> Bytes {
 }
 
 /// The frame that has a worker load an engine.
-pub(super) fn load_spec(config: &crate::config::Engine, settings: Settings, threads: u32) -> LoadSpec {
+pub(super) fn load_spec(
+    config: &crate::config::Engine,
+    settings: Settings,
+    threads: u32,
+    header: Option<&Header>,
+) -> LoadSpec {
+    let settings = header.map_or(settings, |header| settings.fitted(header));
     LoadSpec {
         model: config.label.clone(),
         path: config.path.clone(),
@@ -501,7 +507,8 @@ pub(super) fn load_spec(config: &crate::config::Engine, settings: Settings, thre
         kv: settings.kv,
         flash_attention: settings.flash_attention,
         repack: settings.repack != Repack::Off,
-        idle: Vec::new(),
+        idle: header.map(|header| idle_pieces(header, settings.repack)).unwrap_or_default(),
+        purpose: header.map(purpose).unwrap_or_default(),
         park: config.park.clone(),
     }
 }

@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use sarai_core::frame::LoadSpec;
 use sarai_core::{Bytes, EngineMemory, Part};
-use sarai_plan::EngineId;
 use sarai_plan::estimate::{PARTS, Plan, Repack, Settings, idle_pieces, largest_context};
+use sarai_plan::layers::purpose;
 use sarai_plan::ledger::Limits;
 use sarai_plan::system::{Answers, Component, Place, Route, Scenario, System};
+use sarai_plan::{EngineId, Header};
 use sarai_server::config::resolve::{machine_repack, machine_threads};
 use sarai_server::config::{self, Config, Deployment, Environment};
 use sarai_server::machine;
@@ -80,7 +81,7 @@ impl FilePlan {
         };
         let mut plan = Plan::of(&file.header, settings, projector);
         let formula = plan.clone();
-        let probe = (args.probe || !plan.notes.is_empty()).then(|| dry_run(path, settings));
+        let probe = (args.probe || !plan.notes.is_empty()).then(|| dry_run(path, &file.header, settings));
         if let Some(Ok(memory)) = &probe {
             correct(&mut plan, *memory);
             plan.notes.clear();
@@ -140,7 +141,8 @@ fn rows(parts: &[Part]) -> String {
     parts.iter().map(|part| format!("  {:<20} {:>10.1} MiB\n", part.name, part.bytes.as_mib())).collect()
 }
 
-fn dry_run(path: &Path, settings: Settings) -> Result<EngineMemory, String> {
+fn dry_run(path: &Path, header: &Header, settings: Settings) -> Result<EngineMemory, String> {
+    let settings = settings.fitted(header);
     let spec = LoadSpec {
         model: "plan".into(),
         path: path.to_owned(),
@@ -153,6 +155,7 @@ fn dry_run(path: &Path, settings: Settings) -> Result<EngineMemory, String> {
         flash_attention: settings.flash_attention,
         repack: settings.repack != Repack::Off,
         idle: Vec::new(),
+        purpose: purpose(header),
         park: None,
     };
     let runtime = command::runtime().map_err(|failure| failure.to_string())?;

@@ -38,6 +38,10 @@ pub fn qwen() -> String {
     weights("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf").display().to_string()
 }
 
+pub fn minilm() -> String {
+    weights("all-minilm-l6-v2-f16.gguf").display().to_string()
+}
+
 pub fn gemma() -> String {
     weights("gemma-3-270m-q4_k_m.gguf").display().to_string()
 }
@@ -209,12 +213,17 @@ pub struct Ollama {
 
 impl Ollama {
     pub fn start() -> Self {
+        Self::start_with(&smollm2())
+    }
+
+    /// With another file under that name.
+    pub fn start_with(file: &str) -> Self {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut ollama =
             Self { url: format!("http://127.0.0.1:{port}"), port, folder: tempfile::tempdir().unwrap(), child: None };
         ollama.run();
         let modelfile = ollama.folder.path().join("Modelfile");
-        std::fs::write(&modelfile, format!("FROM {}\n", smollm2())).unwrap();
+        std::fs::write(&modelfile, format!("FROM {file}\n")).unwrap();
         let created = ollama.command().arg("create").arg("solar").arg("-f").arg(&modelfile).output().unwrap();
         assert!(created.status.success(), "ollama create: {}", String::from_utf8_lossy(&created.stderr));
         ollama

@@ -1,0 +1,388 @@
+//! Vectors and scores of texts, in both APIs: `/v1/embeddings`, `/v1/rerank`, `/api/embed`, `/api/embeddings`.
+
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use sarai_core::{Api, EmbedRequest, Error, Input, KeepAlive, Timings, Usage};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::ollama::keep_alive;
+use crate::{Served, check, json as wire};
+
+/// Texts of one request at most, as OpenAI has it.
+const MOST: usize = 2048;
+
+/// A parsed request.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Parsed {
+    /// The name as the client wrote it.
+    pub model: String,
+    /// Of what vectors or scores are wanted.
+    pub request: EmbedRequest,
+    /// How long the model stays.
+    pub keep_alive: Option<KeepAlive>,
+    /// Only so many numbers of each vector.
+    pub dimensions: Option<usize>,
+    /// Vectors as base64 of their bytes.
+    pub is_base64: bool,
+    /// The best so many scores.
+    pub top: Option<usize>,
+    /// Whether scored texts are sent back.
+    pub returns_documents: bool,
+}
+
+impl Parsed {
+    fn new(model: String, inputs: Vec<Input>) -> Self {
+        let request = EmbedRequest { inputs, query: None, truncate: false };
+        let (keep_alive, dimensions, top) = (None, None, None);
+        Self { model, request, keep_alive, dimensions, is_base64: false, top, returns_documents: false }
+    }
+}
+
+/// Vectors or scores that were made.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Embedded {
+    /// In the order of the inputs.
+    pub vectors: Vec<Vec<f32>>,
+    /// Tokens.
+    pub usage: Usage,
+    /// Time.
+    pub timings: Timings,
+}
+
+impl Embedded {
+    /// Keeps the first numbers of each vector, brought to the length 1 again.
+    ///
+    /// # Errors
+    /// There are not so many.
+    pub fn shorten(&mut self, dimensions: Option<usize>) -> Result<(), Error> {
+        let Some(wanted) = dimensions else { return Ok(()) };
+        for vector in &mut self.vectors {
+            if wanted > vector.len() {
+                let message = format!("`dimensions` is {wanted}: use a number from 1 to {}", vector.len());
+                return Err(Error::invalid("dimensions", message));
+            }
+            vector.truncate(wanted);
+            let length = vector.iter().map(|value| value * value).sum::<f32>().sqrt();
+            if length > 0.0 {
+                vector.iter_mut().for_each(|value| *value /= length);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a text, an array of texts, an array of tokens, or an array of those")]
+enum Inputs {
+    Text(String),
+    Texts(Vec<String>),
+    Tokens(Vec<i32>),
+    AllTokens(Vec<Vec<i32>>),
+}
+
+impl Inputs {
+    fn read(self, param: &str) -> Result<Vec<Input>, Error> {
+        let inputs: Vec<_> = match self {
+            Self::Text(text) => vec![Input::Text(text)],
+            Self::Texts(texts) => texts.into_iter().map(Input::Text).collect(),
+            Self::Tokens(tokens) => vec![Input::Tokens(tokens)],
+            Self::AllTokens(all) => all.into_iter().map(Input::Tokens).collect(),
+        };
+        checked(param, inputs)
+    }
+}
+
+fn checked(param: &str, inputs: Vec<Input>) -> Result<Vec<Input>, Error> {
+    let wrong = |message: String| Err(Error::invalid(param, message));
+    if inputs.is_empty() {
+        return wrong(format!("`{param}` is empty: send at least one text"));
+    }
+    if inputs.len() > MOST {
+        return wrong(format!("`{param}` has {} texts: send at most {MOST} at a time", inputs.len()));
+    }
+    for (index, input) in inputs.iter().enumerate() {
+        let at = format!("{param}[{index}]");
+        match input {
+            Input::Text(text) if text.is_empty() => {
+                return wrong(format!("`{at}` is an empty text: send at least one character"));
+            }
+            Input::Text(text) => drop(check::text(&at, text.clone())?),
+            Input::Tokens(tokens) if tokens.is_empty() => {
+                return wrong(format!("`{at}` has no tokens: send at least one"));
+            }
+            Input::Tokens(_) => {}
+        }
+    }
+    Ok(inputs)
+}
+
+fn dimensions(written: Option<i64>) -> Result<Option<usize>, Error> {
+    let wrong = |n: i64| Error::invalid("dimensions", format!("`dimensions` is {n}: use a number from 1 on"));
+    written.map(|n| usize::try_from(n).ok().filter(|&n| n > 0).ok_or_else(|| wrong(n))).transpose()
+}
+
+#[derive(Deserialize)]
+struct OpenAiBody {
+    model: String,
+    input: Inputs,
+    encoding_format: Option<String>,
+    dimensions: Option<i64>,
+}
+
+/// Reads the body of `/v1/embeddings`.
+///
+/// # Errors
+/// [`Error::InvalidRequest`] with the field's name.
+pub fn parse_openai(body: &[u8]) -> Result<Parsed, Error> {
+    let body: OpenAiBody = wire::parse(body)?;
+    let is_base64 = match body.encoding_format.as_deref() {
+        None | Some("float") => false,
+        Some("base64") => true,
+        Some(other) => {
+            let message = format!("`encoding_format` is `{other}`: use float or base64");
+            return Err(Error::invalid("encoding_format", message));
+        }
+    };
+    let parsed = Parsed::new(body.model, body.input.read("input")?);
+    Ok(Parsed { dimensions: dimensions(body.dimensions)?, is_base64, ..parsed })
+}
+
+/// The answer of `/v1/embeddings`.
+#[must_use]
+pub fn openai(model: &str, is_base64: bool, embedded: &Embedded, served: &Served) -> Value {
+    let vector = |values: &Vec<f32>| match is_base64 {
+        true => STANDARD.encode(values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>()).into(),
+        false => json!(values),
+    };
+    let rows = embedded.vectors.iter().enumerate();
+    let rows =
+        rows.map(|(index, values)| json!({ "object": "embedding", "index": index, "embedding": vector(values) }));
+    let tokens = embedded.usage.prompt_tokens;
+    json!({
+        "object": "list", "data": rows.collect::<Vec<_>>(), "model": model,
+        "usage": { "prompt_tokens": tokens, "total_tokens": tokens },
+        "sarai": crate::openai::extension(served, &embedded.timings),
+    })
+}
+
+#[derive(Deserialize)]
+struct OllamaBody {
+    model: String,
+    input: Option<Inputs>,
+    truncate: Option<bool>,
+    dimensions: Option<i64>,
+    keep_alive: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct OldOllamaBody {
+    model: String,
+    prompt: Option<String>,
+    keep_alive: Option<Value>,
+}
+
+fn keep(value: Option<&Value>) -> Result<Option<KeepAlive>, Error> {
+    value.filter(|value| !value.is_null()).map(keep_alive::parse).transpose()
+}
+
+/// Reads the body of `/api/embed`. Texts that are too long are cut, unless `truncate` is false.
+///
+/// # Errors
+/// [`Error::InvalidRequest`] with the field's name.
+pub fn parse_ollama(body: &[u8]) -> Result<Parsed, Error> {
+    let body: OllamaBody = wire::parse(body)?;
+    let inputs = body.input.ok_or_else(|| Error::invalid("input", "`input` is missing: send a text, or several"))?;
+    let mut parsed = Parsed::new(body.model, inputs.read("input")?);
+    parsed.request.truncate = body.truncate.unwrap_or(true);
+    Ok(Parsed { dimensions: dimensions(body.dimensions)?, keep_alive: keep(body.keep_alive.as_ref())?, ..parsed })
+}
+
+/// Reads the body of the older `/api/embeddings`.
+///
+/// # Errors
+/// [`Error::InvalidRequest`] with the field's name.
+pub fn parse_ollama_old(body: &[u8]) -> Result<Parsed, Error> {
+    let body: OldOllamaBody = wire::parse(body)?;
+    let prompt = body.prompt.ok_or_else(|| Error::invalid("prompt", "`prompt` is missing: send a text"))?;
+    let mut parsed = Parsed::new(body.model, checked("prompt", vec![Input::Text(prompt)])?);
+    parsed.request.truncate = true;
+    Ok(Parsed { keep_alive: keep(body.keep_alive.as_ref())?, ..parsed })
+}
+
+/// The answer of `/api/embed`.
+#[must_use]
+pub fn ollama(model: &str, embedded: &Embedded, served: &Served) -> Value {
+    let ns = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+    let Embedded { vectors, usage, timings } = embedded;
+    json!({
+        "model": model, "embeddings": vectors,
+        "total_duration": ns(timings.queue + timings.load + timings.prefill), "load_duration": ns(timings.load),
+        "prompt_eval_count": usage.prompt_tokens, "sarai": crate::openai::extension(served, timings),
+    })
+}
+
+/// The answer of the older `/api/embeddings`.
+#[must_use]
+pub fn ollama_old(embedded: &Embedded) -> Value {
+    json!({ "embedding": embedded.vectors.first() })
+}
+
+#[derive(Deserialize)]
+struct RerankBody {
+    model: String,
+    query: String,
+    documents: Vec<Document>,
+    top_n: Option<i64>,
+    return_documents: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a text or an object with a `text`")]
+enum Document {
+    Text(String),
+    Object { text: String },
+}
+
+/// Reads the body of `/v1/rerank`.
+///
+/// # Errors
+/// [`Error::InvalidRequest`] with the field's name.
+pub fn parse_rerank(body: &[u8]) -> Result<Parsed, Error> {
+    let body: RerankBody = wire::parse(body)?;
+    let texts = body.documents.into_iter().map(|document| match document {
+        Document::Text(text) | Document::Object { text } => Input::Text(text),
+    });
+    let top = match body.top_n {
+        None => None,
+        Some(n) => Some(
+            usize::try_from(n)
+                .ok()
+                .filter(|&n| n > 0)
+                .ok_or_else(|| Error::invalid("top_n", format!("`top_n` is {n}: use a number from 1 on")))?,
+        ),
+    };
+    let mut parsed = Parsed::new(body.model, checked("documents", texts.collect())?);
+    parsed.request.query = Some(check::text("query", body.query)?);
+    Ok(Parsed { top, returns_documents: body.return_documents.unwrap_or(false), ..parsed })
+}
+
+/// The answer of `/v1/rerank`: the best first.
+#[must_use]
+pub fn rerank(parsed: &Parsed, embedded: &Embedded, served: &Served) -> Value {
+    let score = |values: &Vec<f32>| values.first().copied().unwrap_or(f32::NEG_INFINITY);
+    let mut scores: Vec<(usize, f32)> = embedded.vectors.iter().map(score).enumerate().collect();
+    scores.sort_by(|(_, a), (_, b)| b.total_cmp(a));
+    scores.truncate(parsed.top.unwrap_or(usize::MAX));
+    let row = |(index, score): (usize, f32)| {
+        let mut row = json!({ "index": index, "relevance_score": score });
+        if let (true, Some(Input::Text(text))) = (parsed.returns_documents, parsed.request.inputs.get(index)) {
+            row["document"] = json!({ "text": text });
+        }
+        row
+    };
+    let tokens = embedded.usage.prompt_tokens;
+    json!({
+        "model": parsed.model, "object": "list", "usage": { "prompt_tokens": tokens, "total_tokens": tokens },
+        "results": scores.into_iter().map(row).collect::<Vec<_>>(),
+        "sarai": crate::openai::extension(served, &embedded.timings),
+    })
+}
+
+/// The path and the body that ask a host of this API for vectors.
+#[must_use]
+pub fn remote_request(
+    api: Api,
+    model: &str,
+    request: &EmbedRequest,
+    keep_alive: Option<KeepAlive>,
+) -> (&'static str, Value) {
+    let inputs: Vec<Value> = request
+        .inputs
+        .iter()
+        .map(|input| match input {
+            Input::Text(text) => text.as_str().into(),
+            Input::Tokens(tokens) => json!(tokens),
+        })
+        .collect();
+    let mut body = json!({ "model": model, "input": inputs });
+    match api {
+        Api::Ollama => {
+            body["truncate"] = request.truncate.into();
+            if let Some(time) = keep_alive {
+                body["keep_alive"] = keep_alive::to_wire(time);
+            }
+            ("/api/embed", body)
+        }
+        Api::OpenAi => {
+            body["encoding_format"] = "float".into();
+            ("/embeddings", body)
+        }
+    }
+}
+
+/// Reads a host's answer to that; `None` if it is none.
+#[must_use]
+pub fn read_remote(api: Api, body: &Value, count: usize) -> Option<Embedded> {
+    let vector = |value: &Value| -> Option<Vec<f32>> {
+        #[expect(clippy::cast_possible_truncation, reason = "vectors are single numbers")]
+        value.as_array()?.iter().map(|number| number.as_f64().map(|number| number as f32)).collect()
+    };
+    let (vectors, tokens): (Option<Vec<_>>, _) = match api {
+        Api::Ollama => (body["embeddings"].as_array()?.iter().map(vector).collect(), &body["prompt_eval_count"]),
+        Api::OpenAi => {
+            let mut rows: Vec<&Map<String, Value>> =
+                body["data"].as_array()?.iter().filter_map(Value::as_object).collect();
+            rows.sort_by_key(|row| row.get("index").and_then(Value::as_u64));
+            let vectors = rows.into_iter().map(|row| vector(row.get("embedding")?)).collect();
+            (vectors, &body["usage"]["prompt_tokens"])
+        }
+    };
+    let vectors =
+        vectors.filter(|vectors| vectors.len() == count && vectors.iter().all(|vector| !vector.is_empty()))?;
+    let prompt_tokens = tokens.as_u64().and_then(|tokens| u32::try_from(tokens).ok()).unwrap_or(0);
+    Some(Embedded { vectors, usage: Usage { prompt_tokens, ..Usage::default() }, timings: Timings::default() })
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inputs_are_texts_or_tokens_one_or_many() {
+        let read = |input: Value| {
+            parse_openai(json!({ "model": "m", "input": input }).to_string().as_bytes())
+                .map(|parsed| parsed.request.inputs)
+        };
+        assert_eq!(read(json!("a")).unwrap(), [Input::Text("a".into())]);
+        assert_eq!(read(json!(["a", "b"])).unwrap().len(), 2);
+        assert_eq!(read(json!([1, 2])).unwrap(), [Input::Tokens(vec![1, 2])]);
+        assert_eq!(read(json!([[1], [2, 3]])).unwrap(), [Input::Tokens(vec![1]), Input::Tokens(vec![2, 3])]);
+        for wrong in
+            [json!([]), json!(""), json!(["a", ""]), json!([[]]), json!(vec!["a"; 2049]), json!("a\0"), json!(7)]
+        {
+            let error = read(wrong.clone()).unwrap_err();
+            assert!(error.to_string().contains("input"), "{wrong}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_shortened_vector_has_the_length_one_again() {
+        let mut embedded = Embedded { vectors: vec![vec![0.6, 0.8, 0.0]], ..Embedded::default() };
+        embedded.shorten(Some(1)).unwrap();
+        assert_eq!(embedded.vectors, [[1.0]]);
+        assert!(embedded.shorten(Some(2)).is_err());
+    }
+
+    #[test]
+    fn a_hosts_vectors_are_read_in_their_order_and_none_may_be_missing() {
+        let body = json!({ "data": [{ "index": 1, "embedding": [2] }, { "index": 0, "embedding": [1] }], "usage": { "prompt_tokens": 5 } });
+        let read = read_remote(Api::OpenAi, &body, 2).unwrap();
+        assert_eq!((read.vectors, read.usage.prompt_tokens), (vec![vec![1.0], vec![2.0]], 5));
+        assert_eq!(read_remote(Api::OpenAi, &body, 3), None);
+        assert_eq!(read_remote(Api::Ollama, &json!({ "embeddings": [[1, "x"]] }), 1), None);
+    }
+}

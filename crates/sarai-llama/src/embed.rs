@@ -1,0 +1,297 @@
+//! Vectors and scores: texts are read whole, several side by side in one step, and nothing is kept of them.
+//!
+//! Requests take turns, one text each, so that a long list does not keep a short one waiting.
+
+use std::collections::VecDeque;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Instant;
+
+use llama_cpp_4::context::LlamaContext;
+use llama_cpp_4::llama_batch::LlamaBatch;
+use llama_cpp_4::model::{AddBos, LlamaModel, Special};
+use llama_cpp_4::token::LlamaToken;
+use sarai_core::frame::{FromWorker, LoadSpec, Purpose, ToWorker};
+use sarai_core::{EmbedRequest, Error, Event, FinishReason, Input, Timings, Usage};
+
+use crate::channel::FrameWriter;
+use crate::{log, model};
+
+/// Tokens that one step reads, unless a single text is longer: each token attends to all of a step.
+const STEP: usize = 512;
+
+/// One request.
+struct Job {
+    id: u64,
+    /// Texts that are not read yet, with their places in the request.
+    left: VecDeque<(usize, Vec<LlamaToken>)>,
+    tokens: usize,
+    since: Instant,
+    began: Option<Instant>,
+}
+
+/// Serves until the server is gone.
+pub fn serve(
+    spec: &LoadSpec,
+    model: &LlamaModel,
+    mut context: LlamaContext<'_>,
+    commands: &Receiver<ToWorker>,
+    frames: &mut FrameWriter,
+) {
+    let most = (model::sequence_tokens(spec) as usize).min(spec.context_tokens as usize);
+    let reader = Reader { name: &spec.model, model, most, purpose: spec.purpose };
+    let mut jobs = VecDeque::new();
+    loop {
+        let command = match jobs.is_empty() {
+            true => commands.recv().map_err(|_| TryRecvError::Disconnected),
+            false => commands.try_recv(),
+        };
+        let outcome = match command {
+            Ok(ToWorker::Leave) | Err(TryRecvError::Disconnected) => return,
+            Err(TryRecvError::Empty) => step(&mut context, spec, &mut jobs, frames),
+            Ok(command) => obey(command, &reader, &mut context, &spec.path, &mut jobs, frames),
+        };
+        if let Err(error) = outcome.and_then(|()| frames.flush()) {
+            return log::warn(&format!("the worker ends: {error:#}"));
+        }
+    }
+}
+
+fn obey(
+    command: ToWorker,
+    reader: &Reader<'_>,
+    context: &mut LlamaContext<'_>,
+    path: &std::path::Path,
+    jobs: &mut VecDeque<Job>,
+    frames: &mut FrameWriter,
+) -> anyhow::Result<()> {
+    match command {
+        ToWorker::Embed { id, request } => match reader.job(id, *request) {
+            Ok(job) => jobs.push_back(job),
+            Err(error) => frames.queue(&FromWorker::Failed { id, error })?,
+        },
+        ToWorker::Cancel { id } => jobs.retain(|job| job.id != id),
+        ToWorker::Threads(threads) => {
+            let threads = i32::try_from(threads.max(1)).unwrap_or(1);
+            context.set_n_threads(threads, threads);
+        }
+        ToWorker::Generate { id, .. } => {
+            let error = Error::invalid("model", "it makes vectors and does not answer: use a model of role chat");
+            frames.queue(&FromWorker::Failed { id, error })?;
+        }
+        ToWorker::Trim => model::trim(path),
+        ToWorker::Resize { .. } | ToWorker::Load(_) | ToWorker::Leave => {
+            anyhow::bail!("a worker that makes vectors has the size that it was loaded with")
+        }
+    }
+    Ok(())
+}
+
+/// The texts of one step, each job's in its turn, until the next one does not fit; whose turn it is comes first in the next step.
+fn next_texts(jobs: &mut VecDeque<Job>, most: usize) -> Vec<(u64, usize, Vec<LlamaToken>)> {
+    let mut texts: Vec<(u64, usize, Vec<LlamaToken>)> = Vec::new();
+    let mut tokens = 0;
+    while texts.len() < most && jobs.iter().any(|job| !job.left.is_empty()) {
+        let Some(mut job) = jobs.pop_front() else { break };
+        if let Some((index, text)) = job.left.pop_front() {
+            if !texts.is_empty() && tokens + text.len() > STEP {
+                job.left.push_front((index, text));
+                jobs.push_front(job);
+                break;
+            }
+            job.began.get_or_insert_with(Instant::now);
+            tokens += text.len();
+            texts.push((job.id, index, text));
+        }
+        jobs.push_back(job);
+    }
+    texts
+}
+
+/// Reads as many texts as one step holds.
+fn step(
+    context: &mut LlamaContext<'_>,
+    spec: &LoadSpec,
+    jobs: &mut VecDeque<Job>,
+    frames: &mut FrameWriter,
+) -> anyhow::Result<()> {
+    let texts = next_texts(jobs, spec.parallel as usize);
+    if !texts.is_empty() {
+        let mut batch = LlamaBatch::new(texts.iter().map(|(.., text)| text.len()).sum(), 1);
+        for (sequence, (.., text)) in texts.iter().enumerate() {
+            batch.add_sequence(text, i32::try_from(sequence)?, true)?;
+        }
+        context.clear_kv_cache();
+        if let Err(error) = context.decode(&mut batch) {
+            let failed = |id| FromWorker::Failed {
+                id,
+                error: Error::Internal(format!("llama.cpp could not compute a step: {error}")),
+            };
+            for id in texts.iter().map(|(id, ..)| *id) {
+                jobs.retain(|job| job.id != id);
+                frames.queue(&failed(id))?;
+            }
+            return Ok(());
+        }
+        for (sequence, (id, index, _)) in texts.iter().enumerate() {
+            let mut values = context.embeddings_seq_ith(i32::try_from(sequence)?)?.to_vec();
+            match spec.purpose {
+                Purpose::Scores => values.truncate(1),
+                _ => normalise(&mut values),
+            }
+            frames.queue(&FromWorker::Event { id: *id, event: Event::Vector { index: *index, values } })?;
+        }
+    }
+    for job in jobs.iter().filter(|job| job.left.is_empty()) {
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let usage = Usage { prompt_tokens: count(job.tokens), ..Usage::default() };
+        let began = job.began.unwrap_or(job.since);
+        let timings = Timings { queue: began - job.since, prefill: began.elapsed(), ..Timings::default() };
+        let event = Event::Done { finish: FinishReason::Stop, usage, timings };
+        frames.queue(&FromWorker::Event { id: job.id, event })?;
+    }
+    jobs.retain(|job| !job.left.is_empty());
+    Ok(())
+}
+
+/// To the length 1, as both APIs have it.
+fn normalise(values: &mut [f32]) {
+    let length = values.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
+    if length > 0.0 {
+        #[expect(clippy::cast_possible_truncation, reason = "it was one")]
+        values.iter_mut().for_each(|value| *value = (f64::from(*value) / length) as f32);
+    }
+}
+
+/// Makes tokens of inputs.
+struct Reader<'a> {
+    name: &'a str,
+    model: &'a LlamaModel,
+    /// Tokens of a text at most.
+    most: usize,
+    purpose: Purpose,
+}
+
+impl Reader<'_> {
+    fn job(&self, id: u64, request: EmbedRequest) -> Result<Job, Error> {
+        let EmbedRequest { inputs, query, truncate } = request;
+        match (self.purpose, &query) {
+            (Purpose::Scores, None) => {
+                return Err(Error::invalid("model", format!("`{}` scores texts: use /v1/rerank", self.name)));
+            }
+            (Purpose::Vectors, Some(_)) => {
+                return Err(Error::invalid("model", format!("`{}` makes vectors: use /v1/embeddings", self.name)));
+            }
+            _ => {}
+        }
+        let texts = inputs.into_iter().enumerate().map(|(index, input)| {
+            let tokens = match &query {
+                None => self.text(input)?,
+                Some(query) => self.pair(query, input)?,
+            };
+            Ok((index, self.within(tokens, truncate)?))
+        });
+        let left = texts.collect::<Result<VecDeque<_>, Error>>()?;
+        let tokens = left.iter().map(|(_, text)| text.len()).sum();
+        Ok(Job { id, left, tokens, since: Instant::now(), began: None })
+    }
+
+    fn tokens(&self, text: &str, marks: AddBos, special: Special) -> Result<Vec<LlamaToken>, Error> {
+        let tokens = self.model.str_to_token_with_special(text, marks, special);
+        tokens.map_err(|error| Error::invalid("input", format!("a text cannot be read: {error}")))
+    }
+
+    fn text(&self, input: Input) -> Result<Vec<LlamaToken>, Error> {
+        let tokens = match input {
+            Input::Text(text) => self.tokens(&text, AddBos::Always, Special::Tokenize)?,
+            Input::Tokens(tokens) => {
+                let known = self.model.n_vocab();
+                if let Some(token) = tokens.iter().find(|token| !(0..known).contains(*token)) {
+                    let message = format!("`{token}` is no token of this model: use ids from 0 to {}", known - 1);
+                    return Err(Error::invalid("input", message));
+                }
+                tokens.into_iter().map(LlamaToken).collect()
+            }
+        };
+        if tokens.is_empty() {
+            return Err(Error::invalid("input", "a text is empty: send at least one token"));
+        }
+        Ok(tokens)
+    }
+
+    /// A question and a text that may answer it, as the model's own template has them, or as BERT's pairs are written.
+    fn pair(&self, query: &str, input: Input) -> Result<Vec<LlamaToken>, Error> {
+        let Input::Text(text) = input else {
+            return Err(Error::invalid("documents", "documents are tokens: send texts"));
+        };
+        if let Ok(template) = self.model.chat_template(Some("rerank")) {
+            let around: Vec<_> = template.split("{query}").map(|part| part.replace("{document}", &text)).collect();
+            let filled = around.join(query);
+            return self.tokens(&filled, AddBos::Never, Special::Tokenize);
+        }
+        // What a pair is framed by is seen by what an empty text is.
+        let frame = self.tokens("", AddBos::Always, Special::Tokenize)?;
+        let mut tokens = self.tokens(query, AddBos::Always, Special::Plaintext)?;
+        tokens.extend(self.tokens(&text, AddBos::Never, Special::Plaintext)?);
+        tokens.extend(frame.last());
+        Ok(tokens)
+    }
+
+    /// Not more tokens than one text may have.
+    fn within(&self, mut tokens: Vec<LlamaToken>, truncate: bool) -> Result<Vec<LlamaToken>, Error> {
+        if tokens.len() <= self.most {
+            return Ok(tokens);
+        }
+        if !truncate {
+            return Err(Error::TextTooLong {
+                model: self.name.to_owned(),
+                tokens: u32::try_from(tokens.len()).unwrap_or(u32::MAX),
+                most: u32::try_from(self.most).unwrap_or(u32::MAX),
+            });
+        }
+        let end = self.tokens("", AddBos::Always, Special::Tokenize)?.last().copied();
+        let has_end = end.is_some() && tokens.last().copied() == end;
+        tokens.truncate(self.most);
+        if let (true, Some(end), Some(last)) = (has_end, end, tokens.last_mut()) {
+            // The mark at the end of a text stays there.
+            *last = end;
+        }
+        Ok(tokens)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(id: u64, lengths: &[usize]) -> Job {
+        let left = lengths.iter().enumerate().map(|(index, &length)| (index, vec![LlamaToken(1); length]));
+        Job { id, left: left.collect(), tokens: 0, since: Instant::now(), began: None }
+    }
+
+    #[test]
+    fn jobs_take_turns_steps_are_bounded_and_nothing_is_lost() {
+        let mut jobs = VecDeque::from([job(1, &[200; 9]), job(2, &[10]), job(3, &[900, 5]), job(4, &[])]);
+        let mut seen = Vec::new();
+        while jobs.iter().any(|job| !job.left.is_empty()) {
+            let texts = next_texts(&mut jobs, 3);
+            let tokens: usize = texts.iter().map(|(.., text)| text.len()).sum();
+            assert!(!texts.is_empty() && texts.len() <= 3 && (tokens <= STEP || texts.len() == 1), "{tokens}");
+            seen.extend(texts.into_iter().map(|(id, index, _)| (id, index)));
+        }
+        assert_eq!(jobs.len(), 4, "each is there to be told of its end");
+        assert_eq!(seen[..2], [(1, 0), (2, 0)], "the short one does not wait for the long one");
+        seen.sort_unstable();
+        let wanted: Vec<_> = (0..9).map(|index| (1, index)).chain([(2, 0), (3, 0), (3, 1)]).collect();
+        assert_eq!(seen, wanted);
+    }
+
+    #[test]
+    fn a_vector_is_brought_to_the_length_one_and_nothing_stays_nothing() {
+        let mut values = [3.0, 4.0];
+        normalise(&mut values);
+        assert!((values[0] - 0.6).abs() < 1e-6 && (values[1] - 0.8).abs() < 1e-6, "{values:?}");
+        let mut nothing = [0.0, 0.0];
+        normalise(&mut nothing);
+        assert!(nothing.iter().all(|value| value.abs() < f32::EPSILON));
+    }
+}

@@ -1,0 +1,169 @@
+//! Vectors of a real model, through both APIs, beside those of the original.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod support;
+
+use base64::Engine;
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+use support::{Ollama, Sarai, chat, minilm, smollm2};
+
+fn models() -> String {
+    format!(
+        "models:\n  minilm: {{ backend: gguf_native, gguf_path: {}, role: embedding }}\n  chatty: {{ backend: gguf_native, gguf_path: {}, context_length: 1024 }}\n",
+        minilm(),
+        smollm2()
+    )
+}
+
+struct Reference {
+    text: String,
+    tokens: u64,
+    vector: Vec<f64>,
+}
+
+/// Of the original weights, computed by `scripts/minilm_reference.py`.
+fn references() -> Vec<Reference> {
+    let rows: Vec<Value> = serde_json::from_str(include_str!("../../../tests/minilm_reference.json")).unwrap();
+    let read = |row: &Value| Reference {
+        text: row["text"].as_str().unwrap().to_owned(),
+        tokens: row["tokens"].as_u64().unwrap(),
+        vector: numbers(&row["vector"]),
+    };
+    rows.iter().map(read).collect()
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    value.as_array().unwrap_or_else(|| panic!("{value}")).iter().map(|number| number.as_f64().unwrap()).collect()
+}
+
+fn cosine(a: &[f64], b: &[f64]) -> f64 {
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+}
+
+async fn embed(sarai: &Sarai, body: Value) -> Value {
+    let answer = sarai.post("/v1/embeddings", body.to_string()).await;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    answer.json()
+}
+
+#[tokio::test]
+async fn vectors_are_those_of_the_original_alone_together_and_in_company() {
+    let sarai = Sarai::start(&models());
+    let references = references();
+    let texts: Vec<_> = references.iter().map(|reference| reference.text.clone()).collect();
+    let all = embed(&sarai, json!({ "model": "minilm", "input": texts })).await;
+    assert_eq!(all["usage"]["prompt_tokens"], references.iter().map(|reference| reference.tokens).sum::<u64>());
+    for (row, reference) in all["data"].as_array().unwrap().iter().zip(&references) {
+        let vector = numbers(&row["embedding"]);
+        let (cosine, length) = (cosine(&vector, &reference.vector), vector.iter().map(|v| v * v).sum::<f64>());
+        assert!(cosine >= 0.999, "{cosine} for {:?}", reference.text);
+        assert!((length - 1.0).abs() < 1e-4, "{length}");
+        let alone = embed(&sarai, json!({ "model": "minilm", "input": reference.text })).await;
+        assert!(self::cosine(&numbers(&alone["data"][0]["embedding"]), &vector) > 0.9999, "{:?}", reference.text);
+    }
+    // Many requests at once, some of many texts, and a chat beside them.
+    let many = |n: usize| json!({ "model": "minilm", "input": (0..n).map(|i| texts[i % texts.len()].clone()).collect::<Vec<_>>() });
+    let asked = join_all((0..24).map(|n| embed(&sarai, many(1 + n * 7 % 60))));
+    let chatting = sarai.post("/v1/chat/completions", chat("chatty", "Hello.", json!({ "max_tokens": 8 })));
+    let (answers, chatted) = tokio::join!(asked, chatting);
+    assert_eq!(chatted.status, 200);
+    for answer in answers {
+        for (index, row) in answer["data"].as_array().unwrap().iter().enumerate() {
+            assert_eq!(row["index"], index);
+            let wanted = &references[index % references.len()].vector;
+            assert!(cosine(&numbers(&row["embedding"]), wanted) >= 0.999, "{index}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn both_apis_say_the_same_in_their_own_ways() {
+    let sarai = Sarai::start(&models());
+    let text = "The cat sits on the mat.";
+    let plain = numbers(&embed(&sarai, json!({ "model": "minilm", "input": text })).await["data"][0]["embedding"]);
+    let body = json!({ "model": "minilm", "input": [text], "encoding_format": "base64" });
+    let bytes = embed(&sarai, body).await["data"][0]["embedding"].as_str().unwrap().to_owned();
+    let bytes = base64::engine::general_purpose::STANDARD.decode(bytes).unwrap();
+    let decoded: Vec<f64> =
+        bytes.chunks(4).map(|four| f64::from(f32::from_le_bytes(four.try_into().unwrap()))).collect();
+    assert!(cosine(&plain, &decoded) > 0.999_999);
+    let post = async |path: &str, body: Value| sarai.post(path, body.to_string()).await;
+    let ollama = post("/api/embed", json!({ "model": "minilm", "input": [text, "Other."] })).await.json();
+    assert!(cosine(&plain, &numbers(&ollama["embeddings"][0])) > 0.9999);
+    assert!(
+        ollama["embeddings"].as_array().unwrap().len() == 2 && ollama["prompt_eval_count"].as_u64() > Some(8),
+        "{ollama}"
+    );
+    let old = post("/api/embeddings", json!({ "model": "minilm", "prompt": text })).await.json();
+    assert!(cosine(&plain, &numbers(&old["embedding"])) > 0.9999);
+    let short = embed(&sarai, json!({ "model": "minilm", "input": text, "dimensions": 64 })).await;
+    let short = numbers(&short["data"][0]["embedding"]);
+    assert!(short.len() == 64 && cosine(&plain[..64], &short) > 0.9999);
+    assert!((short.iter().map(|v| v * v).sum::<f64>() - 1.0).abs() < 1e-4);
+    // [CLS] the cat [SEP], as the vocabulary numbers them.
+    let tokens = embed(&sarai, json!({ "model": "minilm", "input": [101, 1996, 4937, 102] })).await;
+    let words = embed(&sarai, json!({ "model": "minilm", "input": "The cat" })).await;
+    assert!(cosine(&numbers(&tokens["data"][0]["embedding"]), &numbers(&words["data"][0]["embedding"])) > 0.9999);
+    let shown = post("/api/show", json!({ "model": "minilm" })).await.json();
+    assert_eq!(shown["capabilities"], json!(["embedding"]));
+}
+
+#[tokio::test]
+async fn what_is_too_long_is_cut_or_refused_as_asked_and_what_is_wrong_is_a_400() {
+    let sarai = Sarai::start(&models());
+    let long = "word ".repeat(600);
+    let post = async |path: &str, body: Value| sarai.post(path, body.to_string()).await;
+    let refused = post("/v1/embeddings", json!({ "model": "minilm", "input": ["short", long] })).await;
+    assert_eq!((refused.status, &refused.json()["error"]["code"]), (400, &json!("context_length_exceeded")));
+    assert!(refused.text.contains("602") && refused.text.contains("512"), "{}", refused.text);
+    let whole = post("/api/embed", json!({ "model": "minilm", "input": long, "truncate": false })).await;
+    assert_eq!(whole.status, 400, "{}", whole.text);
+    let cut = post("/api/embed", json!({ "model": "minilm", "input": long })).await.json();
+    assert_eq!(cut["prompt_eval_count"], 512, "{cut}");
+    // The longest that fits: 510 words between two marks.
+    let edge = embed(&sarai, json!({ "model": "minilm", "input": "word ".repeat(510) })).await;
+    assert!(
+        cosine(&numbers(&edge["data"][0]["embedding"]), &numbers(&cut["embeddings"][0])) > 0.9999,
+        "the end mark stays"
+    );
+    for (path, body, says) in [
+        ("/v1/embeddings", json!({ "model": "minilm", "input": [] }), "input"),
+        ("/v1/embeddings", json!({ "model": "minilm", "input": [999_999] }), "999999"),
+        ("/v1/embeddings", json!({ "model": "minilm", "input": "a", "dimensions": 385 }), "384"),
+        ("/v1/embeddings", json!({ "model": "minilm", "input": "a", "encoding_format": "hex" }), "base64"),
+        ("/v1/embeddings", json!({ "model": "chatty", "input": "a" }), "embedding model"),
+        ("/v1/rerank", json!({ "model": "minilm", "query": "a", "documents": ["b"] }), "/v1/embeddings"),
+        ("/v1/rerank", json!({ "model": "minilm", "query": "a", "documents": ["b"], "top_n": 0 }), "top_n"),
+        ("/v1/chat/completions", serde_json::from_str(&chat("minilm", "Hello.", json!({}))).unwrap(), "/v1/embeddings"),
+    ] {
+        let answer = post(path, body).await;
+        assert!(answer.status == 400 && answer.text.contains(says), "{path}: {} {}", answer.status, answer.text);
+    }
+}
+
+/// A model of the hosts' kind is asked where it is; its local copy stands in.
+#[tokio::test]
+async fn a_host_makes_vectors_too_and_the_local_file_stands_in() {
+    let ollama = Ollama::start_with(&minilm());
+    let config = |url: &str| {
+        format!(
+            "models:\n  minilm: {{ backend: ollama_http, fallback: gguf_native, url: \"{url}\", model_name: solar, gguf_path: {} }}\n",
+            minilm()
+        )
+    };
+    for (url, place) in [(ollama.url.clone(), "minilm@ollama_http"), (Ollama::unreachable(), "minilm@gguf_native")] {
+        let sarai = Sarai::start(&config(&url));
+        let answer = sarai
+            .post(
+                "/v1/embeddings",
+                json!({ "model": "minilm", "input": ["a", "The cat sits on the mat."] }).to_string(),
+            )
+            .await;
+        assert!(answer.header("x-sarai-served-by").unwrap_or_default().starts_with(place), "{}", answer.text);
+        let vector = numbers(&answer.json()["data"][1]["embedding"]);
+        assert!(cosine(&vector, &references()[0].vector) >= 0.999, "{place}");
+    }
+}
