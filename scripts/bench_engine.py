@@ -24,6 +24,7 @@ MODELS = {
     "smollm2": "smollm2-135m-instruct-q4_1.gguf",
     "gemma": "gemma-3-270m-q4_k_m.gguf",
     "qwen": "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+    "minilm": "all-minilm-l6-v2-f16.gguf",
 }
 WORDS = "river stone cloud amber quiet meadow lantern copper violin harbor winter orchard thunder saffron marble".split()
 
@@ -100,7 +101,7 @@ class Sarai(Process):
             {"SARAI_STATE_DIR": f"{self.folder.name}/state"},
         )
         for model in models:
-            until(lambda model=model: ask(self.port, model, "Hi", 1).status == 200)
+            until(lambda model=model: (embed if model == "minilm" else ask)(self.port, model, "Hi", 1).status == 200)
 
 
 def until(is_so, seconds=120):
@@ -166,6 +167,23 @@ def ask(port, model, prompt, tokens, answer=None, stop=None):
 
 
 EOS = {"smollm2": [0, 2], "gemma": [1, 106], "qwen": [151643, 151645]}
+
+
+class Vectors:
+    """How many came, and how long they took."""
+
+
+def embed(port, model, texts, _=None):
+    began, vectors = time.monotonic(), Vectors()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    body = json.dumps({"model": model, "input": texts})
+    connection.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    vectors.status, answer = response.status, json.loads(response.read())
+    vectors.seconds = time.monotonic() - began
+    vectors.count = len(answer.get("data", []))
+    connection.close()
+    return vectors
 
 
 def at_once(requests):
@@ -393,6 +411,45 @@ class Bench:
         connection.getresponse().read()
         until(lambda: not self.loaded(server))
 
+    def embed(self):
+        """all-MiniLM-L6-v2: 256 texts of 5 to 150 words in one request, and as 16 requests of 16 at once; texts/s"""
+        chosen = random.Random(7)
+        texts = [text(f"text {n}", chosen.randint(5, 150)) for n in range(256)]
+        parts = [texts[n : n + 16] for n in range(0, 256, 16)]
+        stock, sarai = ([[], []] for _ in range(2))
+        more = ("--embedding", "-b", "512", "-ub", "512")
+        with Stock(self.peer, "minilm", 4, 512, more) as peer, Sarai(self.binary, ["minilm"], 1, 512) as ours:
+            for _ in range(self.rounds):
+                for server, figures in ((peer, stock), (ours, sarai)):
+                    assert embed(server.port, "minilm", texts[:4]).count == 4
+                    whole = embed(server.port, "minilm", texts)
+                    assert whole.count == 256
+                    figures[0].append(256 / whole.seconds)
+                    began, threads = time.monotonic(), []
+                    for part in parts:
+                        threads.append(threading.Thread(target=embed, args=(server.port, "minilm", part)))
+                        threads[-1].start()
+                    for thread in threads:
+                        thread.join()
+                    figures[1].append(256 / (time.monotonic() - began))
+        report("one request, texts/s", stock[0], sarai[0])
+        report("16 requests at once, texts/s", stock[1], sarai[1])
+        with Sarai(self.binary, ["smollm2", "minilm"], 1, 2048) as ours:
+            idle, beside = [], []
+            for _ in range(self.rounds):
+                idle.append(1000 * percentile(ask(ours.port, "smollm2", text("idle", 20), 100).gaps(), 0.95))
+                answer, stop = Answer(), threading.Event()
+                thread = threading.Thread(target=ask, args=(ours.port, "smollm2", text("beside", 20), 600, answer, stop))
+                thread.start()
+                until(lambda: len(answer.times) > 10)
+                since = time.monotonic()
+                embed(ours.port, "minilm", texts)
+                gaps = answer.gaps(since, time.monotonic())
+                stop.set()
+                thread.join()
+                beside.append(1000 * percentile(gaps, 0.95))
+        report("SmolLM2's 95th gap alone, and beside 256 texts, ms", idle, beside, False)
+
     def loaded(self, server):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         connection.request("GET", "/api/ps")
@@ -400,7 +457,7 @@ class Bench:
 
 
 def main():
-    parts = ["alone", "streams", "entering", "prefix", "together", "park", "cold"]
+    parts = ["alone", "streams", "entering", "prefix", "together", "park", "cold", "embed"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}")
     parser.add_argument("--peer", default=os.environ.get("LLAMA_SERVER"), help="a llama-server")
