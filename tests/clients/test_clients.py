@@ -1,14 +1,39 @@
-"""What users of the official Python clients do, against the sarai at SARAI_URL with a model `lfm2`."""
+"""What users of the official Python clients do, against the sarai at SARAI_URL with models `lfm2`, `coder` and `minilm`."""
 
 import asyncio
+import json
 import os
 import unittest
 
 import ollama
 import openai
+import pydantic
 
 URL = os.environ["SARAI_URL"]
 ASK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name three colours."}]
+
+
+WEATHER = [{"role": "user", "content": "What is the weather in Oslo?"}]
+
+
+def get_weather(city: str) -> str:
+    """
+    The weather of a city.
+
+    Args:
+        city (str): The city
+
+    Returns:
+        str: The weather
+    """
+    return f"It snows in {city}."
+
+
+class Answer(pydantic.BaseModel):
+    """Of a question about colours."""
+
+    colours: list[str] = pydantic.Field(min_length=1, max_length=3)
+    sure: bool
 
 
 class OpenAI(unittest.TestCase):
@@ -39,6 +64,45 @@ class OpenAI(unittest.TestCase):
         )
         self.assertTrue(answer.choices[0].message.content)
 
+    def test_tools_whole_and_streamed_and_their_results(self):
+        city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+        tools = [{"type": "function", "function": {"name": "get_weather", "parameters": city}}]
+        asked = {"model": "coder", "messages": WEATHER, "tools": tools, "temperature": 0, "max_tokens": 60}
+        for choice in ("auto", "required"):
+            whole = self.client.chat.completions.create(**asked, tool_choice=choice)
+            call = whole.choices[0].message.tool_calls[0]
+            self.assertEqual((call.type, call.function.name), ("function", "get_weather"))
+            self.assertEqual(json.loads(call.function.arguments)["city"], "Oslo")
+            self.assertEqual(whole.choices[0].finish_reason, "tool_calls")
+            with self.client.chat.completions.stream(**asked, tool_choice=choice) as stream:
+                final = stream.get_final_completion()
+            streamed = final.choices[0].message.tool_calls[0].function
+            self.assertEqual((streamed.name, json.loads(streamed.arguments)["city"]), ("get_weather", "Oslo"))
+        result = {"role": "tool", "tool_call_id": call.id, "content": "snow"}
+        asked["messages"] = [*WEATHER, whole.choices[0].message, result]
+        self.assertGreater(self.client.chat.completions.create(**asked).usage.prompt_tokens, whole.usage.prompt_tokens)
+
+    def test_an_answer_parsed_by_pydantic(self):
+        for stream in (False, True):
+            asked = {"model": "coder", "messages": ASK, "response_format": Answer, "max_tokens": 100}
+            if stream:
+                with self.client.chat.completions.stream(**asked) as events:
+                    answer = events.get_final_completion()
+            else:
+                answer = self.client.chat.completions.parse(**asked)
+            self.assertIsInstance(answer.choices[0].message.parsed, Answer)
+
+    def test_embeddings(self):
+        # The client asks for base64 and decodes it.
+        made = self.client.embeddings.create(model="minilm", input=["A cat.", "A kitten.", "A bank."])
+        cat, kitten, bank = (row.embedding for row in made.data)
+        similar = lambda a, b: sum(x * y for x, y in zip(a, b))
+        self.assertGreater(similar(cat, kitten), similar(cat, bank) + 0.2)
+        plain = self.client.embeddings.create(model="minilm", input="A cat.", encoding_format="float", dimensions=96)
+        self.assertEqual(len(plain.data[0].embedding), 96)
+        with self.assertRaises(openai.BadRequestError):
+            self.client.embeddings.create(model="lfm2", input="A cat.")
+
     def test_completions(self):
         answer = self.client.completions.create(model="lfm2", prompt="The sky is", max_tokens=6, temperature=0)
         self.assertEqual(answer.usage.completion_tokens, 6)
@@ -48,7 +112,7 @@ class OpenAI(unittest.TestCase):
         self.assertEqual("".join(chunk.choices[0].text for chunk in stream), answer.choices[0].text)
 
     def test_models(self):
-        self.assertEqual([model.id for model in self.client.models.list()], ["lfm2", "expert"])
+        self.assertEqual([model.id for model in self.client.models.list()], ["lfm2", "expert", "coder", "minilm"])
         self.assertEqual(self.client.models.retrieve("lfm2").id, "lfm2")
         with self.assertRaises(openai.NotFoundError):
             self.client.models.retrieve("nobody")
@@ -111,8 +175,31 @@ class Ollama(unittest.TestCase):
         raw = self.client.generate("lfm2", prompt="The sky is", raw=True, options={"num_predict": 4})
         self.assertLess(raw.prompt_eval_count, answer.prompt_eval_count)
 
+    def test_tools_and_their_results(self):
+        asked = {"model": "coder", "tools": [get_weather], "options": {"temperature": 0, "num_predict": 60}}
+        whole = self.client.chat(messages=WEATHER, **asked)
+        calls = [part.message.tool_calls for part in self.client.chat(messages=WEATHER, **asked, stream=True)]
+        for call in (whole.message.tool_calls[0], next(call for call in calls if call)[0]):
+            self.assertEqual((call.function.name, call.function.arguments["city"]), ("get_weather", "Oslo"))
+        result = {"role": "tool", "tool_name": "get_weather", "content": get_weather("Oslo")}
+        told = self.client.chat(messages=[*WEATHER, whole.message, result], **asked)
+        self.assertGreater(told.prompt_eval_count, whole.prompt_eval_count)
+
+    def test_an_answer_in_a_form(self):
+        for stream in (False, True):
+            asked = {"messages": ASK, "format": Answer.model_json_schema(), "options": {"num_predict": 100}}
+            answer = self.client.chat("coder", **asked, stream=stream)
+            text = "".join(part.message.content for part in answer) if stream else answer.message.content
+            Answer.model_validate_json(text)
+
+    def test_embeddings(self):
+        made = self.client.embed("minilm", input=["A cat.", "A kitten."])
+        self.assertEqual([len(vector) for vector in made.embeddings], [384, 384])
+        self.assertEqual(len(self.client.embeddings("minilm", prompt="A cat.").embedding), 384)
+        self.assertEqual(self.client.show("minilm").capabilities, ["embedding"])
+
     def test_lists(self):
-        self.assertEqual([model.model for model in self.client.list().models], ["lfm2", "expert"])
+        self.assertEqual([model.model for model in self.client.list().models], ["lfm2", "expert", "coder", "minilm"])
         self.client.generate("lfm2")
         running = next(model for model in self.client.ps().models if model.model == "lfm2")
         self.assertGreater(running.size, 90 << 20)

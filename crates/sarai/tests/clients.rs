@@ -6,14 +6,16 @@ mod support;
 
 use std::process::Command;
 
-use support::{Ollama, Sarai, smollm2};
+use support::{Ollama, Sarai, minilm, qwen, smollm2};
 
 #[test]
 fn the_official_clients_are_served() {
     let config = format!(
-        "models:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 1024, parallel: 2, aliases: [tiny] }}\n  expert: {{ backend: ollama_http, fallback: gguf_native, url: \"{}\", gguf_path: {0}, context_length: 1024 }}\n",
+        "memory: {{ max_concurrent_llms: 4 }}\nmodels:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 1024, parallel: 2, aliases: [tiny] }}\n  expert: {{ backend: ollama_http, fallback: gguf_native, url: \"{}\", gguf_path: {0}, context_length: 1024 }}\n  coder: {{ backend: gguf_native, gguf_path: {}, context_length: 2048 }}\n  minilm: {{ backend: gguf_native, gguf_path: {} }}\n",
         smollm2(),
-        Ollama::unreachable()
+        Ollama::unreachable(),
+        qwen(),
+        minilm(),
     );
     let sarai = Sarai::start(&config);
     let python = std::env::var("SARAI_PYTHON").expect("SARAI_PYTHON names no Python with the clients: run `make test`");
