@@ -24,6 +24,7 @@ lint: deps
 # One test at a time: each starts real models, and two that compute on the same cores slow each other down.
 unit: deps models sketches ollama clients
 	SARAI_SKETCHES=$(SARAI_CACHE)/sketches SARAI_OLLAMA=$$(scripts/build_ollama.sh) SARAI_PYTHON=$$(scripts/python_clients.sh) \
+		SARAI_NODE_CLIENTS=$$(scripts/node_clients.sh) \
 		RUST_TEST_THREADS=1 RUST_BACKTRACE=0 cargo test $(CARGO_FLAGS) --workspace
 
 # Tokens/s and latency as ratios: the bare engine and Ollama asked directly, in the same run.
@@ -75,6 +76,7 @@ ollama: deps
 
 clients: deps
 	@scripts/python_clients.sh >/dev/null
+	@scripts/node_clients.sh >/dev/null
 
 build: deps
 	cargo build $(CARGO_FLAGS) -p sarai

@@ -11,6 +11,9 @@ need make make
 need clang clang
 need git git
 need curl curl
+# Only `make test` needs it: the official JavaScript clients.
+need node nodejs
+need npm npm
 if ! python3 -c 'import ensurepip' 2>/dev/null; then missing+=(python3-venv); fi
 if ! ls /usr/lib/llvm-*/lib/libclang*.so* >/dev/null 2>&1; then missing+=(libclang-dev); fi
 if [ "${#missing[@]}" -gt 0 ]; then

@@ -1,9 +1,10 @@
-//! The official, unmodified Python clients `openai` and `ollama`, against the real binary.
+//! The official, unmodified Python and JavaScript clients of both APIs, against the real binary.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
 mod support;
 
+use std::path::Path;
 use std::process::Command;
 
 use support::{Ollama, Sarai, minilm, qwen, smollm2};
@@ -19,9 +20,18 @@ fn the_official_clients_are_served() {
     );
     let sarai = Sarai::start(&config);
     let python = std::env::var("SARAI_PYTHON").expect("SARAI_PYTHON names no Python with the clients: run `make test`");
-    let tests = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/clients/test_clients.py");
-    let run = Command::new(python).arg(tests).env("SARAI_URL", &sarai.url).output().unwrap();
+    let tests = |file: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/clients").join(file);
+    let run = Command::new(python).arg(tests("test_clients.py")).env("SARAI_URL", &sarai.url).output().unwrap();
     let said = String::from_utf8_lossy(&run.stderr);
     assert!(run.status.success(), "{said}");
     assert!(said.contains("Ran ") && !said.contains("Ran 0"), "{said}");
+
+    let packages = std::env::var("SARAI_NODE_CLIENTS").expect("SARAI_NODE_CLIENTS names no clients: run `make test`");
+    // Node finds packages beside the file that asks for them.
+    let copy = Path::new(&packages).join("test_clients.mjs");
+    std::fs::copy(tests("test_clients.mjs"), &copy).unwrap();
+    let run = Command::new("node").arg("--test").arg(&copy).env("SARAI_URL", &sarai.url).output().unwrap();
+    let said = String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success(), "{said}");
+    assert!(said.contains("pass 5"), "{said}");
 }

@@ -1,0 +1,72 @@
+// What users of the official JavaScript clients do, against the sarai at SARAI_URL with models `lfm2`, `coder` and `minilm`.
+// Run by Node's own test runner from a copy beside its packages.
+
+import assert from "node:assert/strict";
+import test from "node:test";
+
+import { Ollama } from "ollama";
+import OpenAI from "openai";
+import { zodResponseFormat } from "openai/helpers/zod";
+import { z } from "zod";
+
+const url = process.env.SARAI_URL;
+const openai = new OpenAI({ baseURL: `${url}/v1`, apiKey: "none", maxRetries: 0 });
+const ollama = new Ollama({ host: url });
+const messages = [{ role: "user", content: "What is the weather in Oslo?" }];
+const city = { type: "object", properties: { city: { type: "string" } }, required: ["city"] };
+const tools = [{ type: "function", function: { name: "get_weather", description: "The weather of a city", parameters: city } }];
+
+test("OpenAI: a chat, and the same streamed", async () => {
+  const asked = { model: "lfm2", messages, temperature: 0, max_tokens: 8 };
+  // The first one computes the prompt in another order than those that find it in the cache.
+  await openai.chat.completions.create(asked);
+  const whole = await openai.chat.completions.create(asked);
+  let text = "";
+  for await (const chunk of await openai.chat.completions.create({ ...asked, stream: true })) {
+    text += chunk.choices[0]?.delta?.content ?? "";
+  }
+  assert.equal(text, whole.choices[0].message.content);
+});
+
+test("OpenAI: tools, whole and streamed", async () => {
+  const asked = { model: "coder", messages, tools, temperature: 0, max_tokens: 60 };
+  for (const tool_choice of ["auto", "required"]) {
+    const whole = await openai.chat.completions.create({ ...asked, tool_choice });
+    const streamed = await openai.chat.completions.stream({ ...asked, tool_choice }).finalChatCompletion();
+    for (const answer of [whole, streamed]) {
+      const { name, arguments: text } = answer.choices[0].message.tool_calls[0].function;
+      assert.deepEqual([name, JSON.parse(text).city], ["get_weather", "Oslo"]);
+      assert.equal(answer.choices[0].finish_reason, "tool_calls");
+    }
+  }
+});
+
+test("OpenAI: an answer parsed by zod, and vectors", async () => {
+  const form = z.object({ colours: z.array(z.string()).max(3), sure: z.boolean() });
+  const asked = { model: "coder", messages, response_format: zodResponseFormat(form, "answer"), max_tokens: 100 };
+  const answer = await openai.chat.completions.parse(asked);
+  assert.equal(typeof answer.choices[0].message.parsed.sure, "boolean");
+  const made = await openai.embeddings.create({ model: "minilm", input: ["A cat.", "A bank."] });
+  assert.deepEqual(made.data.map((row) => row.embedding.length), [384, 384]);
+});
+
+test("OpenAI: errors have their types", async () => {
+  await assert.rejects(openai.chat.completions.create({ model: "nobody", messages }), OpenAI.NotFoundError);
+  await assert.rejects(openai.chat.completions.create({ model: "lfm2", messages, tools }), OpenAI.BadRequestError);
+});
+
+test("Ollama: a chat, tools, a form and vectors", async () => {
+  const options = { temperature: 0, num_predict: 60 };
+  const whole = await ollama.chat({ model: "coder", messages, tools, options });
+  const calls = [];
+  for await (const part of await ollama.chat({ model: "coder", messages, tools, options, stream: true })) {
+    calls.push(...(part.message.tool_calls ?? []));
+  }
+  for (const call of [whole.message.tool_calls[0], calls[0]]) {
+    assert.deepEqual([call.function.name, call.function.arguments.city], ["get_weather", "Oslo"]);
+  }
+  const formed = await ollama.chat({ model: "coder", messages, format: city, options });
+  assert.equal(typeof JSON.parse(formed.message.content).city, "string");
+  const made = await ollama.embed({ model: "minilm", input: ["A cat."] });
+  assert.equal(made.embeddings[0].length, 384);
+});
