@@ -10,6 +10,7 @@ mod json;
 pub mod ollama;
 pub mod openai;
 mod sampling;
+pub mod schema;
 mod tools;
 
 use sarai_core::{Event, Extra, FinishReason, GenerateRequest, Timings, ToolCall, Usage};

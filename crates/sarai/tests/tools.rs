@@ -179,3 +179,17 @@ async fn banning_all_that_a_form_allows_fails_the_request_and_not_the_worker() {
     }
     assert_eq!(sarai.worker_pids().await, pids, "the same worker");
 }
+
+#[test]
+fn answers_to_200_schemas_validate_or_say_what_they_do_not_follow() {
+    let config = format!(
+        "models:\n  plain: {{ backend: gguf_native, gguf_path: {}, context_length: 512, parallel: 8 }}\n",
+        smollm2()
+    );
+    let sarai = Sarai::start(&config);
+    let python = std::env::var("SARAI_PYTHON").expect("SARAI_PYTHON names no Python with the clients: run `make test`");
+    let tests = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/clients/test_schemas.py");
+    let run = std::process::Command::new(python).arg(tests).env("SARAI_URL", &sarai.url).output().unwrap();
+    let said = String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success() && said.contains("200 schemas"), "{said}{}", String::from_utf8_lossy(&run.stderr));
+}

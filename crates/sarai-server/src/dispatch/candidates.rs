@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use sarai_api::ollama::ignored_by_ollama;
 use sarai_api::openai::remote::unknown_to_openai;
-use sarai_core::{Api, Error, GenerateRequest, Need, Prompt, Purpose};
+use sarai_api::schema::not_followed;
+use sarai_core::{Api, Error, Format, GenerateRequest, Need, Prompt, Purpose};
 
 use crate::catalog::Catalog;
 use crate::config::{Deployment, Model, PROCESS, Remote, backend_name};
@@ -175,7 +176,10 @@ fn degraded(asked: &Model, model: &Model, deployment: &Deployment, request: &Gen
             Api::Ollama => ignored_by_ollama(&request.sampling),
             Api::OpenAi => unknown_to_openai(&request.sampling),
         },
-        Deployment::Local { .. } => Vec::new(),
+        Deployment::Local { .. } => match &request.format {
+            Format::Schema(schema) => not_followed(schema),
+            _ => Vec::new(),
+        },
     };
     if let Some(extras) = request.extras.as_deref()
         && !matches!(deployment, Deployment::Remote(remote) | Deployment::Process { remote, .. } if remote.api == extras.api)

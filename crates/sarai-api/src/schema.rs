@@ -1,0 +1,220 @@
+//! What of a JSON schema llama.cpp's grammars do not follow: an answer has the form, and may still break these.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Map, Value};
+
+/// Keywords that are never followed.
+const NEVER: [&str; 16] = [
+    "multipleOf",
+    "not",
+    "if",
+    "patternProperties",
+    "propertyNames",
+    "dependentRequired",
+    "dependentSchemas",
+    "dependencies",
+    "contains",
+    "minContains",
+    "maxContains",
+    "minProperties",
+    "maxProperties",
+    "unevaluatedProperties",
+    "unevaluatedItems",
+    "additionalItems",
+];
+/// Bounds of numbers: followed for whole ones.
+const BOUNDS: [&str; 4] = ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"];
+/// What a keyword that decides alone leaves unread beside it.
+const CONSTRAINTS: [&str; 17] = [
+    "type",
+    "enum",
+    "const",
+    "properties",
+    "required",
+    "additionalProperties",
+    "items",
+    "prefixItems",
+    "minItems",
+    "maxItems",
+    "pattern",
+    "minLength",
+    "maxLength",
+    "anyOf",
+    "oneOf",
+    "allOf",
+    "$ref",
+];
+/// Deeper than any schema is meant to be.
+const DEEPEST: usize = 64;
+
+/// The keywords of a schema that an answer of a local model may break, sorted.
+#[must_use]
+pub fn not_followed(schema: &str) -> Vec<String> {
+    let mut found = BTreeSet::new();
+    if let Ok(schema) = serde_json::from_str(schema) {
+        look(&schema, 0, &mut found);
+    }
+    found.into_iter().map(|keyword| format!("schema:{keyword}")).collect()
+}
+
+fn look(schema: &Value, depth: usize, found: &mut BTreeSet<String>) {
+    let Value::Object(fields) = schema else { return };
+    if depth > DEEPEST {
+        return;
+    }
+    let has = |keyword: &str| fields.contains_key(keyword);
+    let mut miss = |keyword: &str| {
+        if fields.contains_key(keyword) {
+            found.insert(keyword.to_owned());
+        }
+    };
+    NEVER.iter().for_each(|keyword| miss(keyword));
+    if fields.get("uniqueItems") == Some(&Value::Bool(true)) {
+        miss("uniqueItems");
+    }
+    if !only_whole_numbers(fields) {
+        BOUNDS.iter().for_each(|keyword| miss(keyword));
+    }
+    // Of two bounds on the same side, only one is read.
+    for (one, other) in [("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")] {
+        if has(one) && has(other) {
+            miss(other);
+        }
+    }
+    if has("pattern") {
+        ["minLength", "maxLength", "format"].iter().for_each(|keyword| miss(keyword));
+    }
+    // The first of these that is there decides, and what stands beside it is not read.
+    let alone = ["$ref", "oneOf", "anyOf"].into_iter().find(|keyword| has(keyword)).or_else(|| {
+        let decides = |keyword: &&str| has(keyword);
+        ["const", "enum"].into_iter().find(decides)
+    });
+    if let Some(alone) = alone {
+        let is_value = ["const", "enum"].contains(&alone);
+        let beside = CONSTRAINTS.iter().filter(|keyword| **keyword != alone && !(is_value && **keyword == "type"));
+        beside.for_each(|keyword| miss(keyword));
+        if !is_value {
+            BOUNDS.iter().for_each(|keyword| miss(keyword));
+        }
+    } else {
+        if has("properties") || (has("type") && fields.get("type") != Some(&"object".into())) {
+            miss("allOf");
+        }
+        let known = |name: &Value| {
+            name.as_str().is_some_and(|name| fields.get("properties").is_some_and(|all| all.get(name).is_some()))
+        };
+        if fields.get("required").and_then(Value::as_array).is_some_and(|names| !names.iter().all(known))
+            && !has("allOf")
+        {
+            miss("required");
+        }
+        if has("prefixItems") && has("items") && fields["items"] != Value::Bool(false) {
+            miss("prefixItems");
+        }
+        if has("prefixItems") || fields.get("items").is_some_and(Value::is_array) {
+            ["minItems", "maxItems"].iter().for_each(|keyword| miss(keyword));
+        }
+    }
+    if fields.get("oneOf").and_then(Value::as_array).is_some_and(|options| !exclude_each_other(options)) {
+        found.insert("oneOf".to_owned());
+    }
+    for (keyword, value) in fields {
+        let each: Vec<&Value> = match (keyword.as_str(), value) {
+            ("properties" | "$defs" | "definitions", Value::Object(all)) => all.values().collect(),
+            ("items" | "prefixItems" | "anyOf" | "oneOf" | "allOf", Value::Array(all)) => all.iter().collect(),
+            ("items" | "additionalProperties", one) => vec![one],
+            _ => continue,
+        };
+        each.into_iter().for_each(|inner| look(inner, depth + 1, found));
+    }
+}
+
+fn only_whole_numbers(fields: &Map<String, Value>) -> bool {
+    match fields.get("type") {
+        Some(Value::String(kind)) => kind != "number",
+        Some(Value::Array(kinds)) => !kinds.contains(&"number".into()),
+        _ => false,
+    }
+}
+
+/// Whether no value can be of two of these: they are of different types, or differ in a constant property that all must have.
+fn exclude_each_other(options: &[Value]) -> bool {
+    let distinct = |values: Vec<&Value>| {
+        let mut seen = Vec::new();
+        values.len() == options.len()
+            && values.into_iter().all(|value| {
+                !seen.contains(&value) && {
+                    seen.push(value);
+                    true
+                }
+            })
+    };
+    let types = options.iter().filter_map(|option| option.get("type").filter(|kind| kind.is_string()));
+    let are_whole = |kind: &Value| options.iter().any(|option| option["type"] == *kind);
+    if distinct(types.collect()) && !(are_whole(&"integer".into()) && are_whole(&"number".into())) {
+        return true;
+    }
+    if distinct(options.iter().filter_map(|option| option.get("const")).collect()) {
+        return true;
+    }
+    let Some(Value::Object(properties)) = options.first().and_then(|option| option.get("properties")) else {
+        return false;
+    };
+    properties.keys().any(|name| {
+        let tag = |option: &'_ Value| {
+            let is_required = option["required"].as_array().is_some_and(|names| names.iter().any(|one| one == name));
+            is_required && option["properties"][name].get("const").is_some()
+        };
+        options.iter().all(tag) && distinct(options.iter().map(|option| &option["properties"][name]["const"]).collect())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn missed(schema: Value) -> Vec<String> {
+        not_followed(&schema.to_string())
+    }
+
+    #[test]
+    fn what_grammars_follow_is_not_told() {
+        for schema in [
+            json!({ "type": "object", "properties": { "n": { "type": "integer", "minimum": 1, "exclusiveMaximum": 9 } }, "required": ["n"] }),
+            json!({ "type": "array", "items": { "enum": ["a", 1, null] }, "minItems": 1, "maxItems": 3 }),
+            json!({ "$defs": { "x": { "type": "string", "maxLength": 3 } }, "$ref": "#/$defs/x" }),
+            json!({ "oneOf": [{ "type": "string" }, { "type": "integer" }] }),
+            json!({ "oneOf": [
+                { "type": "object", "properties": { "kind": { "const": "a" } }, "required": ["kind"] },
+                { "type": "object", "properties": { "kind": { "const": "b" } }, "required": ["kind"] },
+            ] }),
+            json!({ "type": "string", "pattern": "^[a-z]+$", "title": "t", "description": "d" }),
+        ] {
+            assert!(missed(schema.clone()).is_empty(), "{schema}: {:?}", missed(schema.clone()));
+        }
+    }
+
+    #[test]
+    fn what_they_do_not_follow_is_told_wherever_it_stands() {
+        for (schema, wanted) in [
+            (json!({ "type": "number", "minimum": 1 }), "schema:minimum"),
+            (
+                json!({ "type": "object", "properties": { "a": { "type": "array", "items": { "type": "integer", "multipleOf": 3 } } } }),
+                "schema:multipleOf",
+            ),
+            (
+                json!({ "$defs": { "x": { "type": "array", "uniqueItems": true } }, "$ref": "#/$defs/x" }),
+                "schema:uniqueItems",
+            ),
+            (json!({ "type": "object", "properties": {}, "required": ["x"] }), "schema:required"),
+            (json!({ "type": "string", "pattern": "^a*$", "maxLength": 3 }), "schema:maxLength"),
+            (json!({ "anyOf": [{ "type": "string" }], "enum": ["a"] }), "schema:enum"),
+            (json!({ "oneOf": [{ "type": "integer" }, { "type": "number" }] }), "schema:oneOf"),
+            (json!({ "type": "string", "not": { "const": "a" } }), "schema:not"),
+        ] {
+            assert_eq!(missed(schema.clone()), [wanted], "{schema}");
+        }
+    }
+}

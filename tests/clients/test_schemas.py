@@ -1,0 +1,114 @@
+"""Answers to 200 JSON schemas of the kinds in the published test suite, against the sarai at SARAI_URL with a model `plain`.
+
+Each answer that ends by itself must validate, but for keywords that the answer itself says it does not follow. Schemas that are
+refused are refused with the place in them.
+"""
+
+import json
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import jsonschema
+import openai
+
+COUNT, AT_ONCE = 200, 8
+CLIENT = openai.OpenAI(base_url=f"{os.environ['SARAI_URL']}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+def leaf(chosen):
+    return chosen.choice(
+        [
+            lambda: {"type": "string", "maxLength": chosen.randint(1, 8)},
+            lambda: {"type": "string", "minLength": 2, "maxLength": 4},
+            lambda: {"type": "string", "pattern": chosen.choice(["^[a-z]{2,5}$", "^(red|green)-[0-9]{1,3}$", "^[A-F0-9]{4}$"])},
+            lambda: {"type": "string", "format": chosen.choice(["date", "time", "uuid"])},
+            lambda: {"type": "integer", "minimum": chosen.randint(-20, 5), "maximum": chosen.randint(6, 300)},
+            lambda: {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": chosen.randint(2, 40)},
+            lambda: {"type": "boolean"},
+            lambda: {"type": "null"},
+            lambda: {"enum": chosen.sample(["low", "high", 3, 4.5, True, None, "ü\"q"], 3)},
+            lambda: {"const": chosen.choice(["only", 7, False, {"a": [1]}])},
+            lambda: {"type": ["integer", "null"]},
+            lambda: {"type": "number"},
+        ]
+        if chosen.random() < 0.95
+        # Not followed, and said so.
+        else [
+            lambda: {"type": "number", "minimum": 0, "maximum": 1},
+            lambda: {"type": "integer", "minimum": 1, "maximum": 99, "multipleOf": 3},
+        ]
+    )()
+
+
+def schema(chosen, depth=0):
+    kind = chosen.choice(["object", "object", "array", "union", "tuple", "leaf"]) if depth < 2 else "leaf"
+    inner = lambda: schema(chosen, depth + 1)
+    match kind:
+        case "object":
+            names = chosen.sample(["name", "size", "tags", "when", "a b", "größe", "x-1"], chosen.randint(1, 3))
+            required = chosen.sample(names, chosen.randint(0, len(names)))
+            made = {"type": "object", "properties": {name: inner() for name in names}, "required": required}
+            return made | ({"additionalProperties": False} if chosen.random() < 0.7 else {})
+        case "array":
+            least = chosen.randint(0, 2)
+            made = {"type": "array", "items": inner(), "minItems": least, "maxItems": least + chosen.randint(0, 2)}
+            return made | ({"uniqueItems": True} if chosen.random() < 0.1 else {})
+        case "tuple":
+            return {"type": "array", "prefixItems": [inner(), inner()], "items": False}
+        case "union":
+            return {"anyOf": [inner(), inner()]}
+        case _:
+            return leaf(chosen)
+
+
+def top(seed):
+    chosen = random.Random(seed)
+    if chosen.random() < 0.2:
+        # A reference, and one to itself.
+        node = {"type": "object", "properties": {"value": leaf(chosen), "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}}
+        node |= {"required": ["value", "next"], "additionalProperties": False}
+        return {"$defs": {"node": node}, "type": "object", "properties": {"list": {"$ref": "#/$defs/node"}}, "required": ["list"]}
+    made = schema(chosen)
+    return made if made.get("type") == "object" else {"type": "object", "properties": {"value": made}, "required": ["value"]}
+
+
+def ask(seed):
+    wanted = top(seed)
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted}}
+    messages = [{"role": "user", "content": "Fill in the form with something short."}]
+    asked = {"temperature": 0.8, "seed": seed, "max_tokens": 64, "response_format": form}
+    try:
+        answer = CLIENT.chat.completions.create(model="plain", messages=messages, **asked)
+    except openai.BadRequestError as error:
+        assert "#/" in str(error), f"{wanted}: {error}"
+        return "refused"
+    choice, text = answer.choices[0], answer.choices[0].message.content
+    if choice.finish_reason == "length":
+        return "cut"
+    assert choice.finish_reason == "stop", choice.finish_reason
+    said = {word.removeprefix("schema:") for word in answer.sarai["degraded"]}
+    is_valid = jsonschema.Draft202012Validator(without(wanted, said)).is_valid(json.loads(text))
+    assert is_valid, f"{wanted}: {text} breaks more than {said}, which is what it says"
+    return "degraded" if said else "valid"
+
+
+def without(wanted, keywords):
+    """The same schema, less these keywords."""
+    if isinstance(wanted, list):
+        return [without(one, keywords) for one in wanted]
+    if not isinstance(wanted, dict):
+        return wanted
+    return {key: without(value, keywords) for key, value in wanted.items() if key not in keywords}
+
+
+def main():
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        outcomes = list(pool.map(ask, range(COUNT)))
+    counts = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
+    print(f"{len(outcomes)} schemas: {counts}")
+    # Those that were cut or refused prove nothing: they must be few.
+    assert counts.get("valid", 0) >= COUNT // 2 and counts.get("cut", 0) <= COUNT // 3 and counts.get("refused", 0) <= 4, counts
+
+
+main()
