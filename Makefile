@@ -9,7 +9,7 @@ export SARAI_MODELS = $(SARAI_CACHE)/models
 # One profile for all: llama.cpp is built once.
 CARGO_FLAGS = --release --locked
 
-.PHONY: run test lint unit bench bench-memory bench-cage bench-gateway bench-failover bench-engine deps models demo-models sketches ollama clients build
+.PHONY: run test lint unit bench bench-memory bench-cage bench-gateway bench-failover bench-engine soak deps models demo-models sketches ollama clients build
 
 run: build demo-models
 	@exec $(CARGO_TARGET_DIR)/release/sarai serve --config config/demo.yaml
@@ -55,6 +55,10 @@ bench-engine: build models
 # A real Ollama killed before, while and after it answers: time to the fallback, and back.
 bench-failover: build models ollama
 	SARAI_OLLAMA=$$(scripts/build_ollama.sh) python3 scripts/bench_failover.py $(CARGO_TARGET_DIR)/release/sarai
+
+# Half an hour of everything at once: memory and descriptors stay as they are. `MINUTES=5` is shorter.
+soak: build models
+	python3 scripts/soak.py $(CARGO_TARGET_DIR)/release/sarai
 
 deps:
 	@scripts/install_deps.sh

@@ -45,11 +45,42 @@ def text(seed, words):
     return f"{seed} " + " ".join(chosen.choice(WORDS) for _ in range(words))
 
 
+class Quota:
+    """A control group of either version that grants so many cores' worth of time; needs root."""
+
+    def __init__(self, cores):
+        is_first = os.path.isdir("/sys/fs/cgroup/cpu")
+        self.folder = f"/sys/fs/cgroup{'/cpu' if is_first else ''}/sarai-bench-{os.getpid()}"
+        os.mkdir(self.folder)
+        period = 100_000
+        file, limit = ("cpu.cfs_quota_us", f"{int(cores * period)}") if is_first else ("cpu.max", f"{int(cores * period)} {period}")
+        with open(f"{self.folder}/{file}", "w") as out:
+            out.write(limit)
+
+    def enter(self):
+        with open(f"{self.folder}/cgroup.procs", "w") as out:
+            out.write(str(os.getpid()))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for _ in range(100):
+            try:
+                return os.rmdir(self.folder)
+            except OSError:
+                time.sleep(0.1)
+
+
 class Process:
     """A server that is stopped for certain."""
 
+    # What it does before it is started.
+    enters = None
+
     def start(self, command, env=None):
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
+        silent["preexec_fn"] = Process.enters
         self.process = subprocess.Popen(command, env={**os.environ, **(env or {})}, start_new_session=True, **silent)
 
     def stop(self):
@@ -224,7 +255,7 @@ class Bench:
 
     def alone(self):
         """One stream: decode and prefill."""
-        for model in MODELS:
+        for model in EOS:
             with self.stock(model) as stock, self.sarai([model]) as sarai:
                 decode, prefill = {stock: [], sarai: []}, {stock: [], sarai: []}
                 for seed in range(self.rounds):
@@ -411,6 +442,27 @@ class Bench:
         connection.getresponse().read()
         until(lambda: not self.loaded(server))
 
+    def quota(self):
+        """A quota of 1.5 of 2 cores: of the speed without it, which would be 0.75"""
+        for model in ("smollm2", "qwen"):
+            shares = {(name, what): [] for name in ("stock", "sarai") for what in ("decode", "prefill")}
+            for seed in range(self.rounds):
+                for name, make in (("stock", lambda: self.stock(model)), ("sarai", lambda: self.sarai([model]))):
+                    speeds = []
+                    for cores in (None, 1.5):
+                        with Quota(cores or 2) as quota:
+                            Process.enters = quota.enter if cores else None
+                            with make() as server:
+                                Process.enters = None
+                                decode = ask(server.port, model, text(seed, 20), 200).tokens_per_second
+                                long = ask(server.port, model, text(1000 + seed, 1000), 1)
+                                speeds.append((decode, long.usage["prompt_tokens"] / long.first))
+                    (decode, prefill), (limited_decode, limited_prefill) = speeds
+                    shares[name, "decode"].append(limited_decode / decode)
+                    shares[name, "prefill"].append(limited_prefill / prefill)
+            for what in ("decode", "prefill"):
+                report(f"{model}: {what} under 1.5 cores, of that without", shares["stock", what], shares["sarai", what])
+
     def embed(self):
         """all-MiniLM-L6-v2: 256 texts of 5 to 150 words in one request, and as 16 requests of 16 at once; texts/s"""
         chosen = random.Random(7)
@@ -457,7 +509,7 @@ class Bench:
 
 
 def main():
-    parts = ["alone", "streams", "entering", "prefix", "together", "park", "cold", "embed"]
+    parts = ["alone", "streams", "entering", "prefix", "together", "park", "cold", "embed", "quota"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}")
     parser.add_argument("--peer", default=os.environ.get("LLAMA_SERVER"), help="a llama-server")

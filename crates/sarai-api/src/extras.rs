@@ -3,6 +3,7 @@
 use sarai_core::{Api, Error, Extras, Need, ToolCall, Tools};
 use serde_json::{Map, Value};
 
+use crate::tools::Chosen;
 use crate::{check, json, tools};
 
 /// The sampling keys, which both APIs spell the same.
@@ -21,11 +22,18 @@ pub const SAMPLING: [&str; 12] = [
     "logit_bias",
 ];
 
+/// As OpenAI has it.
+const MOST_LOGPROBS: u8 = 20;
+
 /// Collects what is left of a body.
 pub struct Rest {
     extras: Extras,
     /// The fields that are read.
     read: Map<String, Value>,
+    /// Those of them that are kept as they were sent.
+    kept: Vec<String>,
+    /// Fields that may be lost.
+    harmless: Option<&'static [&'static str]>,
 }
 
 impl Rest {
@@ -37,7 +45,12 @@ impl Rest {
         let fields: Map<String, Value> = json::parse(body)?;
         let (read, fields) = fields.into_iter().partition(|(name, _)| read.contains(&name.as_str()));
         let (options, needs, degrades) = (Map::new(), Vec::new(), Vec::new());
-        Ok(Self { extras: Extras { api, fields, options, is_generate: false, needs, degrades }, read })
+        Ok(Self {
+            extras: Extras { api, fields, options, is_generate: false, needs, degrades },
+            read,
+            kept: Vec::new(),
+            harmless: None,
+        })
     }
 
     /// Those of these fields that are set are needed.
@@ -58,22 +71,69 @@ impl Rest {
     ///
     /// # Errors
     /// `tool_choice` is wrong.
-    pub fn tools(&mut self) -> Result<Option<Tools>, Error> {
-        let Some(written) = self.field("tools").and_then(Value::as_array).filter(|tools| !tools.is_empty()) else {
-            return Ok(None);
+    pub fn tools(&mut self, is_chat: bool) -> Result<Option<Tools>, Error> {
+        let written = match self.field("tools") {
+            Some(Value::Array(tools)) if !tools.is_empty() => tools,
+            Some(Value::Array(_) | Value::Null) | None => return Ok(None),
+            Some(other) => return Err(Error::invalid("tools", format!("`tools` is {other}: use an array of tools"))),
         };
+        if !is_chat {
+            self.need_also("tools", "`tools` is not supported here".into(), false);
+            return Ok(None);
+        }
         match tools::definitions(written) {
             Ok(mut definitions) => {
                 definitions.parallel = self.field("parallel_tool_calls").and_then(Value::as_bool);
                 let chosen = tools::choose(definitions, self.field("tool_choice"))?;
                 self.need_also("tools", "`tools` is not supported".into(), true);
-                Ok(chosen)
+                Ok(match chosen {
+                    Chosen::These(tools) => Some(tools),
+                    Chosen::Nothing => None,
+                    Chosen::Unknown(lack) => {
+                        self.need_also("tool_choice", lack, false);
+                        None
+                    }
+                })
             }
             Err(lack) => {
                 self.need_also("tools", lack, false);
                 Ok(None)
             }
         }
+    }
+
+    /// Reads how many likely tokens are wanted beside each: OpenAI's chats and Ollama have a flag and a count, older completions only a
+    /// count.
+    ///
+    /// # Errors
+    /// The count is none, or more than 20.
+    pub fn logprobs(&mut self) -> Result<Option<u8>, Error> {
+        let wrong = |param: &str, value: &Value| {
+            Error::invalid(param, format!("`{param}` is {value}: use a number from 0 to {MOST_LOGPROBS}"))
+        };
+        let count = |param: &str, value: &Value| {
+            let count = value.as_u64().and_then(|count| u8::try_from(count).ok());
+            count.filter(|count| *count <= MOST_LOGPROBS).ok_or_else(|| wrong(param, value))
+        };
+        let set = |name: &str| self.field(name).filter(|value| !value.is_null());
+        let top = set("top_logprobs").map(|value| count("top_logprobs", value)).transpose()?;
+        let wanted = match (set("logprobs"), top) {
+            (Some(Value::Bool(true)), top) => Some(top.unwrap_or(0)),
+            (Some(Value::Bool(false)) | None, None | Some(0)) => None,
+            (Some(Value::Bool(false)) | None, Some(_)) => {
+                return Err(Error::invalid(
+                    "top_logprobs",
+                    "`top_logprobs` is set without `logprobs`: set `logprobs` to true",
+                ));
+            }
+            (Some(value), _) => Some(count("logprobs", value)?),
+        };
+        for name in ["logprobs", "top_logprobs"] {
+            if self.field(name).is_some_and(|value| !check::is_default(value)) {
+                self.need_also(name, format!("`{name}` is not supported"), true);
+            }
+        }
+        Ok(wanted)
     }
 
     /// Reads the calls in a message, and who may be asked with them.
@@ -84,11 +144,8 @@ impl Rest {
     }
 
     /// All that is set, but for what is needed and these, is lost where it is not understood.
-    pub fn degrades_without(&mut self, harmless: &[&str]) {
-        let Extras { fields, needs, .. } = &self.extras;
-        let is_needed = |name: &str| needs.iter().any(|need| need.param == name) || harmless.contains(&name);
-        let lost = fields.iter().filter(|(name, value)| !check::is_default(value) && !is_needed(name));
-        self.extras.degrades = lost.map(|(name, _)| name.clone()).collect();
+    pub fn degrades_without(&mut self, harmless: &'static [&'static str]) {
+        self.harmless = Some(harmless);
     }
 
     /// Something else is needed.
@@ -105,6 +162,7 @@ impl Rest {
     pub fn keep(&mut self, name: &str) {
         if let Some(value) = self.read.remove(name) {
             self.extras.fields.insert(name.to_owned(), value);
+            self.kept.push(name.to_owned());
         }
     }
 
@@ -122,7 +180,16 @@ impl Rest {
     }
 
     /// What there is, if anything.
-    pub fn finish(self) -> Option<Box<Extras>> {
+    pub fn finish(mut self) -> Option<Box<Extras>> {
+        if let Some(harmless) = self.harmless {
+            // Last, when all needs are known.
+            let Extras { fields, needs, .. } = &self.extras;
+            let is_needed = |name: &str| needs.iter().any(|need| need.param == name) || harmless.contains(&name);
+            let lost = fields.iter().filter(|(name, value)| !check::is_default(value) && !is_needed(name));
+            // What is read is kept for hosts, and not lost here.
+            self.extras.degrades =
+                lost.map(|(name, _)| name.clone()).filter(|name| !self.kept.contains(name)).collect();
+        }
         let is_empty = self.extras.fields.is_empty() && self.extras.options.is_empty();
         (!is_empty).then(|| Box::new(self.extras))
     }

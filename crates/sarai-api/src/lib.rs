@@ -7,13 +7,14 @@ mod check;
 pub mod embed;
 mod extras;
 mod json;
+mod logprobs;
 pub mod ollama;
 pub mod openai;
 mod sampling;
 pub mod schema;
 mod tools;
 
-use sarai_core::{Event, Extra, FinishReason, GenerateRequest, Timings, ToolCall, Usage};
+use sarai_core::{Event, Extra, FinishReason, GenerateRequest, Timings, TokenLogprob, ToolCall, Usage};
 
 /// How the client wants its answer delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +63,8 @@ pub struct Whole {
     pub reasoning: String,
     /// Tools that are called.
     pub tool_calls: Vec<ToolCall>,
+    /// How likely its tokens were, where that was asked for.
+    pub logprobs: Vec<TokenLogprob>,
     /// Why it ended.
     pub finish: FinishReason,
     /// Tokens.

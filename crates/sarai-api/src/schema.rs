@@ -45,6 +45,10 @@ const CONSTRAINTS: [&str; 17] = [
     "allOf",
     "$ref",
 ];
+/// llama.cpp repeats nothing more often.
+const MOST_REPEATED: u64 = 2000;
+/// Forms of texts that it knows.
+const FORMATS: [&str; 9] = ["date", "time", "date-time", "uuid", "uuid1", "uuid2", "uuid3", "uuid4", "uuid5"];
 /// Deeper than any schema is meant to be.
 const DEEPEST: usize = 64;
 
@@ -84,6 +88,20 @@ fn look(schema: &Value, depth: usize, found: &mut BTreeSet<String>) {
     }
     if has("pattern") {
         ["minLength", "maxLength", "format"].iter().for_each(|keyword| miss(keyword));
+        if !fields.get("pattern").and_then(Value::as_str).is_some_and(is_plain) {
+            miss("pattern");
+        }
+    }
+    for bound in ["minLength", "maxLength", "minItems", "maxItems"] {
+        if fields.get(bound).and_then(Value::as_u64).is_some_and(|bound| bound > MOST_REPEATED) {
+            miss(bound);
+        }
+    }
+    if !fields.get("format").and_then(Value::as_str).is_none_or(|format| FORMATS.contains(&format)) {
+        miss("format");
+    }
+    if fields.get("allOf").and_then(Value::as_array).is_some_and(|parts| !parts.iter().all(is_object)) {
+        miss("allOf");
     }
     // The first of these that is there decides, and what stands beside it is not read.
     let alone = ["$ref", "oneOf", "anyOf"].into_iter().find(|keyword| has(keyword)).or_else(|| {
@@ -92,7 +110,8 @@ fn look(schema: &Value, depth: usize, found: &mut BTreeSet<String>) {
     });
     if let Some(alone) = alone {
         let is_value = ["const", "enum"].contains(&alone);
-        let beside = CONSTRAINTS.iter().filter(|keyword| **keyword != alone && !(is_value && **keyword == "type"));
+        let is_of_type = is_value && values_are_of_type(fields, alone);
+        let beside = CONSTRAINTS.iter().filter(|keyword| **keyword != alone && !(is_of_type && **keyword == "type"));
         beside.for_each(|keyword| miss(keyword));
         if !is_value {
             BOUNDS.iter().for_each(|keyword| miss(keyword));
@@ -127,6 +146,38 @@ fn look(schema: &Value, depth: usize, found: &mut BTreeSet<String>) {
             _ => continue,
         };
         each.into_iter().for_each(|inner| look(inner, depth + 1, found));
+    }
+}
+
+/// Whether a pattern has only what becomes a grammar as it is meant: anchored, letters, classes, groups and repetitions.
+fn is_plain(pattern: &str) -> bool {
+    let Some(inner) = pattern.strip_prefix('^').and_then(|pattern| pattern.strip_suffix('$')) else { return false };
+    let is_special = |c: char| matches!(c, '\\' | '.' | '^' | '$' | '"') || c.is_control();
+    !inner.contains(is_special) && !inner.contains("(?") && !inner.contains("*?") && !inner.contains("+?")
+}
+
+/// Whether a part of `allOf` is one whose properties are put to those of the others.
+fn is_object(part: &Value) -> bool {
+    part.get("properties").is_some_and(Value::is_object) && part.get("allOf").is_none()
+}
+
+/// Whether the values that are allowed are all of the type that stands beside them.
+fn values_are_of_type(fields: &Map<String, Value>, keyword: &str) -> bool {
+    let Some(Value::String(kind)) = fields.get("type") else { return false };
+    let is_of = |value: &Value| match kind.as_str() {
+        "string" => value.is_string(),
+        "integer" => value.is_i64() || value.is_u64(),
+        "number" => value.is_number(),
+        "boolean" => value.is_boolean(),
+        "null" => value.is_null(),
+        "array" => value.is_array(),
+        "object" => value.is_object(),
+        _ => false,
+    };
+    match (keyword, fields.get(keyword)) {
+        ("enum", Some(Value::Array(values))) => values.iter().all(is_of),
+        (_, Some(value)) => is_of(value),
+        _ => false,
     }
 }
 
@@ -212,6 +263,12 @@ mod tests {
             (json!({ "type": "string", "pattern": "^a*$", "maxLength": 3 }), "schema:maxLength"),
             (json!({ "anyOf": [{ "type": "string" }], "enum": ["a"] }), "schema:enum"),
             (json!({ "oneOf": [{ "type": "integer" }, { "type": "number" }] }), "schema:oneOf"),
+            (json!({ "type": "string", "pattern": "^\\d{5}$" }), "schema:pattern"),
+            (json!({ "type": "string", "pattern": "abc" }), "schema:pattern"),
+            (json!({ "type": "string", "format": "email" }), "schema:format"),
+            (json!({ "type": "string", "maxLength": 5000 }), "schema:maxLength"),
+            (json!({ "allOf": [{ "$ref": "#/$defs/x" }] }), "schema:allOf"),
+            (json!({ "type": "string", "enum": ["a", 1] }), "schema:type"),
             (json!({ "type": "string", "not": { "const": "a" } }), "schema:not"),
         ] {
             assert_eq!(missed(schema.clone()), [wanted], "{schema}");

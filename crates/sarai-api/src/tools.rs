@@ -3,6 +3,9 @@
 use sarai_core::{Error, ToolCall, ToolChoice, Tools};
 use serde_json::{Map, Value, json};
 
+/// As JSON has it: the engine's texts end at one.
+const NUL: &str = "\\u0000";
+
 /// Reads `tools`; `Err` says in words what is not understood of them here, and may be by a host.
 pub fn definitions(tools: &[Value]) -> Result<Tools, String> {
     let mut names = Vec::new();
@@ -11,6 +14,9 @@ pub fn definitions(tools: &[Value]) -> Result<Tools, String> {
         match name {
             Some(name) => names.push(name.to_owned()),
             None => return Err(format!("`tools[{index}]` is no function with a name, which is not supported")),
+        }
+        if tool.to_string().contains(NUL) {
+            return Err(format!("`tools[{index}]` holds a NUL character, which is not supported"));
         }
         let parameters = &tool["function"]["parameters"];
         if !(parameters.is_object() || parameters.is_null()) {
@@ -29,22 +35,32 @@ pub fn definitions(tools: &[Value]) -> Result<Tools, String> {
     Ok(Tools { definitions, names, choice: ToolChoice::Auto, parallel: None })
 }
 
-/// Takes OpenAI's `tool_choice` into account; `None` if no tool may be called.
+/// What may be called.
+pub enum Chosen {
+    /// These, as they say.
+    These(Tools),
+    /// No tool.
+    Nothing,
+    /// A choice that is not understood here, and may be by a host: in words.
+    Unknown(String),
+}
+
+/// Takes OpenAI's `tool_choice` into account.
 ///
 /// # Errors
-/// It is none of the words, or names a tool that there is not.
-pub fn choose(mut tools: Tools, choice: Option<&Value>) -> Result<Option<Tools>, Error> {
-    let wrong = |choice: &Value| {
-        let words = "use \"auto\", \"none\", \"required\" or {\"type\": \"function\", \"function\": {\"name\": …}}";
-        Error::invalid("tool_choice", format!("`tool_choice` is {choice}: {words}"))
-    };
+/// It names a tool that there is not.
+pub fn choose(mut tools: Tools, choice: Option<&Value>) -> Result<Chosen, Error> {
     tools.choice = match choice {
         None | Some(Value::Null) => ToolChoice::Auto,
         Some(Value::String(word)) if word == "auto" => ToolChoice::Auto,
         Some(Value::String(word)) if word == "required" => ToolChoice::Required,
-        Some(Value::String(word)) if word == "none" => return Ok(None),
+        Some(Value::String(word)) if word == "none" => return Ok(Chosen::Nothing),
         Some(choice) => {
-            let name = choice["function"]["name"].as_str().ok_or_else(|| wrong(choice))?;
+            let Some(name) = choice["function"]["name"].as_str() else {
+                let words =
+                    "use \"auto\", \"none\", \"required\" or {\"type\": \"function\", \"function\": {\"name\": …}}";
+                return Ok(Chosen::Unknown(format!("`tool_choice` is {choice} ({words}), which is not supported")));
+            };
             if !tools.names.iter().any(|known| known == name) {
                 let known = tools.names.join("`, `");
                 return Err(Error::invalid(
@@ -55,11 +71,14 @@ pub fn choose(mut tools: Tools, choice: Option<&Value>) -> Result<Option<Tools>,
             ToolChoice::Named(name.to_owned())
         }
     };
-    Ok(Some(tools))
+    Ok(Chosen::These(tools))
 }
 
 /// Reads the calls in a message, of either API; `None` if they are not understood.
 pub fn calls(value: &Value) -> Option<Vec<ToolCall>> {
+    if value.to_string().contains(NUL) {
+        return None;
+    }
     let calls = value.as_array()?.iter().enumerate().map(|(index, call)| {
         let function = &call["function"];
         let arguments = match &function["arguments"] {

@@ -40,7 +40,16 @@ fn timings() -> Timings {
 fn whole_answer(extra: Option<Extra>) -> Whole {
     let text = extra.as_ref().map_or_else(|| "Hello".into(), |extra| extra.text.clone());
     let (finish, usage, timings) = (FinishReason::Stop, USAGE, timings());
-    Whole { text, reasoning: String::new(), tool_calls: Vec::new(), finish, usage, timings, extra: extra.map(Box::new) }
+    Whole {
+        text,
+        reasoning: String::new(),
+        tool_calls: Vec::new(),
+        logprobs: Vec::new(),
+        finish,
+        usage,
+        timings,
+        extra: extra.map(Box::new),
+    }
 }
 
 #[test]
@@ -158,6 +167,7 @@ fn a_request_to_an_ollama_host_sets_only_what_was_asked_for() {
         max_tokens: None,
         format: sarai_core::Format::Text,
         tools: None,
+        logprobs: None,
         residence: sarai_core::Residence::default(),
         given: String::new(),
         extras: None,

@@ -16,6 +16,8 @@ pub enum Event {
     Text(String),
     /// Reasoning that is no part of the answer: whole characters, never empty.
     Reasoning(String),
+    /// How likely the tokens of the text that follows were; only where that was asked for.
+    Logprobs(Vec<TokenLogprob>),
     /// A piece of a call of a tool.
     ToolCall(ToolCallPart),
     /// The vector of one of the inputs, or its score.
@@ -48,6 +50,17 @@ pub enum Event {
         /// What it took in time.
         timings: Timings,
     },
+}
+
+/// How likely one token was.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenLogprob {
+    /// Its text, which may end within a character.
+    pub bytes: Vec<u8>,
+    /// The logarithm of its probability.
+    pub logprob: f32,
+    /// The likeliest ones in its place, the likeliest first.
+    pub top: Vec<Self>,
 }
 
 /// What a host says beyond text, opaque, for clients that speak the same API: reasoning, tool calls, probabilities, and
@@ -86,7 +99,7 @@ impl Extra {
 }
 
 /// What a step says whole, however often.
-const WHOLE: [&str; 6] = ["index", "id", "type", "name", "role", "format"];
+const WHOLE: [&str; 7] = ["index", "id", "type", "name", "role", "format", "usage"];
 /// Deeper than any answer nests what grows.
 const DEEPEST: usize = 16;
 

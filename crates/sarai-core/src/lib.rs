@@ -14,7 +14,7 @@ pub mod units;
 
 pub use deadline::Deadlines;
 pub use error::{Attempt, Error, Phase, RemoteCause};
-pub use event::{Event, Extra, FinishReason, Timings, Usage};
+pub use event::{Event, Extra, FinishReason, Timings, TokenLogprob, Usage};
 pub use frame::Purpose;
 pub use memory::{EngineMemory, Held, KeepAlive, KvType, Part, Refusal};
 pub use request::{

@@ -208,6 +208,9 @@ pub struct GenerateRequest {
     /// Tools that may be called.
     #[serde(default)]
     pub tools: Option<Tools>,
+    /// Whether it is told how likely each token was, and how many others that were likely.
+    #[serde(default)]
+    pub logprobs: Option<u8>,
     /// How the model is to be resident.
     #[serde(default)]
     pub residence: Residence,

@@ -13,6 +13,9 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
+/// A text is read again when it has grown by one in so many of its bytes.
+const READ_AGAIN: usize = 256;
+
 /// What llama.cpp's parser has read.
 #[derive(Clone, Debug, Default, Deserialize)]
 struct Read {
@@ -22,6 +25,12 @@ struct Read {
     reasoning_content: String,
     #[serde(default)]
     tool_calls: Vec<ReadCall>,
+}
+
+impl Read {
+    fn is_empty(&self) -> bool {
+        self.content.is_empty() && self.reasoning_content.is_empty() && self.tool_calls.is_empty()
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -47,9 +56,11 @@ pub struct Parts {
     /// Whether one call is all that is wanted.
     is_single: bool,
     text: String,
-    /// How much of the parts was passed on.
-    reasoned: usize,
-    said: usize,
+    /// How much of the text was there when it was last read.
+    parsed: usize,
+    /// What was passed on.
+    reasoned: String,
+    said: String,
     /// For each call that was begun, how much of its arguments.
     called: Vec<usize>,
     /// Whether the first one's arguments are all there.
@@ -68,8 +79,9 @@ impl Parts {
             tools,
             is_single,
             text: String::new(),
-            reasoned: 0,
-            said: 0,
+            parsed: 0,
+            reasoned: String::new(),
+            said: String::new(),
             called: Vec::new(),
             is_whole: false,
         }
@@ -78,28 +90,57 @@ impl Parts {
     /// What is known by more text.
     pub fn push(&mut self, text: &str) -> Vec<Event> {
         self.text.push_str(text);
+        // All of it is read each time: of a long text, not for every token.
+        if (self.text.len() - self.parsed) * READ_AGAIN < self.text.len() {
+            return Vec::new();
+        }
+        self.parsed = self.text.len();
         // What cannot be read yet may be with the next piece.
         let Some(read) = self.read(true) else { return Vec::new() };
-        let may_be_call = read.tool_calls.is_empty() && !self.tools.is_empty() && may_be_bare(&read.content);
+        let may_be_call =
+            read.tool_calls.is_empty() && !self.tools.is_empty() && may_be_bare(&read.content, &self.tools);
         self.news(&read, may_be_call, false)
     }
 
     /// What is known at the end, and why it ended.
     pub fn finish(&mut self, finish: FinishReason) -> (Vec<Event>, FinishReason) {
-        let is_partial = finish == FinishReason::Length;
-        // What does not end as its form wants is passed on as far as it can be read.
-        let read = self.read(is_partial).or_else(|| self.read(true));
-        let mut read = read.unwrap_or_else(|| Read { content: self.text.clone(), ..Read::default() });
-        if read.tool_calls.is_empty()
-            && self.said == 0
-            && let Some(calls) = bare_calls(&read.content, &self.tools)
-        {
-            read.tool_calls = calls;
-            read.content.clear();
+        let mut read = self.last_reading(finish == FinishReason::Length);
+        if read.tool_calls.is_empty() && self.said.is_empty() {
+            let text = if read.content.is_empty() { &self.text } else { &read.content };
+            if let Some(mut calls) = bare_calls(text, &self.tools) {
+                if self.is_single {
+                    calls.truncate(1);
+                }
+                read.tool_calls = calls;
+                read.content.clear();
+            }
         }
         let events = self.news(&read, false, true);
         let calls = !self.called.is_empty() && finish == FinishReason::Stop;
         (events, if calls { FinishReason::ToolCalls } else { finish })
+    }
+
+    /// All that can be read. llama.cpp reads nothing at all of a text that does not end as its form wants: that is passed on as it
+    /// stands, for no word of an answer may be lost.
+    fn last_reading(&self, is_cut: bool) -> Read {
+        let goes_on = |read: &Read| read.content.starts_with(&self.said) && !read.is_empty();
+        let (whole, partial) = (self.read(false).filter(goes_on), self.read(true).filter(goes_on));
+        let has_calls = |read: &Option<Read>| read.as_ref().is_some_and(|read| !read.tool_calls.is_empty());
+        if is_cut && has_calls(&partial) {
+            return partial.unwrap_or_default();
+        }
+        if let Some(whole) = whole {
+            return whole;
+        }
+        if has_calls(&partial) || !self.called.is_empty() {
+            return partial.unwrap_or_default();
+        }
+        if self.reasoned.is_empty() {
+            let trimmed = self.text.trim_start();
+            let text = if self.text.starts_with(&self.said) { &self.text } else { trimmed };
+            return Read { content: text.to_owned(), ..Read::default() };
+        }
+        partial.unwrap_or_default()
     }
 
     /// Whether nothing more is wanted: the only call is whole.
@@ -114,13 +155,13 @@ impl Parts {
     /// The difference to what was passed on.
     fn news(&mut self, read: &Read, holds_content: bool, is_end: bool) -> Vec<Event> {
         let mut events = Vec::new();
-        if let Some(more) = read.reasoning_content.get(self.reasoned..).filter(|more| !more.is_empty()) {
-            self.reasoned = read.reasoning_content.len();
+        if let Some(more) = read.reasoning_content.strip_prefix(&self.reasoned).filter(|more| !more.is_empty()) {
             events.push(Event::Reasoning(more.to_owned()));
+            self.reasoned.clone_from(&read.reasoning_content);
         }
-        if let Some(more) = read.content.get(self.said..).filter(|more| !more.is_empty() && !holds_content) {
-            self.said = read.content.len();
+        if let Some(more) = read.content.strip_prefix(&self.said).filter(|more| !more.is_empty() && !holds_content) {
             events.push(Event::Text(more.to_owned()));
+            self.said.clone_from(&read.content);
         }
         for (index, ReadCall { function }) in read.tool_calls.iter().enumerate() {
             if index == 0 && !self.is_whole {
@@ -158,15 +199,18 @@ fn within_fence(text: &str) -> &str {
     FENCES.iter().find_map(|fence| text.strip_prefix(fence)).unwrap_or(text).trim_start()
 }
 
-/// Whether this may become a bare call: `{"name": …`, alone or in a list, perhaps in a fence.
-fn may_be_bare(text: &str) -> bool {
+/// Whether this may become a bare call: `{"name": …, "arguments": …` of a tool, alone or in a list, perhaps in a fence.
+fn may_be_bare(text: &str, tools: &[String]) -> bool {
     let trimmed = text.trim_start();
     if FENCES.iter().any(|fence| fence.starts_with(trimmed)) {
         return true;
     }
     let inner = within_fence(text);
     let compact: String = inner.strip_prefix('[').unwrap_or(inner).split_whitespace().collect();
-    ["{\"name\":", "{\"arguments\":"].iter().any(|wanted| compact.starts_with(wanted) || wanted.starts_with(&*compact))
+    let begins = |wanted: &str| compact.starts_with(wanted) || wanted.starts_with(&*compact);
+    let keys = ["arguments", "parameters"];
+    tools.iter().any(|tool| keys.iter().any(|key| begins(&format!("{{\"name\":\"{tool}\",\"{key}\":"))))
+        || keys.iter().any(|key| begins(&format!("{{\"{key}\":")))
 }
 
 #[derive(Deserialize)]
@@ -220,7 +264,7 @@ mod tests {
             assert_eq!((calls.len(), calls[0].function.name.as_str()), (count, "weather"), "{text}");
             assert_eq!(calls[0].function.arguments, r#"{"city":"Oslo"}"#);
             assert!(
-                (0..=text.len()).all(|at| may_be_bare(&text[..at])),
+                (0..=text.len()).all(|at| may_be_bare(&text[..at], &tools())),
                 "{text} is held back from its first letter on"
             );
         }
@@ -238,9 +282,8 @@ mod tests {
         ] {
             assert!(bare_calls(text, &tools()).is_none(), "{text}");
         }
-        assert!(
-            !may_be_bare(r#"{"city""#) && !may_be_bare("The") && !may_be_bare("```rust\nfn"),
-            "it is passed on at once"
-        );
+        for text in [r#"{"city""#, "The", "```rust\nfn", r#"{"name": "Bob"#, r#"{"name": "weather", "size""#] {
+            assert!(!may_be_bare(text, &tools()), "{text} is passed on at once");
+        }
     }
 }

@@ -71,7 +71,7 @@ fn obey(
         },
         ToWorker::Cancel { id } => jobs.retain(|job| job.id != id),
         ToWorker::Threads(threads) => {
-            let threads = i32::try_from(threads.max(1)).unwrap_or(1);
+            let threads = i32::try_from(threads.prompts.max(1)).unwrap_or(1);
             context.set_n_threads(threads, threads);
         }
         ToWorker::Generate { id, .. } => {
@@ -87,13 +87,13 @@ fn obey(
 }
 
 /// The texts of one step, each job's in its turn, until the next one does not fit; whose turn it is comes first in the next step.
-fn next_texts(jobs: &mut VecDeque<Job>, most: usize) -> Vec<(u64, usize, Vec<LlamaToken>)> {
+fn next_texts(jobs: &mut VecDeque<Job>, most: usize, step: usize) -> Vec<(u64, usize, Vec<LlamaToken>)> {
     let mut texts: Vec<(u64, usize, Vec<LlamaToken>)> = Vec::new();
     let mut tokens = 0;
     while texts.len() < most && jobs.iter().any(|job| !job.left.is_empty()) {
         let Some(mut job) = jobs.pop_front() else { break };
         if let Some((index, text)) = job.left.pop_front() {
-            if !texts.is_empty() && tokens + text.len() > STEP {
+            if !texts.is_empty() && tokens + text.len() > step {
                 job.left.push_front((index, text));
                 jobs.push_front(job);
                 break;
@@ -114,7 +114,7 @@ fn step(
     jobs: &mut VecDeque<Job>,
     frames: &mut FrameWriter,
 ) -> anyhow::Result<()> {
-    let texts = next_texts(jobs, spec.parallel as usize);
+    let texts = next_texts(jobs, spec.parallel as usize, STEP.min(model::step_tokens(spec) as usize));
     if !texts.is_empty() {
         let mut batch = LlamaBatch::new(texts.iter().map(|(.., text)| text.len()).sum(), 1);
         for (sequence, (.., text)) in texts.iter().enumerate() {
@@ -133,7 +133,13 @@ fn step(
             return Ok(());
         }
         for (sequence, (id, index, _)) in texts.iter().enumerate() {
-            let mut values = context.embeddings_seq_ith(i32::try_from(sequence)?)?.to_vec();
+            let Ok(values) = context.embeddings_seq_ith(i32::try_from(sequence)?) else {
+                jobs.retain(|job| job.id != *id);
+                let error = Error::Internal("llama.cpp made no vector of a text".into());
+                frames.queue(&FromWorker::Failed { id: *id, error })?;
+                continue;
+            };
+            let mut values = values.to_vec();
             match spec.purpose {
                 Purpose::Scores => values.truncate(1),
                 _ => normalise(&mut values),
@@ -273,7 +279,7 @@ mod tests {
         let mut jobs = VecDeque::from([job(1, &[200; 9]), job(2, &[10]), job(3, &[900, 5]), job(4, &[])]);
         let mut seen = Vec::new();
         while jobs.iter().any(|job| !job.left.is_empty()) {
-            let texts = next_texts(&mut jobs, 3);
+            let texts = next_texts(&mut jobs, 3, STEP);
             let tokens: usize = texts.iter().map(|(.., text)| text.len()).sum();
             assert!(!texts.is_empty() && texts.len() <= 3 && (tokens <= STEP || texts.len() == 1), "{tokens}");
             seen.extend(texts.into_iter().map(|(id, index, _)| (id, index)));

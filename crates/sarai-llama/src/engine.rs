@@ -15,7 +15,7 @@ use llama_cpp_4::llama_batch::LlamaBatch;
 use llama_cpp_4::model::{LlamaModel, Special};
 use llama_cpp_4::token::LlamaToken;
 use sarai_core::frame::{FromWorker, LoadSpec, Purpose, ToWorker};
-use sarai_core::{Error, Event, FinishReason, GenerateRequest};
+use sarai_core::{Error, Event, FinishReason, GenerateRequest, TokenLogprob};
 
 use crate::answer::{AnswerText, Pushed};
 use crate::cells::{Cells, ContextCells, Sharing};
@@ -27,7 +27,7 @@ use crate::prompt::{self, Rendered};
 use crate::sampler::{self, Sampler};
 use crate::schedule::{Limits, Row, Scheduler};
 use crate::sequence::Waiting;
-use crate::{embed, log};
+use crate::{embed, log, logprobs};
 
 /// What attention takes on one thread to pass over a cell that is not the token's own, for one head of one layer
 /// (SmolLM2-135M with 7,000 such cells: 12.3 instead of 10.1 ms a token on two threads).
@@ -41,6 +41,8 @@ struct Writer {
     answer: AnswerText,
     /// Its parts, where it is more than text.
     parts: Option<Parts>,
+    /// How likely the tokens were whose text is not passed on yet, and how many others are told of.
+    likely: Option<(usize, Vec<TokenLogprob>)>,
 }
 
 impl Writer {
@@ -49,8 +51,23 @@ impl Writer {
         match &mut self.parts {
             _ if text.is_empty() => Vec::new(),
             Some(parts) => parts.push(&text),
-            None => vec![Event::Text(text)],
+            None => {
+                let likely = self.likely_of(&text).map(Event::Logprobs);
+                likely.into_iter().chain([Event::Text(text)]).collect()
+            }
         }
+    }
+
+    /// Of the tokens that this text is made of; those of a text that ended the answer are left.
+    fn likely_of(&mut self, text: &str) -> Option<Vec<TokenLogprob>> {
+        let (_, waiting) = self.likely.as_mut()?;
+        let mut bytes = 0;
+        let ends_within = |token: &&TokenLogprob| {
+            bytes += token.bytes.len();
+            bytes <= text.len().max(1)
+        };
+        let count = waiting.iter().take_while(ends_within).count();
+        Some(waiting.drain(..count).collect())
     }
 
     /// Whether a special token is part of the text.
@@ -219,8 +236,9 @@ impl<'model> Engine<'model> {
                 Ok(())
             }
             ToWorker::Threads(threads) => {
-                let threads = i32::try_from(threads.max(1)).unwrap_or(1);
-                self.context.set_n_threads(threads, threads);
+                let [answers, prompts] =
+                    [threads.answers, threads.prompts].map(|n| i32::try_from(n.max(1)).unwrap_or(1));
+                self.context.set_n_threads(answers, prompts);
                 Ok(())
             }
             ToWorker::Resize { context_tokens } => {
@@ -265,7 +283,8 @@ impl<'model> Engine<'model> {
             let preserved = sampler::preserved(self.model, &form);
             Parts::new(form, preserved, request.tools)
         });
-        let writer = Writer { sampler, answer, parts };
+        let likely = request.logprobs.map(|count| (usize::from(count), Vec::new()));
+        let writer = Writer { sampler, answer, parts, likely };
         Ok(Waiting { id, prompt, given, max_tokens, context_tokens, since, writer })
     }
 
@@ -347,6 +366,10 @@ impl<'model> Engine<'model> {
         generation.generated += 1;
         if self.model.is_eog_token(token) {
             return self.end(index, FinishReason::Stop, frames);
+        }
+        if let Some((alternatives, waiting)) = &mut generation.asked.writer.likely {
+            let logits = self.context.get_logits_ith(row);
+            waiting.push(logprobs::of(self.model, logits, token, *alternatives));
         }
         let shown = generation.asked.writer.shown(token);
         let piece = self.model.token_to_raw_bytes(token, shown).unwrap_or_default();

@@ -11,6 +11,7 @@ mod chat;
 mod embed;
 mod engine;
 mod log;
+mod logprobs;
 mod model;
 mod pace;
 mod park;

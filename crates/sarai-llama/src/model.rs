@@ -73,7 +73,7 @@ pub fn context<'model>(
     model: &'model LlamaModel,
 ) -> Result<LlamaContext<'model>, String> {
     model
-        .new_context(backend, context_params(spec))
+        .new_context(backend, context_params(spec, model))
         .map_err(|error| format!("llama.cpp cannot make a context of {} tokens ({error})", spec.context_tokens))
 }
 
@@ -113,7 +113,14 @@ pub fn step_tokens(spec: &LoadSpec) -> u32 {
     spec.ubatch_tokens.max(spec.parallel)
 }
 
-fn context_params(spec: &LoadSpec) -> LlamaContextParams {
+/// Whether the file says how it makes one vector of many.
+fn says_pooling(model: &LlamaModel) -> bool {
+    let text = |key: &str| model.meta_val_str(key, 64).ok();
+    let pooling = text("general.architecture").and_then(|name| text(&format!("{name}.pooling_type")));
+    pooling.is_some_and(|pooling| pooling != "0")
+}
+
+fn context_params(spec: &LoadSpec, model: &LlamaModel) -> LlamaContextParams {
     let threads = i32::try_from(spec.threads).unwrap_or(1);
     let kv = match spec.kv {
         KvType::F16 => GgmlType::F16,
@@ -124,6 +131,8 @@ fn context_params(spec: &LoadSpec) -> LlamaContextParams {
     let embeds = spec.purpose != Purpose::Answers;
     let pooling = match spec.purpose {
         Purpose::Scores => LlamaPoolingType::Rank,
+        // A file that does not say how is meant as most of its kind are.
+        Purpose::Vectors if !says_pooling(model) => LlamaPoolingType::Mean,
         _ => LlamaPoolingType::Unspecified,
     };
     LlamaContextParams::default()

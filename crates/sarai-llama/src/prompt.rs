@@ -30,11 +30,13 @@ pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateR
         }
         Prompt::Chat(messages) => {
             let chat = templates.apply(&chat_params(messages, request)).map_err(|error| {
-                Error::invalid("messages", format!("the model's chat template refuses the messages: {error}"))
+                let param = if request.tools.is_some() { "tools" } else { "messages" };
+                Error::invalid(param, format!("the model's chat template refuses the `{param}`: {error}"))
             })?;
             let tokens = chat.tokenize_prompt(model, AddBos::Always).map_err(internal)?;
             let reasons = !chat.thinking_start_tag.is_empty() && !request.format.is_constrained();
-            form = (request.tools.is_some() || reasons).then_some(chat);
+            // What goes on in the middle of an answer is not taken apart anew.
+            form = (request.given.is_empty() && (request.tools.is_some() || reasons)).then_some(chat);
             tokens
         }
     };
@@ -70,8 +72,9 @@ fn chat_params(messages: &[Message], request: &GenerateRequest) -> ChatApplyPara
     let params = ChatApplyParams::new(messages.to_string());
     let Some(tools) = &request.tools else {
         // What must have a form of its own does not begin with reasoning.
-        let format = if request.format.is_constrained() { ReasoningFormat::None } else { ReasoningFormat::Auto };
-        return params.with_reasoning_format(format);
+        let is_constrained = request.format.is_constrained();
+        let format = if is_constrained { ReasoningFormat::None } else { ReasoningFormat::Auto };
+        return params.with_reasoning_format(format).with_enable_thinking(!is_constrained);
     };
     let choice = match tools.choice {
         ToolChoice::Auto => LlamaToolChoice::Auto,

@@ -8,6 +8,8 @@ use llama_cpp_4::context::LlamaContext;
 use llama_cpp_4::model::{AddBos, LlamaModel, Special};
 use llama_cpp_4::sampling::LlamaSampler;
 use llama_cpp_4::token::LlamaToken;
+use llama_cpp_4::token::data::LlamaTokenData;
+use llama_cpp_4::token::data_array::LlamaTokenDataArray;
 use sarai_core::{Error, Format, GenerateRequest, Sampling};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -20,9 +22,10 @@ const BANNED: f32 = -100.0;
 /// Chooses the tokens of one answer.
 pub struct Sampler {
     chain: CommonSampler,
-    /// The grammar once more, where banned tokens may leave nothing that it allows: llama.cpp ends the process at the token
-    /// after one that its grammar refuses.
+    /// The grammar once more: where nothing is left that it allows, llama.cpp chooses something else, and ends the process at
+    /// the token after that.
     guard: Option<LlamaSampler>,
+    has_bans: bool,
 }
 
 impl Sampler {
@@ -67,9 +70,16 @@ impl Sampler {
             }
         };
         let chain = CommonSampler::new(model, &mut params).map_err(|error| bad(&error))?;
-        let may_be_stuck = !request.sampling.logit_bias.is_empty() && form.is_none();
-        let guard = grammar.filter(|_| may_be_stuck).map(|grammar| LlamaSampler::try_grammar(model, &grammar, "root"));
-        Ok(Self { chain, guard: guard.transpose().map_err(|error| bad(&error))? })
+        let has_bans = request.sampling.logit_bias.iter().any(|(_, bias)| *bias <= BANNED);
+        if has_bans && form.is_some_and(|form| !form.grammar.is_empty()) {
+            return Err(Error::invalid(
+                "logit_bias",
+                "`logit_bias` bans tokens that calls of tools may need: leave one of both out",
+            ));
+        }
+        let guard =
+            grammar.filter(|_| form.is_none()).map(|grammar| LlamaSampler::try_grammar(model, &grammar, "root"));
+        Ok(Self { chain, guard: guard.transpose().map_err(|error| bad(&error))?, has_bans })
     }
 
     /// Takes a token of the prompt into account.
@@ -88,16 +98,26 @@ impl Sampler {
         row: i32,
     ) -> Result<LlamaToken, Error> {
         let token = self.chain.sample(context, row, false).map_err(internal)?;
+        let has_bans = self.has_bans;
+        let stuck = || match has_bans {
+            true => {
+                Error::invalid("logit_bias", "no token is left that the form of the answer allows: ban fewer tokens")
+            }
+            false => {
+                Error::invalid("format", "no token of this model goes on in the form of the answer: ask for another")
+            }
+        };
+        if let Some(guard) = &mut self.guard {
+            let mut one = LlamaTokenDataArray::new(vec![LlamaTokenData::new(token, 1.0, 0.0)], false);
+            guard.apply(&mut one);
+            if one.data.first().is_none_or(|data| data.logit().is_infinite()) {
+                return Err(stuck());
+            }
+        }
         if model.is_eog_token(token) {
             // Grammars take no end.
             return Ok(token);
         }
-        let stuck = || {
-            Error::invalid(
-                "logit_bias",
-                "no token is left that the form of the answer allows: ban fewer tokens, or ask for another form",
-            )
-        };
         if let Some(guard) = &mut self.guard {
             guard.try_accept(token).map_err(|_| stuck())?;
         }
@@ -238,7 +258,9 @@ fn set_scalars(params: &mut CommonSamplerParams, context_tokens: usize, sampling
     scalars.top_k = sampling.top_k.unwrap_or(scalars.top_k);
     // The samplers take -1 for nothing; both APIs mean the whole context by it.
     let last_n = sampling.repeat_last_n.unwrap_or(scalars.penalty_last_n);
-    scalars.penalty_last_n = if last_n < 0 { i32::try_from(context_tokens).unwrap_or(i32::MAX) } else { last_n };
+    // Nobody has more tokens behind him than the context holds, and llama.cpp allocates as many as it is told.
+    let most = i32::try_from(context_tokens).unwrap_or(i32::MAX);
+    scalars.penalty_last_n = if last_n < 0 { most } else { last_n.min(most) };
     scalars.seed = sampling.seed.unwrap_or(scalars.seed);
     scalars.no_perf = true;
     params.set_scalars(&scalars);

@@ -51,6 +51,8 @@ pub async fn keep_current(path: PathBuf, config: Config, names: Names, live: Liv
     let mut look = tokio::time::interval(LOOK_EVERY);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     let mut looks = 0_u32;
+    // Why it was not taken last.
+    let mut wrong: Option<String> = None;
     loop {
         let asked = tokio::select! {
             _ = hup.recv() => true,
@@ -61,10 +63,19 @@ pub async fn keep_current(path: PathBuf, config: Config, names: Names, live: Liv
         // Of before they are read: what is written meanwhile is seen at the next look.
         let read = watched.files.iter().cloned().zip(watched.stamps.clone()).collect();
         let mut written = None;
-        if asked || has_changed {
+        // One that is wrong is read again: it may lack a file that is not watched yet.
+        if asked || has_changed || wrong.is_some() {
             match watched.read().await {
-                Ok(config) => written = Some(config),
-                Err(mistakes) => tracing::error!(%mistakes, "the configuration is not taken: nothing has changed"),
+                Ok(config) => {
+                    wrong = None;
+                    written = Some(config);
+                }
+                Err(mistakes) => {
+                    if asked || wrong.as_ref() != Some(&mistakes) {
+                        tracing::error!(%mistakes, "the configuration is not taken: nothing has changed");
+                    }
+                    wrong = Some(mistakes);
+                }
             }
         }
         let names_are_due = looks.is_multiple_of(NAMES_EVERY) && watched.names.any();

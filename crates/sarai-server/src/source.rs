@@ -51,6 +51,14 @@ impl Source {
         }
     }
 
+    /// Whether it goes on with text.
+    pub fn is_for_answers(&self) -> bool {
+        match self {
+            Self::File(file) => file.purpose() == Purpose::Answers,
+            Self::Process(_) => true,
+        }
+    }
+
     /// What of a measure counts against the plan: of a file, the pages that only the worker has.
     pub fn counted(&self, measured: Measured) -> Bytes {
         match self {

@@ -327,3 +327,54 @@ async fn a_short_prompt_is_answered_while_a_long_one_is_still_computed() {
     }
     assert_eq!(long.await.unwrap().unwrap().status(), 200);
 }
+
+/// Ollama and OpenAI, chats and completions, whole and streamed.
+#[tokio::test]
+async fn how_likely_tokens_were_is_told_where_it_is_asked_for() {
+    let sarai = Sarai::start(&format!(
+        "models:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 512 }}\n",
+        smollm2()
+    ));
+    let asked = json!({ "logprobs": true, "top_logprobs": 3, "max_tokens": 6, "temperature": 0 });
+    let whole = sarai.post("/v1/chat/completions", chat("lfm2", "Name a colour.", asked.clone())).await.json();
+    let tokens = whole["choices"][0]["logprobs"]["content"].as_array().unwrap_or_else(|| panic!("{whole}")).clone();
+    let text: String = tokens.iter().map(|token| token["token"].as_str().unwrap()).collect();
+    assert_eq!(text, whole["choices"][0]["message"]["content"], "{whole}");
+    for token in &tokens {
+        let top: Vec<f64> =
+            token["top_logprobs"].as_array().unwrap().iter().map(|one| one["logprob"].as_f64().unwrap()).collect();
+        // Greedily chosen: the likeliest of those that are told of, in their order.
+        assert!(top.len() == 3 && token["logprob"] == top[0] && top.is_sorted_by(|a, b| a >= b), "{token}");
+        assert!(
+            top.iter().all(|logprob| *logprob <= 0.0) && top.iter().map(|logprob| logprob.exp()).sum::<f64>() <= 1.0001,
+            "{token}"
+        );
+    }
+    let mut streamed = asked;
+    streamed["stream"] = true.into();
+    let events = sarai.post("/v1/chat/completions", chat("lfm2", "Name a colour.", streamed)).await;
+    let told: usize = events
+        .sse()
+        .iter()
+        .filter_map(|event| event["choices"][0]["logprobs"]["content"].as_array())
+        .map(Vec::len)
+        .sum();
+    assert_eq!(told, tokens.len(), "{}", events.text);
+    let body = json!({ "model": "lfm2", "prompt": "The sky is", "logprobs": 2, "max_tokens": 4, "temperature": 0 });
+    let older = sarai.post("/v1/completions", body.to_string()).await.json();
+    let told = &older["choices"][0]["logprobs"];
+    assert_eq!((told["tokens"].as_array().unwrap().len(), &told["text_offset"][0]), (4, &json!(0)), "{older}");
+    assert_eq!(told["top_logprobs"][0].as_object().unwrap().len(), 2, "{older}");
+    let body = json!({ "model": "lfm2", "messages": [{ "role": "user", "content": "Hi" }], "logprobs": true, "stream": false, "options": { "num_predict": 3 } });
+    let ollama = sarai.post("/api/chat", body.to_string()).await.json();
+    assert_eq!(ollama["logprobs"].as_array().unwrap_or_else(|| panic!("{ollama}")).len(), 3);
+    for wrong in [json!({ "logprobs": true, "top_logprobs": 21 }), json!({ "top_logprobs": 2 })] {
+        let refused = sarai.post("/v1/chat/completions", chat("lfm2", "Hi", wrong)).await;
+        assert_eq!(
+            (refused.status, &refused.json()["error"]["param"]),
+            (400, &json!("top_logprobs")),
+            "{}",
+            refused.text
+        );
+    }
+}

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, SystemTime};
 
-use sarai_core::{Api, Extra, FinishReason, Purpose, Timings, ToolCall, Usage};
+use sarai_core::{Api, Extra, FinishReason, Purpose, Timings, TokenLogprob, ToolCall, Usage};
 use serde_json::{Value, json};
 
 use crate::openai::extension;
-use crate::{Served, Whole, tools};
+use crate::{Served, Whole, logprobs, tools};
 
 /// Which of the two endpoints answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,14 @@ impl LineWriter {
     pub fn text(&self, now: SystemTime, text: &str) -> Value {
         let mut line = self.line(now, text);
         line["done"] = false.into();
+        line
+    }
+
+    /// A line of text, and how likely its tokens were.
+    #[must_use]
+    pub fn text_with(&self, now: SystemTime, text: &str, logprobs: &[TokenLogprob]) -> Value {
+        let mut line = self.text(now, text);
+        line["logprobs"] = logprobs::of_chat(logprobs);
         line
     }
 
@@ -65,11 +73,14 @@ impl LineWriter {
     /// The only line of an answer that does not stream.
     #[must_use]
     pub fn whole(&self, now: SystemTime, whole: Whole, served: &Served) -> Value {
-        let Whole { text, reasoning, tool_calls, finish, usage, timings, extra } = whole;
+        let Whole { text, reasoning, tool_calls, logprobs, finish, usage, timings, extra } = whole;
         let end = End { finish, usage: &usage, timings: &timings, served };
         let mut line = self.done(now, &text, &end);
         put_reasoning(&mut line, self.kind, &reasoning);
         put_calls(&mut line, self.kind, &tool_calls);
+        if !logprobs.is_empty() {
+            line["logprobs"] = logprobs::of_chat(&logprobs);
+        }
         if let Some(extra) = extra.filter(|extra| extra.api == Api::Ollama) {
             put(&mut line, self.kind, *extra);
         }

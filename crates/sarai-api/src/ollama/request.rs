@@ -77,7 +77,7 @@ struct AllOptions {
 const READ: [&str; 9] = ["model", "stream", "format", "options", "keep_alive", "messages", "prompt", "system", "raw"];
 const READ_OPTIONS: [&str; 2] = ["num_predict", "num_ctx"];
 /// Fields that change what is asked for.
-const NEEDS: [&str; 7] = ["images", "suffix", "template", "context", "logprobs", "top_logprobs", "think"];
+const NEEDS: [&str; 5] = ["images", "suffix", "template", "context", "think"];
 /// Options that change the answer, if not what it is an answer to.
 const DEGRADING: [&str; 5] = ["num_keep", "mirostat", "mirostat_eta", "mirostat_tau", "tfs_z"];
 
@@ -135,7 +135,7 @@ pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
     if is_more {
         rest.keep("messages");
     }
-    common.finish(body, prompt, rest)
+    common.finish(body, prompt, rest, true)
 }
 
 /// Reads the body of `/api/generate`.
@@ -163,7 +163,7 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
         let user = Message::new(Role::User, prompt);
         Prompt::Chat(system.into_iter().chain([user]).collect())
     };
-    common.finish(body, prompt, rest)
+    common.finish(body, prompt, rest, false)
 }
 
 /// Reads the model's name from a body such as `/api/show`'s.
@@ -201,7 +201,7 @@ impl Common {
         Ok(Residence { context_tokens, keep_alive })
     }
 
-    fn finish(self, body: &[u8], prompt: Prompt, mut rest: Rest) -> Result<OllamaRequest, Error> {
+    fn finish(self, body: &[u8], prompt: Prompt, mut rest: Rest, is_chat: bool) -> Result<OllamaRequest, Error> {
         let residence = self.residence()?;
         let options = self.options.map(|Object(options)| options).unwrap_or_default();
         let sampling: SamplingBody = json::parse(body)?;
@@ -214,7 +214,8 @@ impl Common {
             stop,
             max_tokens,
             format: format_of(self.format)?,
-            tools: rest.tools()?,
+            tools: rest.tools(is_chat)?,
+            logprobs: rest.logprobs()?,
             residence,
             given: String::new(),
             extras: rest.finish(),

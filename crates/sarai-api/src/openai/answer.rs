@@ -1,9 +1,9 @@
 //! Answers, chunks, model lists and errors, from the core to the wire.
 
-use sarai_core::{Api, Extra, FinishReason, Timings, ToolCallPart, Usage};
+use sarai_core::{Api, Extra, FinishReason, Timings, TokenLogprob, ToolCallPart, Usage};
 use serde_json::{Map, Value, json};
 
-use crate::{Served, Whole, tools};
+use crate::{Served, Whole, logprobs, tools};
 
 /// Which of the two endpoints answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +53,21 @@ impl ChunkWriter {
             Kind::Chat => json!({ "index": 0, "delta": { "content": text }, "finish_reason": null }),
             Kind::Completion => json!({ "index": 0, "text": text, "logprobs": null, "finish_reason": null }),
         }])
+    }
+
+    /// A chunk of text, and how likely its tokens were; `offset` is where it begins in the answer, in characters.
+    #[must_use]
+    pub fn text_with(&self, text: &str, logprobs: &[TokenLogprob], offset: usize) -> Value {
+        let mut chunk = self.text(text);
+        chunk["choices"][0]["logprobs"] = self.logprobs(logprobs, offset);
+        chunk
+    }
+
+    fn logprobs(&self, logprobs: &[TokenLogprob], offset: usize) -> Value {
+        match self.kind {
+            Kind::Chat => json!({ "content": logprobs::of_chat(logprobs), "refusal": null }),
+            Kind::Completion => logprobs::of_completion(logprobs, offset),
+        }
     }
 
     /// A chunk of reasoning.
@@ -130,7 +145,7 @@ impl ChunkWriter {
     /// The whole answer of a request that does not stream.
     #[must_use]
     pub fn whole(&self, whole: Whole, served: &Served) -> Value {
-        let Whole { text, reasoning, tool_calls, finish, usage, timings, extra } = whole;
+        let Whole { text, reasoning, tool_calls, logprobs, finish, usage, timings, extra } = whole;
         let finish = finish.as_str();
         let (object, choice) = match self.kind {
             Kind::Chat => (
@@ -145,6 +160,9 @@ impl ChunkWriter {
             "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": [choice],
             "usage": usage_of(&usage), "sarai": extension(served, &timings),
         });
+        if !logprobs.is_empty() {
+            answer["choices"][0]["logprobs"] = self.logprobs(&logprobs, 0);
+        }
         if self.kind == Kind::Chat {
             let message = &mut answer["choices"][0]["message"];
             if !reasoning.is_empty() {

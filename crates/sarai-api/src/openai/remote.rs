@@ -279,7 +279,8 @@ impl SseReader {
     fn step(&mut self, top: Map<String, Value>, choice: Option<Choice>) -> Result<Option<Event>, RemoteCause> {
         let (mut text, mut fields, mut message) = (None, Map::new(), Map::new());
         if let Some(choice) = choice {
-            if let Some(word) = choice.finish_reason {
+            // Some servers write an empty one until the end.
+            if let Some(word) = choice.finish_reason.filter(|word| !word.is_empty()) {
                 let known = FinishReason::ALL.into_iter().find(|finish| finish.as_str() == word);
                 let finish = if word == "eos" { Some(FinishReason::Stop) } else { known };
                 self.finish = Some(finish.ok_or_else(|| RemoteCause::Reported(format!("finish_reason `{word}`")))?);
@@ -383,6 +384,7 @@ mod tests {
             max_tokens: Some(4),
             format: Format::Json,
             tools: None,
+            logprobs: None,
             residence: sarai_core::Residence::default(),
             given: String::new(),
             extras: None,

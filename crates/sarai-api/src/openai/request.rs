@@ -123,10 +123,8 @@ const READ: [&str; 10] = [
 ];
 
 /// Fields that change what is asked for.
-const NEEDS: [&str; 14] = [
+const NEEDS: [&str; 12] = [
     "functions",
-    "logprobs",
-    "top_logprobs",
     "audio",
     "echo",
     "suffix",
@@ -245,6 +243,11 @@ impl Common {
     fn finish(self, sampling: WireSampling, prompt: Prompt, mut rest: Rest) -> Result<Parsed, Error> {
         self.refuse_several()?;
         let format = form_of(&rest)?.unwrap_or_else(|| format_of(self.response_format));
+        let is_chat = matches!(prompt, Prompt::Chat(_));
+        let has_tools = rest.field("tools").is_some_and(|tools| !check::is_default(tools));
+        if has_tools && matches!(format, Format::Gbnf(_)) {
+            return Err(Error::invalid("grammar", "`grammar` and `tools` are both set: use one of them"));
+        }
         let (mut sampling, stop) = sampling.meant(2.0)?;
         sampling.logit_bias = logit_bias(self.logit_bias.unwrap_or_default())?;
         let max_tokens = match self.max_completion_tokens.or(self.max_tokens) {
@@ -261,7 +264,8 @@ impl Common {
             stop,
             max_tokens,
             format,
-            tools: rest.tools()?,
+            tools: rest.tools(is_chat)?,
+            logprobs: rest.logprobs()?,
             residence: Residence::default(),
             given: String::new(),
             extras: rest.finish(),

@@ -255,6 +255,12 @@ impl Ledger {
         self.engines.iter().filter(|engine| engine.busy > 0).count()
     }
 
+    /// Whether an engine answers something now.
+    #[must_use]
+    pub fn is_computing(&self, engine: EngineId) -> bool {
+        self.engines.get(engine.0).is_some_and(|engine| engine.busy > 0)
+    }
+
     /// Whether anything is being loaded.
     #[must_use]
     pub fn is_loading(&self) -> bool {

@@ -27,6 +27,10 @@ const SLOW: Duration = Duration::from_millis(400);
 const END_OF_BODY: Duration = Duration::from_secs(1);
 /// How long it is waited for before the end mark is passed on.
 const END_IS_THERE: Duration = Duration::from_millis(2);
+/// How long it is waited for.
+const ERROR_WITHIN: Duration = Duration::from_secs(2);
+/// How much of an answer of vectors, or of a list, is read, in bytes.
+const MAX_WHOLE_BYTES: usize = 256 << 20;
 /// How much of an error body is read, in bytes.
 const MAX_ERROR_BYTES: usize = 4 << 10;
 
@@ -97,7 +101,7 @@ impl Hosts {
         if !response.status().is_success() {
             return Err(refused(response, "").await);
         }
-        let body = response.bytes().await.map_err(|_| RemoteCause::Cut)?;
+        let body = up_to(response, MAX_WHOLE_BYTES).await;
         let listed: serde_json::Value =
             serde_json::from_slice(&body).map_err(|_| RemoteCause::Garbled(format!("{path} is not JSON")))?;
         let models = listed[list].as_array().into_iter().flatten();
@@ -136,7 +140,7 @@ impl Hosts {
         if remote.api == Api::OpenAi || !response.status().is_success() {
             return Ok(Look { round_trip, loaded: None });
         }
-        let body = response.bytes().await.map_err(|_| RemoteCause::Cut)?;
+        let body = up_to(response, MAX_WHOLE_BYTES).await;
         let listed: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
         let names = |models: &Vec<serde_json::Value>| {
             models.iter().filter_map(|model| model["name"].as_str().map(str::to_owned)).collect()
@@ -183,7 +187,7 @@ impl Hosts {
         if !response.status().is_success() {
             return Err(refusal(response, url, model_name).await);
         }
-        let body = response.bytes().await.map_err(|_| remote(RemoteCause::Cut))?;
+        let body = up_to(response, MAX_WHOLE_BYTES).await;
         let garbled = || RemoteCause::Garbled(String::from_utf8_lossy(&body[..body.len().min(80)]).into_owned());
         let value: serde_json::Value = serde_json::from_slice(&body).map_err(|_| remote(garbled()))?;
         embed::read_remote(*api, &value, request.inputs.len()).ok_or_else(|| remote(garbled()))
@@ -206,9 +210,11 @@ impl Hosts {
             Api::Ollama => ollama::chat_request(model_name, place.context_tokens, request),
             Api::OpenAi => openai::remote::request(model_name, request),
         };
-        let post = with_key(self.client(place.connect).post(format!("{url}{path}")), place.remote);
-        let post = post.header(CONTENT_TYPE, "application/json").body(body.to_string());
-        let response = post.send().await.map_err(|error| remote(unreachable(&error)))?;
+        let post = |body: &serde_json::Value| {
+            let post = with_key(self.client(place.connect).post(format!("{url}{path}")), place.remote);
+            post.header(CONTENT_TYPE, "application/json").body(body.to_string()).send()
+        };
+        let response = post(&body).await.map_err(|error| remote(unreachable(&error)))?;
         match response.status() {
             status if status.is_success() => {
                 speaks(*api, response.headers()).map_err(remote)?;
@@ -220,9 +226,29 @@ impl Hosts {
                 };
                 Ok(events(reader, url.clone(), response.bytes_stream()))
             }
-            _ => Err(refusal(response, url, model_name).await),
+            _ => match refusal(response, url, model_name).await {
+                // That was not the client's wish, and there are servers that know nothing of it.
+                Error::InvalidRequest { message, .. } if message.contains(OURS) && !is_the_clients(request) => {
+                    let mut body = body;
+                    body.as_object_mut().and_then(|body| body.remove(OURS));
+                    let response = post(&body).await.map_err(|error| remote(unreachable(&error)))?;
+                    if !response.status().is_success() {
+                        return Err(refusal(response, url, model_name).await);
+                    }
+                    speaks(*api, response.headers()).map_err(remote)?;
+                    Ok(events(Reader::Sse(SseReader::default()), url.clone(), response.bytes_stream()))
+                }
+                error => Err(error),
+            },
         }
     }
+}
+
+/// What OpenAI's servers are asked for in addition, so that they tell their usage.
+const OURS: &str = "stream_options";
+
+fn is_the_clients(request: &GenerateRequest) -> bool {
+    request.extras.as_ref().is_some_and(|extras| extras.fields.contains_key(OURS))
 }
 
 /// Why a host does not do what it was asked for: by the client's fault, or its own.
@@ -303,17 +329,23 @@ fn unreachable(error: &reqwest::Error) -> RemoteCause {
     }
 }
 
-async fn refused(response: Response, model_name: &str) -> RemoteCause {
-    let status = response.status();
-    let retry_after = response.headers().get(RETRY_AFTER).and_then(|value| retry_after(value.to_str().ok()?));
+/// As much of a body as there is, and no more than this.
+async fn up_to(response: Response, most: usize) -> BytesMut {
     let mut body = BytesMut::new();
     let mut chunks = response.bytes_stream();
     while let Some(Ok(chunk)) = chunks.next().await {
         body.extend_from_slice(&chunk);
-        if body.len() >= MAX_ERROR_BYTES {
+        if body.len() >= most {
             break;
         }
     }
+    body
+}
+
+async fn refused(response: Response, model_name: &str) -> RemoteCause {
+    let status = response.status();
+    let retry_after = response.headers().get(RETRY_AFTER).and_then(|value| retry_after(value.to_str().ok()?));
+    let body = tokio::time::timeout(ERROR_WITHIN, up_to(response, MAX_ERROR_BYTES)).await.unwrap_or_default();
     if status == StatusCode::NOT_FOUND && !model_name.is_empty() {
         return RemoteCause::ModelMissing(model_name.to_owned());
     }
@@ -383,6 +415,8 @@ struct Lines {
     chunks: Chunks,
     buffer: BytesMut,
     waiting: VecDeque<Event>,
+    /// Whether any of the answer is out.
+    has_begun: bool,
     finished: bool,
 }
 
@@ -398,6 +432,7 @@ fn events(
         chunks: Box::pin(chunks),
         buffer: BytesMut::new(),
         waiting: VecDeque::new(),
+        has_begun: false,
         finished: false,
     };
     Box::pin(stream::unfold(lines, |mut lines| async move {
@@ -433,7 +468,18 @@ impl Lines {
         if self.finished {
             return None;
         }
-        Some(self.step().await.map_err(|cause| Error::Remote { host: self.host.clone(), cause }))
+        let step = self.step().await;
+        self.has_begun |= matches!(step, Ok(Event::Text(_) | Event::Extra(_)));
+        Some(step.map_err(|cause| {
+            let cause = match cause {
+                // Some refuse a prompt in a stream of their own, with status 200.
+                RemoteCause::Reported(message) if !self.has_begun && is_about_length(&message) => {
+                    RemoteCause::TooLong(message)
+                }
+                cause => cause,
+            };
+            Error::Remote { host: self.host.clone(), cause }
+        }))
     }
 
     async fn step(&mut self) -> Result<Event, RemoteCause> {

@@ -18,6 +18,7 @@ use super::env::{Environment, variable_name};
 use super::file::{Backend, File, WrittenModel};
 use super::hosts::{self, WrittenHost};
 use super::model::{Deployment, Model, ModelRole, Remote};
+use crate::machine::cores::Cores;
 
 /// Where Ollama listens unless told otherwise.
 const DEFAULT_OLLAMA_URL: &str = "http://127.0.0.1:11434";
@@ -133,7 +134,7 @@ pub fn machine_repack() -> Repack {
 
 /// Cores that this process may use.
 pub fn machine_threads() -> u32 {
-    std::thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(1))
+    u32::try_from(Cores::now().whole).unwrap_or(1)
 }
 
 /// `SARAI_STATE_DIR`, the file's, or what the XDG base directories say.

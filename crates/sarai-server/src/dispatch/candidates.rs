@@ -6,7 +6,7 @@ use std::sync::Arc;
 use sarai_api::ollama::ignored_by_ollama;
 use sarai_api::openai::remote::unknown_to_openai;
 use sarai_api::schema::not_followed;
-use sarai_core::{Api, Error, Format, GenerateRequest, Need, Prompt, Purpose};
+use sarai_core::{Api, Error, Format, GenerateRequest, Need, Prompt, Purpose, ToolChoice};
 
 use crate::catalog::Catalog;
 use crate::config::{Deployment, Model, PROCESS, Remote, backend_name};
@@ -112,6 +112,11 @@ pub fn tiers(catalog: &Catalog, model: &Arc<Model>, request: &GenerateRequest) -
     }
 }
 
+/// Whether an answer without a call would be none.
+fn must_call(request: &GenerateRequest) -> bool {
+    request.tools.as_ref().is_some_and(|tools| tools.choice != ToolChoice::Auto)
+}
+
 /// Refuses a model whose file does not answer in words.
 fn refuse_other_purposes(catalog: &Catalog, model: &Model) -> Result<(), Error> {
     for deployment in &model.deployments {
@@ -142,6 +147,7 @@ fn is_able(catalog: &Catalog, deployment: &Deployment, request: &GenerateRequest
         }
         (Some(extras), Deployment::Local { engine, .. }) => {
             extras.needs.iter().all(|need| need.at_worker)
+                && !(request.format.is_constrained() && must_call(request))
                 // A file that cannot be read says so when it is asked.
                 && (request.tools.is_none() || catalog.file(*engine).map_or(true, |file| file.knows_tools()))
         }
@@ -181,6 +187,11 @@ fn degraded(asked: &Model, model: &Model, deployment: &Deployment, request: &Gen
             _ => Vec::new(),
         },
     };
+    let is_local = matches!(deployment, Deployment::Local { .. });
+    if is_local && request.tools.is_some() && request.format.is_constrained() {
+        // One grammar is for both, and a call has not that form.
+        lost.push("tools".to_owned());
+    }
     if let Some(extras) = request.extras.as_deref()
         && !matches!(deployment, Deployment::Remote(remote) | Deployment::Process { remote, .. } if remote.api == extras.api)
     {

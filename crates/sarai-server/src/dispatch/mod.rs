@@ -329,6 +329,8 @@ impl Dispatch {
         let want = move || {
             let source = catalog.source(engine)?;
             let settings = catalog.engines[engine.0].settings;
+            // What makes vectors has the context that it was loaded with.
+            let needed = if source.is_for_answers() { needed } else { settings.context_tokens };
             Ok(Want {
                 needed: planner.size(&source, settings, needed),
                 usual: planner.size(&source, settings, settings.context_tokens),

@@ -154,6 +154,7 @@ fn request(tag: &str) -> GenerateRequest {
         max_tokens: None,
         format: sarai_core::Format::Text,
         tools: None,
+        logprobs: None,
         residence: Residence::default(),
         given: String::new(),
         extras: None,

@@ -355,6 +355,7 @@ impl Table {
             max_tokens: Some(1),
             format: sarai_core::Format::Text,
             tools: None,
+            logprobs: None,
             residence: Residence::default(),
             given: String::new(),
             extras: None,

@@ -7,7 +7,7 @@ use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use sarai_api::ollama::{self, End, Kind, LineWriter, OllamaRequest};
 use sarai_api::{Parsed, Served};
-use sarai_core::{Error, Event, ToolCall};
+use sarai_core::{Error, Event, TokenLogprob, ToolCall};
 use serde_json::{Map, Value, json};
 
 use super::error::{Failure, ollama_body};
@@ -100,21 +100,35 @@ async fn generated(app: App, kind: Kind, parsed: Parsed, strict: bool) -> Result
         return Ok(json_response(headers, &writer.whole(SystemTime::now(), whole, &answer.served)));
     }
     headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/x-ndjson"));
-    let (mut served, mut calls) = (answer.served, Vec::new());
-    let encode = move |event| encode(&writer, &mut served, &mut calls, event).into();
+    let mut under_way = UnderWay { served: answer.served, calls: Vec::new(), logprobs: Vec::new() };
+    let encode = move |event| encode(&writer, &mut under_way, event).into();
     let body = stream::body(answer.events, app.stall, None, encode);
     Ok((headers, body).into_response())
 }
 
-/// `calls` are those that are under way: they are passed on whole, before the end.
-fn encode(writer: &LineWriter, served: &mut Served, calls: &mut Vec<ToolCall>, event: Result<Event, Error>) -> String {
+/// What later lines say.
+struct UnderWay {
+    served: Served,
+    /// They are passed on whole, before the end.
+    calls: Vec<ToolCall>,
+    /// Of the text that comes next.
+    logprobs: Vec<TokenLogprob>,
+}
+
+fn encode(writer: &LineWriter, under_way: &mut UnderWay, event: Result<Event, Error>) -> String {
+    let UnderWay { served, calls, logprobs } = under_way;
     let now = SystemTime::now();
     let line = match event {
         Ok(Event::Resumed { by, reason, degraded }) => {
             served.resume(by, reason, degraded);
             return String::new();
         }
-        Ok(Event::Text(text)) => writer.text(now, &text),
+        Ok(Event::Text(text)) if logprobs.is_empty() => writer.text(now, &text),
+        Ok(Event::Text(text)) => writer.text_with(now, &text, &std::mem::take(logprobs)),
+        Ok(Event::Logprobs(tokens)) => {
+            logprobs.extend(tokens);
+            return String::new();
+        }
         Ok(Event::Reasoning(text)) => writer.reasoning(now, &text),
         Ok(Event::ToolCall(part)) => {
             part.add_to(calls);

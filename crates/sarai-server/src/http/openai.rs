@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use sarai_api::openai::{self, ChunkWriter, Kind};
 use sarai_api::{Parsed, Served};
-use sarai_core::{Api, Error, Event};
+use sarai_core::{Api, Error, Event, TokenLogprob};
 use serde_json::Value;
 
 use super::error::{Failure, openai_body};
@@ -66,9 +66,9 @@ async fn answer(
     headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-cache"));
     let first = writer.role().map(|chunk| Bytes::from(sse(&chunk)));
     let around = writer.around_text();
-    let mut end = End { served: answer.served, usage_details: Value::Null };
+    let mut end = End { served: answer.served, usage_details: Value::Null, logprobs: Vec::new(), said: 0 };
     let encode = move |event| match event {
-        Ok(Event::Text(text)) => sse(&around.with(text)).into(),
+        Ok(Event::Text(text)) if end.logprobs.is_empty() => sse(&around.with(text)).into(),
         event => encode(&writer, &mut end, event).into(),
     };
     let body = stream::body(answer.events, app.stall, first, encode);
@@ -80,15 +80,29 @@ struct End {
     served: Served,
     /// Of a host's usage, what is no count.
     usage_details: Value,
+    /// Of the text that comes next.
+    logprobs: Vec<TokenLogprob>,
+    /// Characters that were said with such.
+    said: usize,
 }
 
 fn encode(writer: &ChunkWriter, end: &mut End, event: Result<Event, Error>) -> String {
     match event {
         Ok(Event::Resumed { by, reason, degraded }) => {
             end.served.resume(by, reason, degraded);
+            // That was the one's who broke off.
+            end.usage_details = Value::Null;
             String::new()
         }
-        Ok(Event::Text(text)) => sse(&writer.text(&text)),
+        Ok(Event::Text(text)) => {
+            let chunk = writer.text_with(&text, &std::mem::take(&mut end.logprobs), end.said);
+            end.said += text.chars().count();
+            sse(&chunk)
+        }
+        Ok(Event::Logprobs(tokens)) => {
+            end.logprobs.extend(tokens);
+            String::new()
+        }
         Ok(Event::Reasoning(text)) => writer.reasoning(&text).map(|chunk| sse(&chunk)).unwrap_or_default(),
         Ok(Event::ToolCall(part)) => sse(&writer.tool_call(&part)),
         Ok(Event::Extra(mut extra)) => {

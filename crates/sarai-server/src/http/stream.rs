@@ -105,11 +105,12 @@ impl<F: FnMut(Result<Event, Error>) -> Bytes + Unpin> Stream for Pieces<F> {
 /// It ended with an error, or without an end.
 pub async fn collect(mut events: EventStream) -> Result<Whole, Error> {
     let (mut text, mut reasoning, mut tool_calls) = (String::new(), String::new(), Vec::new());
-    let mut extra = None::<Box<Extra>>;
+    let (mut logprobs, mut extra) = (Vec::new(), None::<Box<Extra>>);
     while let Some(event) = events.next().await {
         match event? {
             Event::Text(more) => text.push_str(&more),
             Event::Reasoning(more) => reasoning.push_str(&more),
+            Event::Logprobs(more) => logprobs.extend(more),
             Event::ToolCall(part) => part.add_to(&mut tool_calls),
             Event::Extra(more) => {
                 text.push_str(&more.text);
@@ -121,7 +122,7 @@ pub async fn collect(mut events: EventStream) -> Result<Whole, Error> {
             // Whole answers are not resumed: they are asked for anew.
             Event::Resumed { .. } | Event::Alive | Event::Vector { .. } => {}
             Event::Done { finish, usage, timings } => {
-                return Ok(Whole { text, reasoning, tool_calls, finish, usage, timings, extra });
+                return Ok(Whole { text, reasoning, tool_calls, logprobs, finish, usage, timings, extra });
             }
         }
     }

@@ -1,6 +1,7 @@
 //! What this machine has and holds: processes, control groups, pressure.
 
 pub mod cgroup;
+pub mod cores;
 pub mod pressure;
 pub mod process;
 

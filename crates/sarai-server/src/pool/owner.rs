@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sarai_core::frame::{LoadSpec, ToWorker};
+use sarai_core::frame::{LoadSpec, Threads, ToWorker};
 use sarai_core::{Bytes, Error};
 use sarai_plan::estimate::{Repack, Settings, idle_pieces};
 use sarai_plan::layers::purpose;
@@ -20,6 +20,7 @@ use crate::catalog::Catalog;
 use crate::config::MemoryConfig;
 use crate::machine;
 use crate::machine::cgroup::Groups;
+use crate::machine::cores::Cores;
 use crate::machine::pressure::Reading;
 use crate::planner::Planner;
 use crate::source::Source;
@@ -45,7 +46,7 @@ pub(super) struct Slot {
     pub size: Size,
     /// Memory of its own at the most, while it had this size.
     pub most: Bytes,
-    threads: Option<u32>,
+    threads: Option<Threads>,
     load_began: Option<Instant>,
     resize_began: Option<Instant>,
     deaths: Vec<Instant>,
@@ -72,7 +73,7 @@ pub(super) struct Owner {
     pub workers: Vec<Slot>,
     pub executable: PathBuf,
     replies: HashMap<Ticket, Reply>,
-    cores: usize,
+    cores: Cores,
     began: Instant,
     pub last_asked: Instant,
     /// What the server was last measured at.
@@ -100,7 +101,7 @@ impl Owner {
             groups: Groups::of_this_process(),
             executable,
             replies: HashMap::new(),
-            cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            cores: Cores::now(),
             began: Instant::now(),
             last_asked: Instant::now(),
             server: Bytes::ZERO,
@@ -380,7 +381,7 @@ impl Owner {
             // Of a file that cannot be read, the worker says what is wrong with it.
             file => {
                 let header = file.as_ref().and_then(Source::header);
-                Load::File(load_spec(config, settings, self.threads_of(engine, 1), header))
+                Load::File(load_spec(config, settings, self.threads_of(engine, 1, 0).answers, header))
             }
         };
         let (executable, label) = (self.executable.clone(), config.label.clone());
@@ -396,17 +397,27 @@ impl Owner {
         tokio::spawn(supervise(start, on_stop, move |report| pool.send(Message::Report(engine, report))));
     }
 
-    fn threads_of(&self, engine: EngineId, computing: usize) -> u32 {
-        let share = (self.cores / computing.max(1)).max(1);
-        let share = u32::try_from(share).unwrap_or(u32::MAX);
-        self.catalog.engines[engine.0].threads.map_or(share, |most| share.min(most))
+    /// The threads of an engine that is the `rank`th of so many that compute: whole cores are dealt out, and what is left over
+    /// goes to the first ones. Alone, it has the core that is there part of the time too, for prompts.
+    fn threads_of(&self, engine: EngineId, computing: usize, rank: usize) -> Threads {
+        let Cores { whole, begun } = self.cores;
+        let computing = computing.max(1);
+        let share = (whole / computing + usize::from(rank < whole % computing)).max(1);
+        let prompts = if computing == 1 { begun } else { share };
+        let most = self.catalog.engines[engine.0].threads.unwrap_or(u32::MAX);
+        let [answers, prompts] = [share, prompts].map(|n| u32::try_from(n).unwrap_or(u32::MAX).min(most));
+        Threads { answers, prompts }
     }
 
     /// Workers that compute at the same time share the cores: two that use them all collapse together.
     fn share_cores(&mut self) {
         let computing = self.ledger.computing();
+        let mut rank = 0;
         for index in 0..self.workers.len() {
-            let threads = self.threads_of(EngineId(index), computing);
+            let engine = EngineId(index);
+            // One that begins meanwhile is told when it does.
+            let threads = self.threads_of(engine, computing, rank);
+            rank += usize::from(self.ledger.is_computing(engine));
             let slot = &mut self.workers[index];
             if let Some(worker) = slot.worker.as_ref().filter(|_| slot.threads != Some(threads)) {
                 worker.send(ToWorker::Threads(threads));

@@ -15,6 +15,8 @@ use crate::machine::process;
 
 /// How long a tree may take to end by itself.
 pub const GRACE: Duration = Duration::from_secs(5);
+/// As likely as a worker.
+const VICTIM_SCORE: &str = "500";
 /// Between two turns of killing what is left of it.
 const KILL_EVERY: Duration = Duration::from_millis(20);
 /// What shells answer when a command cannot be started.
@@ -26,6 +28,7 @@ const CANNOT_START: u8 = 127;
 /// The system refuses what the shepherd needs.
 pub fn run(command: &[String]) -> std::io::Result<ExitCode> {
     set_child_subreaper(Some(getpid()))?;
+    prefer_as_victims();
     let Some((program, arguments)) = command.split_first() else { return Ok(ExitCode::from(CANNOT_START)) };
     let log = || rustix::io::dup(rustix::stdio::stderr()).map(Stdio::from);
     let spawned = Command::new(program).args(arguments).stdin(Stdio::null()).stdout(log()?).stderr(log()?).spawn();
@@ -49,6 +52,12 @@ pub fn run(command: &[String]) -> std::io::Result<ExitCode> {
     }
     let code = status.and_then(|status| status.code().or_else(|| Some(128 + status.signal()?))).unwrap_or(1);
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+}
+
+/// Asks the kernel to take what is started here before the server, whose value it would inherit.
+fn prefer_as_victims() {
+    // Where that is not possible, the command is as likely to be taken as the server's own processes.
+    let _ = std::fs::write("/proc/self/oom_score_adj", VICTIM_SCORE);
 }
 
 /// Asks all processes below this one to end, and kills those that do not.
