@@ -21,15 +21,6 @@ pub const MAX_FRAME_BYTES: usize = 256 << 20;
 /// Length of the frame header in bytes.
 pub const HEADER_BYTES: usize = 4;
 
-/// Threads of a worker, from its next step on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Threads {
-    /// For steps of answers alone, in which threads wait for each other often: one that is paused holds up all.
-    pub answers: u32,
-    /// For steps with prompts, whose pieces are long: a core that is there part of the time is used as well.
-    pub prompts: u32,
-}
-
 /// What a model is made for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -124,7 +115,7 @@ pub enum ToWorker {
         id: u64,
     },
     /// Compute with so many threads from the next step on.
-    Threads(Threads),
+    Threads(u32),
     /// Hold so many tokens per sequence from now on; sent only while nothing is generated.
     Resize {
         /// Tokens that one sequence can hold.

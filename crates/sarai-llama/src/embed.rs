@@ -71,7 +71,7 @@ fn obey(
         },
         ToWorker::Cancel { id } => jobs.retain(|job| job.id != id),
         ToWorker::Threads(threads) => {
-            let threads = i32::try_from(threads.prompts.max(1)).unwrap_or(1);
+            let threads = i32::try_from(threads.max(1)).unwrap_or(1);
             context.set_n_threads(threads, threads);
         }
         ToWorker::Generate { id, .. } => {

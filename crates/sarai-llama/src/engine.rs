@@ -27,6 +27,7 @@ use crate::prompt::{self, Rendered};
 use crate::sampler::{self, Sampler};
 use crate::schedule::{Limits, Row, Scheduler};
 use crate::sequence::Waiting;
+use crate::trial::Tried;
 use crate::{embed, log, logprobs};
 
 /// What attention takes on one thread to pass over a cell that is not the token's own, for one head of one layer
@@ -139,6 +140,7 @@ struct Engine<'model> {
     parking: Option<Parking>,
     resize: Option<u32>,
     leaves: bool,
+    tried: Tried,
 }
 
 fn cells<'a, 'model>(
@@ -176,6 +178,7 @@ impl<'model> Engine<'model> {
             parking: Parking::open(spec, model),
             resize: None,
             leaves: false,
+            tried: Tried::default(),
         }
     }
 
@@ -236,9 +239,8 @@ impl<'model> Engine<'model> {
                 Ok(())
             }
             ToWorker::Threads(threads) => {
-                let [answers, prompts] =
-                    [threads.answers, threads.prompts].map(|n| i32::try_from(n.max(1)).unwrap_or(1));
-                self.context.set_n_threads(answers, prompts);
+                let threads = i32::try_from(threads.max(1)).unwrap_or(1);
+                self.context.set_n_threads(threads, threads);
                 Ok(())
             }
             ToWorker::Resize { context_tokens } => {
@@ -262,7 +264,7 @@ impl<'model> Engine<'model> {
         }
     }
 
-    fn render(&self, id: u64, context_tokens: u32, request: GenerateRequest) -> Result<Waiting<Writer>, Error> {
+    fn render(&mut self, id: u64, context_tokens: u32, request: GenerateRequest) -> Result<Waiting<Writer>, Error> {
         let since = Instant::now();
         let context_tokens = self.context_tokens.min(context_tokens as usize);
         let Rendered { tokens: prompt, given, form } = prompt::render(self.model, self.templates, &request)?;
@@ -273,7 +275,7 @@ impl<'model> Engine<'model> {
                 context_tokens: u32::try_from(context_tokens).unwrap_or(u32::MAX),
             });
         }
-        let mut sampler = Sampler::new(self.model, context_tokens, &request, form.as_ref())?;
+        let mut sampler = Sampler::new(self.model, context_tokens, &request, form.as_ref(), &mut self.tried)?;
         prompt.iter().for_each(|&token| sampler.saw(token));
         let mut stops = request.stop.clone();
         stops.extend(form.iter().flat_map(sampler::stops));

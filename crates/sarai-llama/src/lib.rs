@@ -20,6 +20,7 @@ mod prompt;
 mod sampler;
 mod schedule;
 mod sequence;
+mod trial;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;

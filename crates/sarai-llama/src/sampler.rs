@@ -15,6 +15,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::prompt::internal;
+use crate::trial::Tried;
 
 /// Both APIs' -100 bans a token; for llama.cpp that is minus infinity, which JSON frames cannot carry.
 const BANNED: f32 = -100.0;
@@ -38,6 +39,7 @@ impl Sampler {
         context_tokens: usize,
         request: &GenerateRequest,
         form: Option<&ChatParams>,
+        tried: &mut Tried,
     ) -> Result<Self, Error> {
         let mut params = CommonSamplerParams::new();
         set_scalars(&mut params, context_tokens, &request.sampling);
@@ -56,14 +58,18 @@ impl Sampler {
         let bad = |error: &dyn std::fmt::Display| {
             Error::invalid(param, format!("llama.cpp cannot make a grammar of `{param}`: {error}"))
         };
+        let unsound =
+            |why: &str| Error::invalid(param, format!("llama.cpp cannot follow the grammar of `{param}`: {why}"));
         let grammar = match form.filter(|form| !form.grammar.is_empty()) {
             Some(form) => {
+                tried.check(model, &form.grammar).map_err(unsound)?;
                 set_calls(&mut params, model, form)?;
                 (!form.grammar_lazy).then(|| form.grammar.clone())
             }
             None => {
                 let grammar = grammar_of(&request.format, &bad)?;
                 if let Some(grammar) = &grammar {
+                    tried.check(model, grammar).map_err(unsound)?;
                     params.set_grammar(grammar, GrammarSource::User, false).map_err(|error| bad(&error))?;
                 }
                 grammar

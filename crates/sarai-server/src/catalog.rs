@@ -126,6 +126,11 @@ impl Catalog {
         Ok(file)
     }
 
+    /// The file of an engine as it was read last, if it was.
+    pub fn known_file(&self, id: EngineId) -> Option<Arc<ModelFile>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+    }
+
     /// What an engine is loaded from. Blocks as [`Self::file`] does.
     ///
     /// # Errors

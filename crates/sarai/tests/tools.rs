@@ -157,6 +157,10 @@ async fn an_answer_follows_a_grammar_and_what_is_none_is_a_400_that_says_where()
             "#/nowhere",
         ),
         (json!({ "grammar": "root ::= \"a\"", "json_schema": schema }), "both"),
+        // Refers to itself without end; ends the process; takes for ever.
+        (json!({ "grammar": "root ::= ws root \"+\" \"b\" | \"b\"\nws ::= \" \"*" }), "cannot"),
+        (json!({ "grammar": "root ::= \"a\" x\nx ::= y x\ny ::= z\nz ::= \"\"" }), "cannot"),
+        (json!({ "json_schema": { "type": "string", "pattern": "^((a{0,2000}){0,2000}){0,2000}$" } }), "cannot"),
     ] {
         let answer = ask(more.clone()).await;
         assert!(answer.status == 400 && answer.text.contains(says), "{more}: {} {}", answer.status, answer.text);

@@ -8,7 +8,7 @@ use sarai_plan::EngineId;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::Dispatch;
-use super::candidates::{Candidate, expected};
+use super::candidates::{Candidate, expected_now};
 use crate::backend::{EventStream, local, remote};
 use crate::config::{Deployment, Remote};
 use crate::health::{Gaps, Health, Place, Sample};
@@ -128,7 +128,7 @@ async fn at_host(
     permit: Place,
 ) -> Result<EventStream, Error> {
     let (deadlines, health) = (&candidate.model.deadlines, &dispatch.health);
-    let (expected, known) = expected(health, host, request);
+    let (expected, known) = expected_now(health, host, request).await;
     let url = host.url.clone();
     let silent = move |phase, limit: Duration| Error::Remote {
         host: url.clone(),
@@ -140,7 +140,12 @@ async fn at_host(
     };
     let place = remote::Place { remote: host, context_tokens: host.context_tokens, connect: deadlines.connect };
     let began = Instant::now();
-    let opened = timeout(first_limit, dispatch.hosts.open(&place, request)).await;
+    let mut opening = Box::pin(dispatch.hosts.open(&place, request));
+    let mut opened = timeout(first_limit, &mut opening).await;
+    if opened.is_err() && first_limit < deadlines.first_token && health.loads_now(host).await {
+        // Somebody had another model loaded meanwhile, or its disk is slower than usual.
+        opened = timeout(deadlines.first_token - first_limit, &mut opening).await;
+    }
     let mut events = opened.map_err(|_| silent(Phase::FirstToken, first_limit))??;
     let until = began + deadlines.first_token;
     let first = first_event(&mut events, first_limit, until).await;

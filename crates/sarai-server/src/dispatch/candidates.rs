@@ -52,13 +52,7 @@ impl Candidate {
 
     /// Why it is not asked although it could be: it is beyond the local network, and the configuration does not want that.
     pub fn is_too_far(&self, health: &Health) -> Option<Error> {
-        let remote = self.remote().filter(|remote| !remote.wan)?;
-        // It may have come nearer.
-        health.look(remote);
-        let known = health.of(remote);
-        let ms = known.round_trip.filter(|_| known.is_far)?.as_millis();
-        let reason = format!("{} is {ms} ms away, beyond the local network: set `wan: true` to use it", remote.url);
-        Some(Error::Unavailable { model: self.model.name.clone(), reason })
+        self.remote().and_then(|remote| too_far(&self.model, remote, health))
     }
 
     /// How much a beginning of a conversation likes this host.
@@ -75,6 +69,19 @@ impl Candidate {
     pub fn is(&self, other: &Self) -> bool {
         self.model.name == other.model.name && self.index == other.index
     }
+}
+
+/// Why a host is not asked although it could be: it is beyond the local network, and the configuration does not want that.
+pub fn too_far(model: &Model, remote: &Remote, health: &Health) -> Option<Error> {
+    if remote.wan {
+        return None;
+    }
+    // It may have come nearer.
+    health.look(remote);
+    let known = health.of(remote);
+    let ms = known.round_trip.filter(|_| known.is_far)?.as_millis();
+    let reason = format!("{} is {ms} ms away, beyond the local network: set `wan: true` to use it", remote.url);
+    Some(Error::Unavailable { model: model.name.clone(), reason })
 }
 
 /// `model@place`, as it stands in headers and errors.
@@ -121,10 +128,10 @@ fn must_call(request: &GenerateRequest) -> bool {
 fn refuse_other_purposes(catalog: &Catalog, model: &Model) -> Result<(), Error> {
     for deployment in &model.deployments {
         let Deployment::Local { engine, .. } = deployment else { continue };
-        let fix = match catalog.file(*engine).map(|file| file.purpose()) {
-            Ok(Purpose::Vectors) => "makes vectors: use /v1/embeddings or /api/embed",
-            Ok(Purpose::Scores) => "scores texts: use /v1/rerank",
-            Ok(Purpose::Answers) | Err(_) => continue,
+        let fix = match catalog.known_file(*engine).map(|file| file.purpose()) {
+            Some(Purpose::Vectors) => "makes vectors: use /v1/embeddings or /api/embed",
+            Some(Purpose::Scores) => "scores texts: use /v1/rerank",
+            Some(Purpose::Answers) | None => continue,
         };
         let message = format!("`{}` does not answer in words, it {fix}, or ask a model of role chat", model.name);
         return Err(Error::invalid("model", message));
@@ -149,7 +156,7 @@ fn is_able(catalog: &Catalog, deployment: &Deployment, request: &GenerateRequest
             extras.needs.iter().all(|need| need.at_worker)
                 && !(request.format.is_constrained() && must_call(request))
                 // A file that cannot be read says so when it is asked.
-                && (request.tools.is_none() || catalog.file(*engine).map_or(true, |file| file.knows_tools()))
+                && (request.tools.is_none() || catalog.known_file(*engine).is_none_or(|file| file.knows_tools()))
         }
         (None, _) => true,
     }
@@ -255,6 +262,15 @@ pub fn spread(tier: &mut Tier, request: &GenerateRequest, health: &Health) {
         }
     });
     tier.extend(order.into_iter().map(|(one, _)| one));
+}
+
+/// The same, after a look at a host of which it is not known whether it has the model loaded. One that does not even answer that
+/// has no load to excuse it.
+pub async fn expected_now(health: &Health, remote: &Remote, request: &GenerateRequest) -> (Expected, Known) {
+    let is_there = health.look_now(remote).await;
+    let (mut expected, known) = expected(health, remote, request);
+    expected.is_resident |= !is_there;
+    (expected, known)
 }
 
 /// What this request would meet at a host, and what is known of it.

@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use sarai_api::Served;
 use sarai_api::embed::Embedded;
-use sarai_core::{Attempt, EmbedRequest, Error, KeepAlive, Phase, Purpose, Residence};
+use sarai_core::{Api, Attempt, EmbedRequest, Error, Input, KeepAlive, Phase, Purpose, RemoteCause, Residence};
 use tokio::time::timeout;
 
-use super::{Dispatch, failed, label};
+use super::candidates::too_far;
+use super::{Dispatch, failed, label, was_hardly_asked};
 use crate::backend::{local, remote};
 use crate::config::{Deployment, Model, Remote};
+use crate::health::Place;
 
 impl Dispatch {
     /// Makes vectors, or scores.
@@ -23,9 +25,19 @@ impl Dispatch {
         request: &EmbedRequest,
         keep_alive: Option<KeepAlive>,
     ) -> Result<(Served, Embedded), Error> {
+        self.read_files(model).await;
+        let is_open = |deployment: &&Deployment| host_of(deployment).is_some_and(|host| self.health.is_open(host));
+        let mut left: Vec<&Deployment> = model.deployments.iter().collect();
+        left.sort_by_key(is_open);
         let mut attempts: Vec<Attempt> = Vec::new();
-        for deployment in &model.deployments {
-            match self.embed_at(model, deployment, request, keep_alive).await {
+        while !left.is_empty() {
+            let (index, place) = self.embedder(model, &left, request).await;
+            let deployment = left.remove(index);
+            let outcome = match place {
+                Ok(place) => self.embed_at(model, deployment, request, keep_alive, place).await,
+                Err(error) => Err(error),
+            };
+            match outcome {
                 Ok(embedded) => {
                     let reasons: Vec<_> =
                         attempts.iter().map(|attempt| format!("{}: {}", attempt.deployment, attempt.error)).collect();
@@ -42,7 +54,72 @@ impl Dispatch {
         Err(failed(model, attempts))
     }
 
+    /// Who is asked next, with a place there: of hosts that share the load, the first one that has one.
+    async fn embedder(
+        &self,
+        model: &Model,
+        left: &[&Deployment],
+        request: &EmbedRequest,
+    ) -> (usize, Result<Place, Error>) {
+        let Some(host) = host_of(left[0]) else { return (0, Ok(None)) };
+        let unavailable = |reason: &str| Error::Unavailable { model: model.name.clone(), reason: reason.to_owned() };
+        if request.query.is_some() {
+            return (0, Err(unavailable("hosts are not asked for scores in this version")));
+        }
+        if host.api == Api::Ollama && request.inputs.iter().any(|input| matches!(input, Input::Tokens(_))) {
+            return (0, Err(unavailable("Ollama takes texts, and no tokens")));
+        }
+        if let Some(error) = too_far(model, host, &self.health) {
+            return (0, Err(error));
+        }
+        let shares = |other: &Remote| {
+            (other.api, &other.model_name, other.priority) == (host.api, &host.model_name, host.priority)
+                && self.health.is_open(other) == self.health.is_open(host)
+                && too_far(model, other, &self.health).is_none()
+        };
+        let sharing: Vec<(usize, &Remote)> = left
+            .iter()
+            .enumerate()
+            .filter_map(|(index, deployment)| Some((index, host_of(deployment).filter(|other| shares(other))?)))
+            .collect();
+        let hosts: Vec<&Remote> = sharing.iter().map(|(_, host)| *host).collect();
+        let limit = model.deadlines.queue;
+        match timeout(limit, self.health.place(&hosts)).await {
+            Ok((index, place)) => (sharing[index].0, Ok(place)),
+            Err(_) => {
+                let seconds = limit.as_secs();
+                (0, Err(Error::Deadline { model: model.name.clone(), phase: Phase::Queue, seconds }))
+            }
+        }
+    }
+
     async fn embed_at(
+        &self,
+        model: &Model,
+        deployment: &Deployment,
+        request: &EmbedRequest,
+        keep_alive: Option<KeepAlive>,
+        _place: Place,
+    ) -> Result<Embedded, Error> {
+        let mut embedded = self.embed_once(model, deployment, request, keep_alive).await;
+        let may_repeat = host_of(deployment).is_none_or(|host| !host.managed_lb);
+        if may_repeat && embedded.as_ref().is_err_and(was_hardly_asked) {
+            embedded = self.embed_once(model, deployment, request, keep_alive).await;
+        }
+        if let Some(host) = host_of(deployment) {
+            match &embedded {
+                Ok(_) => self.health.reached(host),
+                // Whether it answers in words is another question.
+                Err(error @ Error::Remote { cause: RemoteCause::Unreachable(_), .. }) => {
+                    self.health.failed(host, error)
+                }
+                Err(_) => {}
+            }
+        }
+        embedded.map_err(|error| error.of_model(&model.name))
+    }
+
+    async fn embed_once(
         &self,
         model: &Model,
         deployment: &Deployment,
@@ -50,36 +127,25 @@ impl Dispatch {
         keep_alive: Option<KeepAlive>,
     ) -> Result<Embedded, Error> {
         let deadlines = &model.deadlines;
-        let embedded = match deployment {
+        let residence = Residence { context_tokens: None, keep_alive };
+        match deployment {
             Deployment::Local { engine, context_tokens } => {
-                let (catalog, engine) = (self.catalogs.now(), *engine);
-                let file = tokio::task::spawn_blocking(move || catalog.file(engine)).await;
-                let file = file.map_err(|error| Error::Internal(error.to_string()))??;
-                refuse(model, file.purpose(), request.query.is_some())?;
-                let residence = Residence { context_tokens: None, keep_alive };
-                let want = self.want(engine, *context_tokens, residence).await?;
-                let lease = self.pool.lease(engine, want, &model.name, deadlines).await?;
+                // One that cannot be read says so when it is loaded.
+                if let Some(file) = self.catalogs.now().known_file(*engine) {
+                    refuse(model, file.purpose(), request.query.is_some())?;
+                }
+                let want = self.want(*engine, *context_tokens, residence).await?;
+                let lease = self.pool.lease(*engine, want, &model.name, deadlines).await?;
                 local::embed(lease, &model.name, deadlines.first_token, request.clone()).await
             }
             Deployment::Process { engine, context_tokens, remote } => {
-                let residence = Residence { context_tokens: None, keep_alive };
                 let want = self.want(*engine, *context_tokens, residence).await?;
                 let lease = self.pool.lease(*engine, want, &model.name, deadlines).await?;
                 let url = lease.worker.url.as_ref().map(ToString::to_string).unwrap_or_default();
                 self.embed_there(model, &Remote { url, ..remote.clone() }, request, keep_alive).await
             }
-            Deployment::Remote(host) => {
-                let (_, _place) =
-                    timeout(deadlines.queue, self.health.place(&[host])).await.map_err(|_| Error::Deadline {
-                        model: model.name.clone(),
-                        phase: Phase::Queue,
-                        seconds: deadlines.queue.as_secs(),
-                    })?;
-                let embedded = self.embed_there(model, host, request, keep_alive).await;
-                embedded.inspect_err(|error| self.health.failed(host, error))
-            }
-        };
-        embedded.map_err(|error| error.of_model(&model.name))
+            Deployment::Remote(host) => self.embed_there(model, host, request, keep_alive).await,
+        }
     }
 
     async fn embed_there(
@@ -89,17 +155,20 @@ impl Dispatch {
         request: &EmbedRequest,
         keep_alive: Option<KeepAlive>,
     ) -> Result<Embedded, Error> {
-        if request.query.is_some() {
-            let reason = "hosts are not asked for scores in this version".into();
-            return Err(Error::Unavailable { model: model.name.clone(), reason });
-        }
         let deadlines = &model.deadlines;
         let place = remote::Place { remote: host, context_tokens: None, connect: deadlines.connect };
         let embedded = timeout(deadlines.first_token, self.hosts.embed(&place, request, keep_alive)).await;
         embedded.unwrap_or_else(|_| {
-            let seconds = deadlines.first_token.as_secs();
-            Err(Error::Deadline { model: model.name.clone(), phase: Phase::FirstToken, seconds })
+            let cause = RemoteCause::Silent { phase: Phase::FirstToken, seconds: deadlines.first_token.as_secs() };
+            Err(Error::Remote { host: host.url.clone(), cause })
         })
+    }
+}
+
+fn host_of(deployment: &Deployment) -> Option<&Remote> {
+    match deployment {
+        Deployment::Remote(host) => Some(host),
+        Deployment::Local { .. } | Deployment::Process { .. } => None,
     }
 }
 

@@ -104,6 +104,7 @@ impl Dispatch {
     /// The request is wrong, or nobody answered: the only one's error, or all of them.
     pub async fn answer(&self, model: &Arc<Model>, request: GenerateRequest, manner: Manner) -> Result<Answer, Error> {
         let request = Arc::new(request);
+        self.read_files(model).await;
         let tiers = near_first(tiers(&self.catalogs.now(), model, &request)?, &self.health);
         let is_own = |one: &&Candidate| one.model.name == model.name && one.remote().is_none();
         let worker = tiers.iter().flatten().find(is_own).cloned();
@@ -128,6 +129,22 @@ impl Dispatch {
             }
         }
         Err(failed(model, ask.attempts))
+    }
+
+    /// Has the headers of a model's files read, aside, so that what they can do is known.
+    async fn read_files(&self, model: &Arc<Model>) {
+        let catalog = self.catalogs.now();
+        let others = model.fallback_models.iter().filter_map(|name| catalog.find(name).ok());
+        let unread: Vec<_> = [model].into_iter().chain(others).flat_map(|model| &model.deployments).collect();
+        let unread = unread.into_iter().filter_map(|deployment| match deployment {
+            Deployment::Local { engine, .. } if catalog.known_file(*engine).is_none() => Some(*engine),
+            _ => None,
+        });
+        for engine in unread.collect::<Vec<_>>() {
+            let catalog = Arc::clone(&catalog);
+            // One that cannot be read says so when it is asked.
+            let _ = tokio::task::spawn_blocking(move || catalog.file(engine).map(drop)).await;
+        }
     }
 
     /// Asks those who share the load until one answers.
@@ -221,8 +238,46 @@ impl Dispatch {
         candidate: &Candidate,
         place: health::Place,
     ) -> Result<Option<Answer>, Error> {
+        let (mut asked, mut outcome) = self.ask_once(ask, candidate, place).await;
+        let may_repeat = candidate.remote().is_none_or(|remote| !remote.managed_lb);
+        if may_repeat && outcome.as_ref().is_err_and(was_hardly_asked) {
+            // Nothing was sent of it: it may be replayed, once, in its turn.
+            let place = match candidate.remote() {
+                None => Some(None),
+                Some(remote) => {
+                    let place = timeout(candidate.model.deadlines.queue, self.health.place(&[remote])).await;
+                    place.ok().map(|(_, place)| place)
+                }
+            };
+            if let Some(place) = place {
+                match self.ask_once(ask, candidate, place).await {
+                    // It was there, and went while it was asked: that is the reason.
+                    (_, Err(Error::Remote { cause: RemoteCause::Unreachable(_), .. })) => {}
+                    again => (asked, outcome) = again,
+                }
+            }
+        }
+        let candidate = asked;
+        match outcome {
+            Ok(events) => Ok(Some(ask.begun(&candidate, events))),
+            Err(error) if error.may_succeed_elsewhere() => {
+                tracing::warn!(deployment = candidate.label(), %error, "attempt failed");
+                ask.note(&candidate, error);
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Asks a candidate, and the model's own worker if it is late; says who answered.
+    async fn ask_once(
+        &self,
+        ask: &mut Ask<'_>,
+        candidate: &Candidate,
+        place: health::Place,
+    ) -> (Candidate, Result<EventStream, Error>) {
         let worker = ask.worker.clone().filter(|worker| is_allowed(worker, ask.manner.strict));
-        let (candidate, opened) = match (candidate.remote(), worker) {
+        let (asked, opened) = match (candidate.remote(), worker) {
             (Some(remote), Some(worker)) => {
                 match hedge::open(self, (candidate, remote), &worker, &ask.request, place).await {
                     Hedged::Host(opened) => (candidate.clone(), opened),
@@ -234,33 +289,8 @@ impl Dispatch {
             }
             _ => (candidate.clone(), attempt::open(self, candidate, &ask.request, place).await),
         };
-        let mut outcome = self.begin(ask, &candidate, opened).await;
-        let may_repeat = candidate.remote().is_none_or(|remote| !remote.managed_lb);
-        if may_repeat && outcome.as_ref().is_err_and(was_hardly_asked) {
-            // Nothing was sent of it: it may be replayed, once, in its turn.
-            let place = match candidate.remote() {
-                None => None,
-                Some(remote) => {
-                    let place = timeout(candidate.model.deadlines.queue, self.health.place(&[remote])).await;
-                    place.map_or(None, |(_, place)| place)
-                }
-            };
-            let again = attempt::open(self, &candidate, &ask.request, place).await;
-            outcome = match self.begin(ask, &candidate, again).await {
-                // It was there, and went while it was asked: that is the reason.
-                Err(Error::Remote { cause: RemoteCause::Unreachable(_), .. }) => outcome,
-                again => again,
-            };
-        }
-        match outcome {
-            Ok(events) => Ok(Some(ask.begun(&candidate, events))),
-            Err(error) if error.may_succeed_elsewhere() => {
-                tracing::warn!(deployment = candidate.label(), %error, "attempt failed");
-                ask.note(&candidate, error);
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
+        let outcome = self.begin(ask, &asked, opened).await;
+        (asked, outcome)
     }
 
     /// Makes of an attempt's events what the client wants.

@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use sarai_core::{Deadlines, Error, GenerateRequest, Message, Phase, Prompt, RemoteCause, Residence, Role, Sampling};
+use sarai_core::{
+    Api, Deadlines, Error, GenerateRequest, Message, Phase, Prompt, RemoteCause, Residence, Role, Sampling,
+};
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
@@ -29,6 +31,8 @@ use host::Host;
 const WAITING: usize = 64;
 /// How long a look at a host may take.
 const LOOK_WITHIN: Duration = Duration::from_secs(10);
+/// And one that a request waits for.
+const LOOK_NOW: Duration = Duration::from_secs(1);
 
 /// Names a deployment: the host and its model.
 type Key = (String, String);
@@ -40,6 +44,8 @@ struct Entry {
     breaker: Breaker,
     /// Probes it while it is open.
     prober: Option<AbortHandle>,
+    /// Has it load its model.
+    loader: Option<AbortHandle>,
     /// Counts probers and successes: a prober that finds another number has been overtaken.
     turn: u64,
     pace: Pace,
@@ -102,7 +108,8 @@ struct EndProbers(Table);
 impl Drop for EndProbers {
     fn drop(&mut self) {
         let mut entries = self.0.lock();
-        entries.deployments.values_mut().filter_map(|entry| entry.prober.take()).for_each(|prober| prober.abort());
+        let tasks = entries.deployments.values_mut().flat_map(|entry| [entry.prober.take(), entry.loader.take()]);
+        tasks.flatten().for_each(|task| task.abort());
     }
 }
 
@@ -138,6 +145,7 @@ impl Health {
                 deadlines: model.deadlines,
                 breaker: Breaker::default(),
                 prober: None,
+                loader: None,
                 turn: 0,
                 pace: self.table.learned.get(&state_key(remote)).pace,
             });
@@ -152,7 +160,8 @@ impl Health {
             entries.hosts.insert(url, host);
         }
         drop(entries);
-        old.deployments.into_values().filter_map(|entry| entry.prober).for_each(|prober| prober.abort());
+        let tasks = old.deployments.into_values().flat_map(|entry| [entry.prober, entry.loader]);
+        tasks.flatten().for_each(|task| task.abort());
         self.table.tell();
         catalog.remotes().for_each(|(_, remote)| self.table.look_if_due(remote));
     }
@@ -215,6 +224,58 @@ impl Health {
         (Expected { prompt_tokens, answer_tokens, is_resident }, known)
     }
 
+    /// Looks at a host and waits for it, if its API tells what is loaded and that is not known; whether it answered, as far as it was
+    /// asked.
+    pub async fn look_now(&self, remote: &Remote) -> bool {
+        let is_known = self.of(remote).is_loaded.is_some();
+        if is_known || remote.api != Api::Ollama || remote.managed_lb {
+            return true;
+        }
+        let connect = self.table.lock().deployments.get(&key(remote)).map(|entry| entry.deadlines.connect);
+        let Some(connect) = connect else { return true };
+        match timeout(LOOK_NOW, self.table.hosts.look(remote, connect)).await {
+            Ok(Ok(look)) => {
+                if let Some(host) = self.table.lock().hosts.get_mut(&remote.url) {
+                    host.saw(look, Instant::now());
+                }
+                true
+            }
+            // Who cannot be reached is told so by the request.
+            Ok(Err(_)) => true,
+            Err(_) => false,
+        }
+    }
+
+    /// Whether a host answers, and has not the model loaded: a look that is waited for.
+    pub async fn loads_now(&self, remote: &Remote) -> bool {
+        if remote.api != Api::Ollama || remote.managed_lb {
+            return false;
+        }
+        let look = timeout(LOOK_NOW, self.table.hosts.look(remote, LOOK_NOW)).await;
+        let Ok(Ok(look)) = look else { return false };
+        if let Some(host) = self.table.lock().hosts.get_mut(&remote.url) {
+            host.saw(look, Instant::now());
+        }
+        self.of(remote).is_loaded == Some(false)
+    }
+
+    /// Has a host load a model, aside, unless that is under way: who asked for it has an answer from elsewhere.
+    pub fn load_aside(&self, remote: &Remote, deadlines: &Deadlines) {
+        let mut entries = self.table.lock();
+        let Some(entry) = entries.deployments.get_mut(&key(remote)) else { return };
+        if entry.loader.as_ref().is_some_and(|loader| !loader.is_finished()) {
+            return;
+        }
+        let (hosts, remote, deadlines) = (self.table.hosts.clone(), remote.clone(), *deadlines);
+        let loading = tokio::spawn(async move {
+            let place =
+                remote::Place { remote: &remote, context_tokens: remote.context_tokens, connect: deadlines.connect };
+            // It ends by itself; what comes of it, the next look shows.
+            let _ = timeout(deadlines.load, hosts.load(&place, None)).await;
+        });
+        entry.loader = Some(loading.abort_handle());
+    }
+
     /// Looks at a host in the background, if that was not done lately.
     pub fn look(&self, remote: &Remote) {
         self.table.look_if_due(remote);
@@ -241,6 +302,23 @@ impl Health {
             tracing::info!(deployment = ?remote, "answers again");
             self.table.tell();
         }
+    }
+
+    /// A host answered something that is no stream: it can be reached again.
+    pub fn reached(&self, remote: &Remote) {
+        let mut entries = self.table.lock();
+        let Some(entry) = entries.deployments.get_mut(&key(remote)) else { return };
+        let was_away = matches!(entry.breaker.last(), Some(Error::Remote { cause: RemoteCause::Unreachable(_), .. }));
+        if entry.breaker.state() == State::Closed || !was_away {
+            return;
+        }
+        entry.breaker.recovered();
+        entry.turn += 1;
+        if let Some(prober) = entry.prober.take() {
+            prober.abort();
+        }
+        tracing::info!(deployment = ?remote, "can be reached again");
+        self.table.tell();
     }
 
     /// A request failed; only what is the deployment's fault counts.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sarai_core::frame::{LoadSpec, Threads, ToWorker};
+use sarai_core::frame::{LoadSpec, ToWorker};
 use sarai_core::{Bytes, Error};
 use sarai_plan::estimate::{Repack, Settings, idle_pieces};
 use sarai_plan::layers::purpose;
@@ -46,7 +46,7 @@ pub(super) struct Slot {
     pub size: Size,
     /// Memory of its own at the most, while it had this size.
     pub most: Bytes,
-    threads: Option<Threads>,
+    threads: Option<u32>,
     load_began: Option<Instant>,
     resize_began: Option<Instant>,
     deaths: Vec<Instant>,
@@ -381,7 +381,7 @@ impl Owner {
             // Of a file that cannot be read, the worker says what is wrong with it.
             file => {
                 let header = file.as_ref().and_then(Source::header);
-                Load::File(load_spec(config, settings, self.threads_of(engine, 1, 0).answers, header))
+                Load::File(load_spec(config, settings, self.threads_of(engine, 1, 0), header))
             }
         };
         let (executable, label) = (self.executable.clone(), config.label.clone());
@@ -398,15 +398,15 @@ impl Owner {
     }
 
     /// The threads of an engine that is the `rank`th of so many that compute: whole cores are dealt out, and what is left over
-    /// goes to the first ones. Alone, it has the core that is there part of the time too, for prompts.
-    fn threads_of(&self, engine: EngineId, computing: usize, rank: usize) -> Threads {
+    /// goes to the first ones. Alone, it has the core that is there part of the time too.
+    fn threads_of(&self, engine: EngineId, computing: usize, rank: usize) -> u32 {
         let Cores { whole, begun } = self.cores;
-        let computing = computing.max(1);
-        let share = (whole / computing + usize::from(rank < whole % computing)).max(1);
-        let prompts = if computing == 1 { begun } else { share };
-        let most = self.catalog.engines[engine.0].threads.unwrap_or(u32::MAX);
-        let [answers, prompts] = [share, prompts].map(|n| u32::try_from(n).unwrap_or(u32::MAX).min(most));
-        Threads { answers, prompts }
+        let share = match computing {
+            0 | 1 => begun,
+            _ => (whole / computing + usize::from(rank < whole % computing)).max(1),
+        };
+        let share = u32::try_from(share).unwrap_or(u32::MAX);
+        self.catalog.engines[engine.0].threads.map_or(share, |most| share.min(most))
     }
 
     /// Workers that compute at the same time share the cores: two that use them all collapse together.
