@@ -48,7 +48,7 @@ class Client(threading.Thread):
 
     def asked(self, model="smollm2", **more):
         # Now and then a prompt that others have too, or a long one.
-        words = self.random.choice([5, 20, 20, 200])
+        words = self.random.choice([5, 10, 20, 100])
         content = text(self.random.choice([1, 2, 3, self.random.random()]), words)
         return {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": self.random.randint(1, 60)} | more
 
@@ -106,9 +106,12 @@ def main():
         until(lambda: get("/health"))
         ended = threading.Event()
         clients = [Client(url, seed, ended) for seed in range(6)]
+        # All workers are there from the beginning.
+        first = clients[0]
+        for what in (first.chat, first.call, first.vectors):
+            what()
         for client in clients:
             client.start()
-        until(lambda: len(get("/api/ps")["sarai"]["workers"]) == 3)
         pids = {"server": sarai.process.pid} | {row["models"]: row["pid"] for row in get("/api/ps")["sarai"]["workers"]}
         samples, began = {name: [] for name in pids}, time.monotonic()
         while time.monotonic() - began < 60 * minutes:
