@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use sarai_core::{Api, EmbedRequest, Error, Input, KeepAlive, Timings, Usage};
+use sarai_core::{Api, EmbedRequest, Error, Extras, Input, KeepAlive, Timings, Usage};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use crate::extras::Rest;
 use crate::ollama::keep_alive;
 use crate::{Served, check, json as wire};
 
@@ -31,13 +32,15 @@ pub struct Parsed {
     pub top: Option<usize>,
     /// Whether scored texts are sent back.
     pub returns_documents: bool,
+    /// What nobody here reads: it goes, as it is, to hosts that speak the same API.
+    pub extras: Option<Box<Extras>>,
 }
 
 impl Parsed {
     fn new(model: String, inputs: Vec<Input>) -> Self {
         let request = EmbedRequest { inputs, query: None, truncate: false };
         let (keep_alive, dimensions, top) = (None, None, None);
-        Self { model, request, keep_alive, dimensions, is_base64: false, top, returns_documents: false }
+        Self { model, request, keep_alive, dimensions, is_base64: false, top, returns_documents: false, extras: None }
     }
 }
 
@@ -119,6 +122,13 @@ fn checked(param: &str, inputs: Vec<Input>) -> Result<Vec<Input>, Error> {
     Ok(inputs)
 }
 
+/// What a body holds beyond these fields.
+fn extras_of(api: Api, body: &[u8], read: &[&str]) -> Result<Option<Box<Extras>>, Error> {
+    let mut rest = Rest::of(api, body, read)?;
+    rest.degrades_without(&["user", "options", "keep_alive"]);
+    Ok(rest.finish())
+}
+
 fn dimensions(written: Option<i64>) -> Result<Option<usize>, Error> {
     let wrong = |n: i64| Error::invalid("dimensions", format!("`dimensions` is {n}: use a number from 1 on"));
     written.map(|n| usize::try_from(n).ok().filter(|&n| n > 0).ok_or_else(|| wrong(n))).transpose()
@@ -137,6 +147,7 @@ struct OpenAiBody {
 /// # Errors
 /// [`Error::InvalidRequest`] with the field's name.
 pub fn parse_openai(body: &[u8]) -> Result<Parsed, Error> {
+    let extras = extras_of(Api::OpenAi, body, &["model", "input", "encoding_format", "dimensions"])?;
     let body: OpenAiBody = wire::parse(body)?;
     let is_base64 = match body.encoding_format.as_deref() {
         None | Some("float") => false,
@@ -147,7 +158,7 @@ pub fn parse_openai(body: &[u8]) -> Result<Parsed, Error> {
         }
     };
     let parsed = Parsed::new(body.model, body.input.read("input")?);
-    Ok(Parsed { dimensions: dimensions(body.dimensions)?, is_base64, ..parsed })
+    Ok(Parsed { dimensions: dimensions(body.dimensions)?, is_base64, extras, ..parsed })
 }
 
 /// The answer of `/v1/embeddings`.
@@ -193,11 +204,17 @@ fn keep(value: Option<&Value>) -> Result<Option<KeepAlive>, Error> {
 /// # Errors
 /// [`Error::InvalidRequest`] with the field's name.
 pub fn parse_ollama(body: &[u8]) -> Result<Parsed, Error> {
+    let extras = extras_of(Api::Ollama, body, &["model", "input", "truncate", "dimensions", "keep_alive"])?;
     let body: OllamaBody = wire::parse(body)?;
     let inputs = body.input.ok_or_else(|| Error::invalid("input", "`input` is missing: send a text, or several"))?;
     let mut parsed = Parsed::new(body.model, inputs.read("input")?);
     parsed.request.truncate = body.truncate.unwrap_or(true);
-    Ok(Parsed { dimensions: dimensions(body.dimensions)?, keep_alive: keep(body.keep_alive.as_ref())?, ..parsed })
+    Ok(Parsed {
+        dimensions: dimensions(body.dimensions)?,
+        keep_alive: keep(body.keep_alive.as_ref())?,
+        extras,
+        ..parsed
+    })
 }
 
 /// Reads the body of the older `/api/embeddings`.
@@ -293,26 +310,22 @@ pub fn rerank(parsed: &Parsed, embedded: &Embedded, served: &Served) -> Value {
 
 /// The path and the body that ask a host of this API for vectors.
 #[must_use]
-pub fn remote_request(
-    api: Api,
-    model: &str,
-    request: &EmbedRequest,
-    keep_alive: Option<KeepAlive>,
-) -> (&'static str, Value) {
-    let inputs: Vec<Value> = request
-        .inputs
-        .iter()
-        .map(|input| match input {
-            Input::Text(text) => text.as_str().into(),
-            Input::Tokens(tokens) => json!(tokens),
-        })
-        .collect();
+pub fn remote_request(api: Api, model: &str, parsed: &Parsed) -> (&'static str, Value) {
+    let Parsed { request, keep_alive, extras, .. } = parsed;
+    let input = |input: &Input| match input {
+        Input::Text(text) => text.as_str().into(),
+        Input::Tokens(tokens) => json!(tokens),
+    };
+    let inputs: Vec<Value> = request.inputs.iter().map(input).collect();
     let mut body = json!({ "model": model, "input": inputs });
+    for (name, value) in extras.iter().filter(|extras| extras.api == api).flat_map(|extras| &extras.fields) {
+        body[name] = value.clone();
+    }
     match api {
         Api::Ollama => {
             body["truncate"] = request.truncate.into();
             if let Some(time) = keep_alive {
-                body["keep_alive"] = keep_alive::to_wire(time);
+                body["keep_alive"] = keep_alive::to_wire(*time);
             }
             ("/api/embed", body)
         }

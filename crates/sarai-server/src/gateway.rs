@@ -64,7 +64,7 @@ impl Gateway {
         let arrived = Instant::now();
         let _permit = self.admission.admit().await?;
         let queued = arrived.elapsed();
-        let (served, mut embedded) = self.dispatch.embed(&model, &parsed.request, parsed.keep_alive).await?;
+        let (served, mut embedded) = self.dispatch.embed(&model, parsed).await?;
         embedded.timings.queue += queued;
         Ok((served, embedded))
     }

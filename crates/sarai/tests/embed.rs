@@ -7,6 +7,7 @@ mod support;
 use base64::Engine;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
+use support::host::{Host, Step};
 use support::{Ollama, Sarai, chat, minilm, smollm2};
 
 fn models() -> String {
@@ -166,4 +167,36 @@ async fn a_host_makes_vectors_too_and_the_local_file_stands_in() {
         let vector = numbers(&answer.json()["data"][1]["embedding"]);
         assert!(cosine(&vector, &references()[0].vector) >= 0.999, "{place}");
     }
+}
+
+/// Vectors are asked of the hosts that share a model; a host without them is no reason to leave it alone with chats.
+#[tokio::test]
+async fn a_host_that_fails_to_make_vectors_is_not_to_blame_and_what_is_not_read_here_reaches_it() {
+    let made =
+        json!({ "data": [{ "index": 0, "embedding": [0.6, 0.8] }], "usage": { "prompt_tokens": 3 } }).to_string();
+    let whole = move |body: &str| {
+        let length = body.len();
+        format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}")
+    };
+    let missing = "HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n";
+    let without = Host::start(move |_, _| vec![Step::Send(missing.to_owned())]);
+    let with = Host::start(move |_, _| vec![Step::Send(whole(&made))]);
+    let config = format!(
+        "models:\n  vectors:\n    backend: openai_http\n    model_name: m\n    urls: [{{ url: \"{}/v1\" }}, {{ url: \"{}/v1\", priority: 1 }}]\n",
+        without.url, with.url
+    );
+    let sarai = Sarai::start(&config);
+    for _ in 0..4 {
+        let body = json!({ "model": "vectors", "input": "a", "input_type": "query", "encoding_format": "base64" });
+        let answer = sarai.post("/v1/embeddings", body.to_string()).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        assert!(answer.header("x-sarai-fallback-reason").unwrap().contains("does not have the model"));
+    }
+    assert_eq!(with.asked()[0].body["input_type"], "query");
+    let ps = sarai.ps().await;
+    assert_eq!(ps["models"][0]["deployments"][0]["breaker"], "closed", "{ps}");
+    let local = Sarai::start(&models());
+    let body = json!({ "model": "minilm", "input": "a", "input_type": "query" });
+    let answer = local.post("/v1/embeddings", body.to_string()).await;
+    assert_eq!(answer.header("x-sarai-degraded"), Some("input_type"), "{}", answer.text);
 }

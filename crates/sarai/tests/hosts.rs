@@ -579,7 +579,29 @@ enum Harm {
     Garbage,
     /// All is well, byte by byte for a while.
     Crumbs,
+    /// All is well, but late.
+    Late,
+    /// Something else instead of the answer.
+    Instead(&'static str),
+    /// A line that does not end.
+    HugeLine,
 }
+
+impl Harm {
+    fn is_harmless(self) -> bool {
+        matches!(self, Self::Crumbs | Self::Late)
+    }
+}
+
+/// What comes instead of an answer, and never anything of it.
+const INSTEAD: [&str; 6] = [
+    "HTTP/1.1 500 Oops\r\ncontent-length: 0\r\n\r\n",
+    "HTTP/1.1 503 Busy\r\nretry-after: 1\r\ncontent-length: 4\r\n\r\nbusy",
+    "HTTP/1.1 404 Gone\r\ncontent-type: application/json\r\ncontent-length: 27\r\n\r\n{\"error\":\"model not found\"}",
+    "HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 15\r\n\r\n<html>Hi</html>",
+    "HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\ncontent-length: 26\r\n\r\n{\"message\":{\"content\":\"Hal",
+    "HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\ncontent-length: 0\r\n\r\n",
+];
 
 /// Passes bytes on to a host, and harms the answers to chats.
 fn harming(to: &str, harm: Harm, after: usize) -> String {
@@ -647,6 +669,22 @@ fn harm_answers(
                 }
                 continue;
             }
+            Harm::Late => {
+                if passed == after {
+                    std::thread::sleep(Duration::from_millis(700));
+                    passed += 1;
+                }
+            }
+            Harm::Instead(answer) => {
+                client.write_all(answer.as_bytes())?;
+                return client.shutdown(std::net::Shutdown::Both);
+            }
+            Harm::HugeLine => {
+                client.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n\r\n")?;
+                loop {
+                    client.write_all(&[b'x'; 65536])?;
+                }
+            }
         }
         client.write_all(&buffer[until..read])?;
     }
@@ -665,25 +703,26 @@ async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer
     let direct = Sarai::start(&config(&ollama.url));
     let whole = text_of(&direct.post("/v1/chat/completions", body.clone()).await);
     drop(direct);
-    for harm in [Harm::Cut, Harm::Stall, Harm::Garbage, Harm::Crumbs] {
-        for after in [40, 600, 1500] {
-            let sarai = Sarai::start(&config(&harming(&ollama.url, harm, after)));
-            let streamed = sarai.post("/v1/chat/completions", body.clone()).await;
-            let what = format!("{harm:?} after {after} bytes: {}", streamed.text);
-            assert_eq!(streamed.status, 200, "{what}");
-            assert!(streamed.text.ends_with("data: [DONE]\n\n"), "{what}");
-            let said = text_of(&streamed);
-            // What the host said stands at the beginning, and the rest follows once.
-            let common = said.chars().zip(whole.chars()).take_while(|(a, b)| a == b).count();
-            let end = streamed.sse().into_iter().find(|event| event["sarai"].is_object()).unwrap();
-            // Before its first token, the worker answers alone, in words of its own.
-            let began_there = end["sarai"]["fallback_reason"].is_null();
-            assert!((common >= 4 || !began_there) && said.len() > 20, "{said:?} for {whole:?}; {what}");
-            let is_moved = end["sarai"]["resumed"].is_array() || !end["sarai"]["fallback_reason"].is_null();
-            assert_eq!(is_moved, !matches!(harm, Harm::Crumbs), "{what}");
-            let whole = sarai.post("/v1/chat/completions", plain.clone()).await;
-            assert_eq!(whole.status, 200, "{harm:?} {after}: {}", whole.text);
-            assert!(whole.json()["choices"][0]["message"]["content"].as_str().unwrap().len() > 20);
-        }
+    let amid = [Harm::Cut, Harm::Stall, Harm::Garbage, Harm::Crumbs];
+    let amid = amid.into_iter().flat_map(|harm| [40, 600, 1500].map(|after| (harm, after)));
+    let first = INSTEAD.map(Harm::Instead).into_iter().chain([Harm::Late, Harm::HugeLine, Harm::Cut, Harm::Stall]);
+    for (harm, after) in amid.chain(first.map(|harm| (harm, 0))) {
+        let sarai = Sarai::start(&config(&harming(&ollama.url, harm, after)));
+        let streamed = sarai.post("/v1/chat/completions", body.clone()).await;
+        let what = format!("{harm:?} after {after} bytes: {}", streamed.text);
+        assert_eq!(streamed.status, 200, "{what}");
+        assert!(streamed.text.ends_with("data: [DONE]\n\n"), "{what}");
+        let said = text_of(&streamed);
+        // What the host said stands at the beginning, and the rest follows once.
+        let common = said.chars().zip(whole.chars()).take_while(|(a, b)| a == b).count();
+        let end = streamed.sse().into_iter().find(|event| event["sarai"].is_object()).unwrap();
+        // Before its first token, the worker answers alone, in words of its own.
+        let began_there = end["sarai"]["fallback_reason"].is_null();
+        assert!((common >= 4 || !began_there) && said.len() > 20, "{said:?} for {whole:?}; {what}");
+        let is_moved = end["sarai"]["resumed"].is_array() || !end["sarai"]["fallback_reason"].is_null();
+        assert_eq!(is_moved, !harm.is_harmless(), "{what}");
+        let whole = sarai.post("/v1/chat/completions", plain.clone()).await;
+        assert_eq!(whole.status, 200, "{harm:?} {after}: {}", whole.text);
+        assert!(whole.json()["choices"][0]["message"]["content"].as_str().unwrap().len() > 20);
     }
 }

@@ -13,7 +13,7 @@ use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use sarai_api::embed::Embedded;
 use sarai_api::openai::remote::SseReader;
 use sarai_api::{RemoteLine, embed, ollama, openai};
-use sarai_core::{Api, EmbedRequest, Error, Event, GenerateRequest, KeepAlive, RemoteCause};
+use sarai_core::{Api, Error, Event, GenerateRequest, KeepAlive, RemoteCause};
 
 use super::EventStream;
 use crate::config::Remote;
@@ -172,15 +172,10 @@ impl Hosts {
     ///
     /// # Errors
     /// [`Error::Remote`], or [`Error::InvalidRequest`] where the host says the request is wrong.
-    pub async fn embed(
-        &self,
-        place: &Place<'_>,
-        request: &EmbedRequest,
-        keep_alive: Option<KeepAlive>,
-    ) -> Result<Embedded, Error> {
+    pub async fn embed(&self, place: &Place<'_>, parsed: &embed::Parsed) -> Result<Embedded, Error> {
         let Remote { api, url, model_name, .. } = place.remote;
         let remote = |cause| Error::Remote { host: url.clone(), cause };
-        let (path, body) = embed::remote_request(*api, model_name, request, keep_alive);
+        let (path, body) = embed::remote_request(*api, model_name, parsed);
         let post = with_key(self.client(place.connect).post(format!("{url}{path}")), place.remote);
         let post = post.header(CONTENT_TYPE, JSON).body(body.to_string());
         let response = post.send().await.map_err(|error| remote(unreachable(&error)))?;
@@ -190,7 +185,7 @@ impl Hosts {
         let body = up_to(response, MAX_WHOLE_BYTES).await;
         let garbled = || RemoteCause::Garbled(String::from_utf8_lossy(&body[..body.len().min(80)]).into_owned());
         let value: serde_json::Value = serde_json::from_slice(&body).map_err(|_| remote(garbled()))?;
-        embed::read_remote(*api, &value, request.inputs.len()).ok_or_else(|| remote(garbled()))
+        embed::read_remote(*api, &value, parsed.request.inputs.len()).ok_or_else(|| remote(garbled()))
     }
 
     /// Starts a generation on a host.

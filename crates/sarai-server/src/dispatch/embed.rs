@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use sarai_api::Served;
-use sarai_api::embed::Embedded;
-use sarai_core::{Api, Attempt, EmbedRequest, Error, Input, KeepAlive, Phase, Purpose, RemoteCause, Residence};
+use sarai_api::embed::{Embedded, Parsed};
+use sarai_core::{Api, Attempt, Error, Input, Phase, Purpose, RemoteCause, Residence};
 use tokio::time::timeout;
 
 use super::candidates::too_far;
@@ -19,22 +19,17 @@ impl Dispatch {
     ///
     /// # Errors
     /// The model is none that makes them, or no deployment could.
-    pub async fn embed(
-        &self,
-        model: &Arc<Model>,
-        request: &EmbedRequest,
-        keep_alive: Option<KeepAlive>,
-    ) -> Result<(Served, Embedded), Error> {
+    pub async fn embed(&self, model: &Arc<Model>, parsed: &Parsed) -> Result<(Served, Embedded), Error> {
         self.read_files(model).await;
         let is_open = |deployment: &&Deployment| host_of(deployment).is_some_and(|host| self.health.is_open(host));
         let mut left: Vec<&Deployment> = model.deployments.iter().collect();
         left.sort_by_key(is_open);
         let mut attempts: Vec<Attempt> = Vec::new();
         while !left.is_empty() {
-            let (index, place) = self.embedder(model, &left, request).await;
+            let (index, place) = self.embedder(model, &left, parsed).await;
             let deployment = left.remove(index);
             let outcome = match place {
-                Ok(place) => self.embed_at(model, deployment, request, keep_alive, place).await,
+                Ok(place) => self.embed_at(model, deployment, parsed, place).await,
                 Err(error) => Err(error),
             };
             match outcome {
@@ -42,7 +37,9 @@ impl Dispatch {
                     let reasons: Vec<_> =
                         attempts.iter().map(|attempt| format!("{}: {}", attempt.deployment, attempt.error)).collect();
                     let fallback_reason = (!reasons.is_empty()).then(|| reasons.join("; "));
-                    let served = Served { by: label(model, deployment), fallback_reason, ..Served::default() };
+                    let degraded = lost(deployment, parsed);
+                    let served =
+                        Served { by: label(model, deployment), fallback_reason, degraded, ..Served::default() };
                     return Ok((served, embedded));
                 }
                 Err(error) if error.may_succeed_elsewhere() => {
@@ -55,18 +52,13 @@ impl Dispatch {
     }
 
     /// Who is asked next, with a place there: of hosts that share the load, the first one that has one.
-    async fn embedder(
-        &self,
-        model: &Model,
-        left: &[&Deployment],
-        request: &EmbedRequest,
-    ) -> (usize, Result<Place, Error>) {
+    async fn embedder(&self, model: &Model, left: &[&Deployment], parsed: &Parsed) -> (usize, Result<Place, Error>) {
         let Some(host) = host_of(left[0]) else { return (0, Ok(None)) };
         let unavailable = |reason: &str| Error::Unavailable { model: model.name.clone(), reason: reason.to_owned() };
-        if request.query.is_some() {
+        if parsed.request.query.is_some() {
             return (0, Err(unavailable("hosts are not asked for scores in this version")));
         }
-        if host.api == Api::Ollama && request.inputs.iter().any(|input| matches!(input, Input::Tokens(_))) {
+        if host.api == Api::Ollama && parsed.request.inputs.iter().any(|input| matches!(input, Input::Tokens(_))) {
             return (0, Err(unavailable("Ollama takes texts, and no tokens")));
         }
         if let Some(error) = too_far(model, host, &self.health) {
@@ -97,14 +89,13 @@ impl Dispatch {
         &self,
         model: &Model,
         deployment: &Deployment,
-        request: &EmbedRequest,
-        keep_alive: Option<KeepAlive>,
+        parsed: &Parsed,
         _place: Place,
     ) -> Result<Embedded, Error> {
-        let mut embedded = self.embed_once(model, deployment, request, keep_alive).await;
+        let mut embedded = self.embed_once(model, deployment, parsed).await;
         let may_repeat = host_of(deployment).is_none_or(|host| !host.managed_lb);
         if may_repeat && embedded.as_ref().is_err_and(was_hardly_asked) {
-            embedded = self.embed_once(model, deployment, request, keep_alive).await;
+            embedded = self.embed_once(model, deployment, parsed).await;
         }
         if let Some(host) = host_of(deployment) {
             match &embedded {
@@ -119,50 +110,48 @@ impl Dispatch {
         embedded.map_err(|error| error.of_model(&model.name))
     }
 
-    async fn embed_once(
-        &self,
-        model: &Model,
-        deployment: &Deployment,
-        request: &EmbedRequest,
-        keep_alive: Option<KeepAlive>,
-    ) -> Result<Embedded, Error> {
+    async fn embed_once(&self, model: &Model, deployment: &Deployment, parsed: &Parsed) -> Result<Embedded, Error> {
         let deadlines = &model.deadlines;
-        let residence = Residence { context_tokens: None, keep_alive };
+        let residence = Residence { context_tokens: None, keep_alive: parsed.keep_alive };
         match deployment {
             Deployment::Local { engine, context_tokens } => {
                 // One that cannot be read says so when it is loaded.
                 if let Some(file) = self.catalogs.now().known_file(*engine) {
-                    refuse(model, file.purpose(), request.query.is_some())?;
+                    refuse(model, file.purpose(), parsed.request.query.is_some())?;
                 }
                 let want = self.want(*engine, *context_tokens, residence).await?;
                 let lease = self.pool.lease(*engine, want, &model.name, deadlines).await?;
-                local::embed(lease, &model.name, deadlines.first_token, request.clone()).await
+                local::embed(lease, &model.name, deadlines.first_token, parsed.request.clone()).await
             }
             Deployment::Process { engine, context_tokens, remote } => {
                 let want = self.want(*engine, *context_tokens, residence).await?;
                 let lease = self.pool.lease(*engine, want, &model.name, deadlines).await?;
                 let url = lease.worker.url.as_ref().map(ToString::to_string).unwrap_or_default();
-                self.embed_there(model, &Remote { url, ..remote.clone() }, request, keep_alive).await
+                self.embed_there(model, &Remote { url, ..remote.clone() }, parsed).await
             }
-            Deployment::Remote(host) => self.embed_there(model, host, request, keep_alive).await,
+            Deployment::Remote(host) => self.embed_there(model, host, parsed).await,
         }
     }
 
-    async fn embed_there(
-        &self,
-        model: &Model,
-        host: &Remote,
-        request: &EmbedRequest,
-        keep_alive: Option<KeepAlive>,
-    ) -> Result<Embedded, Error> {
+    async fn embed_there(&self, model: &Model, host: &Remote, parsed: &Parsed) -> Result<Embedded, Error> {
         let deadlines = &model.deadlines;
         let place = remote::Place { remote: host, context_tokens: None, connect: deadlines.connect };
-        let embedded = timeout(deadlines.first_token, self.hosts.embed(&place, request, keep_alive)).await;
+        let embedded = timeout(deadlines.first_token, self.hosts.embed(&place, parsed)).await;
         embedded.unwrap_or_else(|_| {
             let cause = RemoteCause::Silent { phase: Phase::FirstToken, seconds: deadlines.first_token.as_secs() };
             Err(Error::Remote { host: host.url.clone(), cause })
         })
     }
+}
+
+/// What a deployment does not follow of a request.
+fn lost(deployment: &Deployment, parsed: &Parsed) -> Vec<String> {
+    let Some(extras) = &parsed.extras else { return Vec::new() };
+    let understands = match deployment {
+        Deployment::Remote(host) | Deployment::Process { remote: host, .. } => host.api == extras.api,
+        Deployment::Local { .. } => false,
+    };
+    if understands { Vec::new() } else { extras.degrades.clone() }
 }
 
 fn host_of(deployment: &Deployment) -> Option<&Remote> {

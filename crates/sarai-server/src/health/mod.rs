@@ -159,6 +159,8 @@ impl Health {
             host.limit(most);
             entries.hosts.insert(url, host);
         }
+        // One that comes back meanwhile has the places that are taken now.
+        entries.hosts.extend(old.hosts.into_iter().filter(|(_, host)| host.outstanding() > 0));
         drop(entries);
         let tasks = old.deployments.into_values().flat_map(|entry| [entry.prober, entry.loader]);
         tasks.flatten().for_each(|task| task.abort());
