@@ -704,8 +704,8 @@ async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer
     let whole = text_of(&direct.post("/v1/chat/completions", body.clone()).await);
     drop(direct);
     let amid = [Harm::Cut, Harm::Stall, Harm::Garbage, Harm::Crumbs];
-    let amid = amid.into_iter().flat_map(|harm| [40, 600, 1500].map(|after| (harm, after)));
-    let first = INSTEAD.map(Harm::Instead).into_iter().chain([Harm::Late, Harm::HugeLine, Harm::Cut, Harm::Stall]);
+    let amid = amid.into_iter().flat_map(|harm| [40, 900].map(|after| (harm, after)));
+    let first = INSTEAD.map(Harm::Instead).into_iter().chain([Harm::Late, Harm::HugeLine]);
     for (harm, after) in amid.chain(first.map(|harm| (harm, 0))) {
         let sarai = Sarai::start(&config(&harming(&ollama.url, harm, after)));
         let streamed = sarai.post("/v1/chat/completions", body.clone()).await;

@@ -32,7 +32,7 @@ const WAITING: usize = 64;
 /// How long a look at a host may take.
 const LOOK_WITHIN: Duration = Duration::from_secs(10);
 /// And one that a request waits for.
-const LOOK_NOW: Duration = Duration::from_secs(1);
+const LOOK_NOW: Duration = Duration::from_millis(400);
 
 /// Names a deployment: the host and its model.
 type Key = (String, String);
