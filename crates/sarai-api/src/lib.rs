@@ -12,7 +12,7 @@ pub mod ollama;
 pub mod openai;
 mod sampling;
 pub mod schema;
-mod tools;
+pub mod tools;
 
 use sarai_core::{Event, Extra, FinishReason, GenerateRequest, Timings, TokenLogprob, ToolCall, Usage};
 

@@ -35,6 +35,12 @@ pub fn definitions(tools: &[Value]) -> Result<Tools, String> {
     Ok(Tools { definitions, names, choice: ToolChoice::Auto, parallel: None })
 }
 
+/// Whether a chat template shows tools to its model.
+#[must_use]
+pub fn are_shown_by(template: &str) -> bool {
+    template.contains("tools")
+}
+
 /// What may be called.
 pub enum Chosen {
     /// These, as they say.

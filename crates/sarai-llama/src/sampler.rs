@@ -54,17 +54,29 @@ impl Sampler {
                 .add_logit_bias(LlamaToken(token), if bias <= BANNED { f32::NEG_INFINITY } else { bias })
                 .map_err(internal)?;
         }
-        let param = if matches!(request.format, Format::Gbnf(_)) { "grammar" } else { "format" };
+        let calls = form.filter(|form| !form.grammar.is_empty());
+        let param = match (calls, &request.format) {
+            (Some(_), _) => "tools",
+            (None, Format::Gbnf(_)) => "grammar",
+            (None, _) => "format",
+        };
         let bad = |error: &dyn std::fmt::Display| {
             Error::invalid(param, format!("llama.cpp cannot make a grammar of `{param}`: {error}"))
         };
         let unsound =
             |why: &str| Error::invalid(param, format!("llama.cpp cannot follow the grammar of `{param}`: {why}"));
-        let grammar = match form.filter(|form| !form.grammar.is_empty()) {
+        let has_bans = request.sampling.logit_bias.iter().any(|(_, bias)| *bias <= BANNED);
+        let grammar = match calls {
+            Some(_) if has_bans => {
+                return Err(Error::invalid(
+                    "logit_bias",
+                    "`logit_bias` bans tokens that calls of tools may need: leave one of both out",
+                ));
+            }
             Some(form) => {
                 tried.check(model, &form.grammar).map_err(unsound)?;
                 set_calls(&mut params, model, form)?;
-                (!form.grammar_lazy).then(|| form.grammar.clone())
+                None
             }
             None => {
                 let grammar = grammar_of(&request.format, &bad)?;
@@ -76,15 +88,7 @@ impl Sampler {
             }
         };
         let chain = CommonSampler::new(model, &mut params).map_err(|error| bad(&error))?;
-        let has_bans = request.sampling.logit_bias.iter().any(|(_, bias)| *bias <= BANNED);
-        if has_bans && form.is_some_and(|form| !form.grammar.is_empty()) {
-            return Err(Error::invalid(
-                "logit_bias",
-                "`logit_bias` bans tokens that calls of tools may need: leave one of both out",
-            ));
-        }
-        let guard =
-            grammar.filter(|_| form.is_none()).map(|grammar| LlamaSampler::try_grammar(model, &grammar, "root"));
+        let guard = grammar.map(|grammar| LlamaSampler::try_grammar(model, &grammar, "root"));
         Ok(Self { chain, guard: guard.transpose().map_err(|error| bad(&error))?, has_bans })
     }
 

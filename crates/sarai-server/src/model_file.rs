@@ -81,7 +81,7 @@ impl ModelFile {
 
     /// Whether its chat template shows tools to the model.
     pub fn knows_tools(&self) -> bool {
-        sarai_api::ollama::knows_tools(self.header.text("tokenizer.chat_template").unwrap_or_default())
+        sarai_api::tools::are_shown_by(self.header.text("tokenizer.chat_template").unwrap_or_default())
     }
 
     /// Whether the file still is as it was read.

@@ -145,6 +145,23 @@ async fn what_is_too_long_is_cut_or_refused_as_asked_and_what_is_wrong_is_a_400(
     }
 }
 
+/// A step holds no more than the context that the model was given.
+#[tokio::test]
+async fn a_short_context_is_kept_by_texts_that_are_read_side_by_side() {
+    let config = format!(
+        "models:\n  minilm: {{ backend: gguf_native, gguf_path: {}, role: embedding, context_length: 256 }}\n",
+        minilm()
+    );
+    let sarai = Sarai::start(&config);
+    let made = embed(&sarai, json!({ "model": "minilm", "input": vec!["word ".repeat(120); 5] })).await;
+    assert_eq!(made["data"].as_array().unwrap().len(), 5);
+    let pids = sarai.worker_pids().await;
+    let load = json!({ "model": "minilm", "options": { "num_ctx": 512 } });
+    assert_eq!(sarai.post("/api/generate", load.to_string()).await.status, 200);
+    embed(&sarai, json!({ "model": "minilm", "input": "a" })).await;
+    assert_eq!(sarai.worker_pids().await, pids, "the same worker");
+}
+
 /// A model of the hosts' kind is asked where it is; its local copy stands in.
 #[tokio::test]
 async fn a_host_makes_vectors_too_and_the_local_file_stands_in() {

@@ -168,6 +168,25 @@ async fn requests_beyond_a_hosts_limit_wait_here_in_their_order() {
     assert_eq!(order, (0..6).map(|n| format!("number {n}")).collect::<Vec<_>>());
 }
 
+/// It is asked for its usage by this server's own wish: a server that knows nothing of that is asked without.
+#[tokio::test]
+async fn a_server_that_refuses_what_the_client_never_said_is_asked_without_it() {
+    let chunk =
+        |delta: Value, finish: Value| json!({ "choices": [{ "index": 0, "delta": delta, "finish_reason": finish }] });
+    let answer = openai(&[chunk(json!({ "content": "here" }), Value::Null), chunk(json!({}), json!("stop"))]);
+    let refusal = "HTTP/1.1 422 No\r\ncontent-length: 31\r\n\r\nstream_options is not permitted";
+    let host = Host::start(move |_, body| match body["stream_options"].is_null() {
+        true => answer.clone(),
+        false => vec![Step::Send(refusal.into())],
+    });
+    let config = format!("models:\n  solar: {{ backend: openai_http, url: \"{}/v1\", model_name: m }}\n", host.url);
+    let sarai = Sarai::start(&config);
+    let answer = ask(&sarai, json!({})).await;
+    assert_eq!(answer.json()["choices"][0]["message"]["content"], "here", "{}", answer.text);
+    let theirs = ask(&sarai, json!({ "stream": true, "stream_options": { "include_usage": true } })).await;
+    assert_eq!(theirs.status, 400, "what the client said itself is its matter: {}", theirs.text);
+}
+
 #[tokio::test]
 async fn a_managed_cluster_is_neither_queued_for_nor_asked_twice_and_the_worker_stands_behind_it() {
     let cluster = Host::start(|_, body| match body["messages"][0]["content"] == "Hello." {

@@ -73,6 +73,7 @@ async fn a_model_decides_must_call_must_call_this_one_or_may_not() {
             assert_eq!((calls.len(), calls[0].0.as_str()), (1, wanted), "{choice}: {}", answer.text);
             assert_eq!(calls[0].1["city"], "Oslo", "{choice}");
             assert!(answer.text.contains("\"finish_reason\":\"tool_calls\""), "{}", answer.text);
+            assert_eq!(answer.header("x-sarai-degraded"), None, "nothing is lost of tools here");
         }
         let answer = ask(&sarai, json!({ "tool_choice": "none", "stream": stream, "max_tokens": 8 })).await;
         assert!(calls(&answer).is_empty(), "{}", answer.text);

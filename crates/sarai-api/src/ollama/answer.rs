@@ -248,7 +248,7 @@ pub fn show(facts: &ModelFacts, purpose: Purpose, template: &str, model_info: Va
     let capabilities = match purpose {
         Purpose::Vectors => vec!["embedding"],
         Purpose::Scores => vec!["rerank"],
-        Purpose::Answers if knows_tools(template) => vec!["completion", "tools"],
+        Purpose::Answers if tools::are_shown_by(template) => vec!["completion", "tools"],
         Purpose::Answers => vec!["completion"],
     };
     json!({
@@ -256,10 +256,4 @@ pub fn show(facts: &ModelFacts, purpose: Purpose, template: &str, model_info: Va
         "details": facts.details(), "model_info": model_info, "capabilities": capabilities,
         "modified_at": timestamp(facts.modified.unwrap_or(SystemTime::UNIX_EPOCH)),
     })
-}
-
-/// Whether a chat template shows tools to its model.
-#[must_use]
-pub fn knows_tools(template: &str) -> bool {
-    template.contains("tools")
 }

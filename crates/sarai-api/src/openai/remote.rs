@@ -365,6 +365,9 @@ mod tests {
         assert_eq!(read(&[HI, "data: [DONE]"]).1, Some(RemoteCause::Cut));
         assert_eq!(read(&[HI]).2.end(), None);
         assert!(read(&[HI, STOP]).2.end().is_some(), "some servers send no [DONE]");
+        let empty = HI.replace("null", r#""""#);
+        assert_eq!(read(&[&empty]).0, [Event::Text("Hi".into())], "and some an empty reason with each piece");
+        assert_eq!(read(&[&empty]).2.end(), None);
     }
 
     #[test]

@@ -27,12 +27,11 @@ const SLOW: Duration = Duration::from_millis(400);
 const END_OF_BODY: Duration = Duration::from_secs(1);
 /// How long it is waited for before the end mark is passed on.
 const END_IS_THERE: Duration = Duration::from_millis(2);
-/// How long it is waited for.
-const ERROR_WITHIN: Duration = Duration::from_secs(2);
 /// How much of an answer of vectors, or of a list, is read, in bytes.
 const MAX_WHOLE_BYTES: usize = 256 << 20;
-/// How much of an error body is read, in bytes.
+/// How much of an error body is read, in bytes, and how long it is waited for.
 const MAX_ERROR_BYTES: usize = 4 << 10;
+const ERROR_WITHIN: Duration = Duration::from_secs(2);
 
 /// The HTTP clients, one per connect deadline, each with its pool of connections.
 #[derive(Clone, Debug, Default)]
@@ -210,33 +209,35 @@ impl Hosts {
             post.header(CONTENT_TYPE, "application/json").body(body.to_string()).send()
         };
         let response = post(&body).await.map_err(|error| remote(unreachable(&error)))?;
-        match response.status() {
-            status if status.is_success() => {
-                speaks(*api, response.headers()).map_err(remote)?;
-                let is_json = kind(response.headers()).is_some_and(|kind| kind.eq_ignore_ascii_case(JSON));
-                let reader = match api {
-                    Api::Ollama => Reader::Ndjson,
-                    Api::OpenAi if is_json => Reader::Whole(SseReader::default()),
-                    Api::OpenAi => Reader::Sse(SseReader::default()),
-                };
-                Ok(events(reader, url.clone(), response.bytes_stream()))
-            }
-            _ => match refusal(response, url, model_name).await {
-                // That was not the client's wish, and there are servers that know nothing of it.
-                Error::InvalidRequest { message, .. } if message.contains(OURS) && !is_the_clients(request) => {
-                    let mut body = body;
-                    body.as_object_mut().and_then(|body| body.remove(OURS));
-                    let response = post(&body).await.map_err(|error| remote(unreachable(&error)))?;
-                    if !response.status().is_success() {
-                        return Err(refusal(response, url, model_name).await);
-                    }
-                    speaks(*api, response.headers()).map_err(remote)?;
-                    Ok(events(Reader::Sse(SseReader::default()), url.clone(), response.bytes_stream()))
+        if response.status().is_success() {
+            return answered(*api, url, response);
+        }
+        match refusal(response, url, model_name).await {
+            // That was not the client's wish, and there are servers that know nothing of it.
+            Error::InvalidRequest { message, .. } if message.contains(OURS) && !is_the_clients(request) => {
+                let mut body = body;
+                body.as_object_mut().and_then(|body| body.remove(OURS));
+                let response = post(&body).await.map_err(|error| remote(unreachable(&error)))?;
+                match response.status().is_success() {
+                    true => answered(*api, url, response),
+                    false => Err(refusal(response, url, model_name).await),
                 }
-                error => Err(error),
-            },
+            }
+            error => Err(error),
         }
     }
+}
+
+/// The events of an answer that has begun.
+fn answered(api: Api, url: &str, response: Response) -> Result<EventStream, Error> {
+    speaks(api, response.headers()).map_err(|cause| Error::Remote { host: url.to_owned(), cause })?;
+    let is_json = kind(response.headers()).is_some_and(|kind| kind.eq_ignore_ascii_case(JSON));
+    let reader = match api {
+        Api::Ollama => Reader::Ndjson,
+        Api::OpenAi if is_json => Reader::Whole(SseReader::default()),
+        Api::OpenAi => Reader::Sse(SseReader::default()),
+    };
+    Ok(events(reader, url.to_owned(), response.bytes_stream()))
 }
 
 /// What OpenAI's servers are asked for in addition, so that they tell their usage.

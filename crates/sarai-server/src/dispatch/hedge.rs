@@ -6,7 +6,7 @@
 use sarai_core::{Error, GenerateRequest, RemoteCause};
 use tokio::time::{Instant, sleep};
 
-use super::candidates::{Candidate, expected_now};
+use super::candidates::{Candidate, expected};
 use super::{Dispatch, attempt, warm};
 use crate::backend::EventStream;
 use crate::config::Remote;
@@ -29,7 +29,7 @@ pub async fn open(
     place: Place,
 ) -> Hedged {
     let (candidate, remote) = host;
-    let (expected, known) = expected_now(&dispatch.health, remote, request).await;
+    let (expected, known) = expected(&dispatch.health, remote, request);
     let began = Instant::now();
     let mut asked = Box::pin(attempt::open(dispatch, candidate, request, place));
     tokio::select! {
@@ -57,7 +57,7 @@ pub async fn open(
                 drop(asked);
                 let cause = RemoteCause::Late { seconds: began.elapsed().as_secs() };
                 let late = Error::Remote { host: remote.url.clone(), cause };
-                if known.is_loaded == Some(false) {
+                if dispatch.health.of(remote).is_loaded == Some(false) {
                     // A host that loads takes its time, and gives it up with the request: it is to have the model for the next one.
                     dispatch.health.load_aside(remote, &candidate.model.deadlines);
                 } else {

@@ -233,19 +233,8 @@ impl Health {
         if is_known || remote.api != Api::Ollama || remote.managed_lb {
             return true;
         }
-        let connect = self.table.lock().deployments.get(&key(remote)).map(|entry| entry.deadlines.connect);
-        let Some(connect) = connect else { return true };
-        match timeout(LOOK_NOW, self.table.hosts.look(remote, connect)).await {
-            Ok(Ok(look)) => {
-                if let Some(host) = self.table.lock().hosts.get_mut(&remote.url) {
-                    host.saw(look, Instant::now());
-                }
-                true
-            }
-            // Who cannot be reached is told so by the request.
-            Ok(Err(_)) => true,
-            Err(_) => false,
-        }
+        // Who cannot be reached is told so by the request.
+        timeout(LOOK_NOW, self.table.look(remote)).await.is_ok()
     }
 
     /// Whether a host answers, and has not the model loaded: a look that is waited for.
@@ -253,12 +242,8 @@ impl Health {
         if remote.api != Api::Ollama || remote.managed_lb {
             return false;
         }
-        let look = timeout(LOOK_NOW, self.table.hosts.look(remote, LOOK_NOW)).await;
-        let Ok(Ok(look)) = look else { return false };
-        if let Some(host) = self.table.lock().hosts.get_mut(&remote.url) {
-            host.saw(look, Instant::now());
-        }
-        self.of(remote).is_loaded == Some(false)
+        let looked = timeout(LOOK_NOW, self.table.look(remote)).await;
+        looked == Ok(true) && self.of(remote).is_loaded == Some(false)
     }
 
     /// Has a host load a model, aside, unless that is under way: who asked for it has an answer from elsewhere.
@@ -373,18 +358,23 @@ impl Table {
     /// Looks at a host, aside, if that was not done lately.
     fn look_if_due(&self, remote: &Remote) {
         let mut entries = self.lock();
-        let is_due = entries.hosts.get_mut(&remote.url).is_some_and(|host| host.is_to_be_looked_at(Instant::now()));
-        let connect = entries.deployments.get(&key(remote)).map(|entry| entry.deadlines.connect);
-        let Some(connect) = connect.filter(|_| is_due) else { return };
+        if !entries.hosts.get_mut(&remote.url).is_some_and(|host| host.is_to_be_looked_at(Instant::now())) {
+            return;
+        }
         let (table, remote) = (self.clone(), remote.clone());
         // It ends by itself, soon.
-        tokio::spawn(async move {
-            if let Ok(Ok(look)) = timeout(LOOK_WITHIN, table.hosts.look(&remote, connect)).await
-                && let Some(host) = table.lock().hosts.get_mut(&remote.url)
-            {
-                host.saw(look, Instant::now());
-            }
-        });
+        tokio::spawn(async move { timeout(LOOK_WITHIN, table.look(&remote)).await });
+    }
+
+    /// Looks at a host, and keeps what was seen; whether it answered.
+    async fn look(&self, remote: &Remote) -> bool {
+        let connect = self.lock().deployments.get(&key(remote)).map(|entry| entry.deadlines.connect);
+        let Some(connect) = connect else { return false };
+        let Ok(look) = self.hosts.look(remote, connect).await else { return false };
+        if let Some(host) = self.lock().hosts.get_mut(&remote.url) {
+            host.saw(look, Instant::now());
+        }
+        true
     }
 
     /// Recovers without traffic: after each rest, one real token is asked for.
