@@ -57,7 +57,7 @@ class Client(threading.Thread):
             return json.load(answer)["choices"][0]["finish_reason"] in ("stop", "length")
 
     def stream(self):
-        with self.post("/api/chat", self.asked(stream=True)) as answer:
+        with self.post("/api/chat", self.asked(stream=True, options={"num_predict": self.random.randint(1, 60)})) as answer:
             return json.loads(list(answer)[-1])["done"]
 
     def leave(self):
@@ -68,7 +68,7 @@ class Client(threading.Thread):
 
     def form(self):
         schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}}, "required": ["a", "b"]}
-        with self.post("/api/chat", self.asked(stream=False, format=schema)) as answer:
+        with self.post("/api/chat", self.asked(stream=False, format=schema, options={"num_predict": 40})) as answer:
             return json.load(answer)["done"]
 
     def call(self):
