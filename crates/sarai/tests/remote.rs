@@ -305,17 +305,19 @@ async fn hosts_of_one_model_share_the_load_and_another_model_answers_when_all_ar
 
 #[tokio::test]
 async fn connections_to_a_host_are_kept_and_used_again() {
+    const REQUESTS: usize = 16;
     let ollama = Ollama::start();
     let sarai = Sarai::start(&config(&ollama.url));
-    for stream in [true, false, true, false, true] {
-        assert_eq!(sarai.post("/api/chat", ollama_body(stream, 3).to_string()).await.status, 200);
+    for request in 0..REQUESTS {
+        assert_eq!(sarai.post("/api/chat", ollama_body(request % 2 == 0, 3).to_string()).await.status, 200);
     }
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
     let to_host = format!("0100007F:{:04X}", ollama.port);
-    // Those that were closed are in TIME_WAIT; with reuse there is one connection in all.
+    // Those that were closed are in TIME_WAIT. Looks at the host have connections of their own while an answer runs,
+    // and one that comes too late gives its connection up; without reuse there is at least one for each request.
     let ours = table.lines().filter(|line| line.split_whitespace().nth(2) == Some(&to_host)).count();
     let accepted = table.lines().filter(|line| line.split_whitespace().nth(1) == Some(&to_host)).count();
-    assert!(ours <= 3 && accepted <= 4, "{ours} connections, {accepted} accepted:\n{table}");
+    assert!(ours <= REQUESTS / 2 && accepted <= REQUESTS / 2, "{ours} connections, {accepted} accepted");
 }
 
 #[tokio::test]
