@@ -8,6 +8,7 @@ pub mod embed;
 mod extras;
 mod json;
 mod logprobs;
+mod media;
 pub mod ollama;
 pub mod openai;
 mod sampling;

@@ -41,6 +41,9 @@ pub struct LoadSpec {
     pub model: String,
     /// The GGUF file.
     pub path: PathBuf,
+    /// The projector that it sees or hears through.
+    #[serde(default)]
+    pub projector: Option<PathBuf>,
     /// Tokens that one sequence can hold.
     pub context_tokens: u32,
     /// Sequences that are computed at the same time.

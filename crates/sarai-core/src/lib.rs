@@ -7,6 +7,7 @@ pub mod deadline;
 pub mod error;
 pub mod event;
 pub mod frame;
+pub mod media;
 pub mod memory;
 pub mod request;
 pub mod tool;
@@ -16,6 +17,7 @@ pub use deadline::Deadlines;
 pub use error::{Attempt, Error, Phase, RemoteCause};
 pub use event::{Event, Extra, FinishReason, Timings, TokenLogprob, Usage};
 pub use frame::Purpose;
+pub use media::{Media, MediaKind, MediaSource};
 pub use memory::{EngineMemory, Held, KeepAlive, KvType, Part, Refusal};
 pub use request::{
     Api, EmbedRequest, Extras, Format, GenerateRequest, Input, Message, Need, Prompt, Residence, ResultOf, Role,

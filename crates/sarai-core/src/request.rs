@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::media::Media;
 use crate::memory::KeepAlive;
 use crate::tool::{ToolCall, Tools};
 
@@ -40,6 +41,9 @@ pub struct Message {
     pub role: Role,
     /// The text of it.
     pub content: String,
+    /// What it shows or lets hear, in the order of the text.
+    #[serde(default)]
+    pub media: Vec<Media>,
     /// Tools that the model called in it.
     #[serde(default)]
     pub tool_calls: Vec<ToolCall>,
@@ -61,7 +65,7 @@ impl Message {
     /// A message of text.
     #[must_use]
     pub fn new(role: Role, content: impl Into<String>) -> Self {
-        Self { role, content: content.into(), tool_calls: Vec::new(), result_of: None }
+        Self { role, content: content.into(), media: Vec::new(), tool_calls: Vec::new(), result_of: None }
     }
 }
 
@@ -245,6 +249,15 @@ pub struct EmbedRequest {
 }
 
 impl GenerateRequest {
+    /// All that its messages show or let hear.
+    pub fn media(&self) -> impl Iterator<Item = &Media> {
+        let messages = match &self.prompt {
+            Prompt::Chat(messages) => messages.as_slice(),
+            Prompt::Raw(_) => &[],
+        };
+        messages.iter().flat_map(|message| &message.media)
+    }
+
     /// What must be followed, and only hosts of the client's API can.
     #[must_use]
     pub fn needs(&self) -> &[Need] {

@@ -4,28 +4,28 @@ use std::ops::Range;
 
 use llama_cpp_4::context::LlamaContext;
 use llama_cpp_4::model::LlamaModel;
-use llama_cpp_4::token::LlamaToken;
 
 use crate::park::Parking;
+use crate::unit::Unit;
 
 /// A prompt that what was kept may begin.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted<'a> {
     /// The prompt, but for its last token.
-    pub prompt: &'a [LlamaToken],
+    pub prompt: &'a [Unit],
     /// Whether only what the prompt goes on from is of use, and not a part of it.
     pub whole: bool,
 }
 
 /// The cells of all sequences.
 pub trait Cells {
-    /// Lets a sequence use the cells that another one holds at these positions.
+    /// Lets a sequence use the cells that another one holds at these positions; `usize::MAX` is to the end.
     fn share(&mut self, from: usize, to: usize, positions: Range<usize>);
 
-    /// Cuts a sequence down to its first `keep` positions. False where its state cannot be cut: it is empty then.
+    /// Cuts a sequence down to what is before the position `keep`. False where its state cannot be cut: it is empty then.
     fn cut(&mut self, sequence: usize, keep: usize) -> bool;
 
-    /// Whether all that the next token needs of the first `keep` positions of a sequence is there: a sliding window
+    /// Whether all that the next token needs of what is before the position `keep` of a sequence is there: a sliding window
     /// that has moved on has lost some of it.
     fn holds(&self, sequence: usize, keep: usize) -> bool;
 
@@ -35,7 +35,7 @@ pub trait Cells {
     }
 
     /// Brings that back into an empty sequence: all that it holds then, or nothing where there is no room for it.
-    fn restore(&mut self, _sequence: usize, _wanted: Wanted<'_>) -> Option<Vec<LlamaToken>> {
+    fn restore(&mut self, _sequence: usize, _wanted: Wanted<'_>) -> Option<Vec<Unit>> {
         None
     }
 }
@@ -79,7 +79,7 @@ impl Cells for ContextCells<'_, '_> {
         self.parking.as_ref().map_or(0, |parking| parking.holds(wanted))
     }
 
-    fn restore(&mut self, sequence: usize, wanted: Wanted<'_>) -> Option<Vec<LlamaToken>> {
+    fn restore(&mut self, sequence: usize, wanted: Wanted<'_>) -> Option<Vec<Unit>> {
         self.parking.as_mut()?.restore(self.context, sequence, wanted)
     }
 }

@@ -1,37 +1,56 @@
 //! The worker's end of the socket pair: a thread that reads frames, and a writer that batches them.
 
-use std::io::{Read, Write};
+use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use sarai_core::frame::{self, FromWorker, HEADER_BYTES, ToWorker};
 
+use crate::media;
+
 /// Commands that wait for the engine at most. The server sends at most two per sequence at a time.
 const WAITING_COMMANDS: usize = 1024;
 
-/// Starts reading; commands arrive on the receiver, which closes when the server does.
-pub fn open(socket: OwnedFd) -> anyhow::Result<(Receiver<ToWorker>, FrameWriter)> {
+/// What an engine waits for.
+pub enum Incoming {
+    /// A command of the server.
+    Command(ToWorker),
+    /// A prompt whose pictures and sound were read.
+    Read(media::Read),
+}
+
+/// Where what comes for the engine is put, and where it finds it.
+pub struct Inbox {
+    /// For others in this process.
+    pub sender: SyncSender<Incoming>,
+    /// For the engine.
+    pub receiver: Receiver<Incoming>,
+}
+
+/// Starts reading the server's commands.
+pub fn open(socket: OwnedFd) -> anyhow::Result<(Inbox, FrameWriter)> {
     let socket = UnixStream::from(socket);
     socket.set_nonblocking(false)?;
     let reader = socket.try_clone()?;
     let (sender, receiver) = sync_channel(WAITING_COMMANDS);
+    let commands = sender.clone();
     std::thread::Builder::new().name("frames".into()).spawn(move || {
-        let _ = read_all(reader, &sender);
+        let _ = read_all(reader, &commands);
         // The server is gone or sends nonsense: there is nobody to compute for, not even for this step. An exit
         // would run C++ destructors beside the threads that compute.
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     })?;
-    Ok((receiver, FrameWriter { socket, buffer: Vec::new() }))
+    Ok((Inbox { sender, receiver }, FrameWriter { socket, buffer: Vec::new() }))
 }
 
-fn read_all(mut socket: UnixStream, sender: &SyncSender<ToWorker>) -> anyhow::Result<()> {
+fn read_all(mut socket: UnixStream, sender: &SyncSender<Incoming>) -> anyhow::Result<()> {
     let mut header = [0; HEADER_BYTES];
     loop {
         socket.read_exact(&mut header)?;
         let mut body = vec![0; frame::body_length(header)?];
         socket.read_exact(&mut body)?;
-        sender.send(frame::decode(&body)?)?;
+        sender.send(Incoming::Command(frame::decode(&body)?))?;
     }
 }
 

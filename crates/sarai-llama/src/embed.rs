@@ -13,7 +13,7 @@ use llama_cpp_4::token::LlamaToken;
 use sarai_core::frame::{FromWorker, LoadSpec, Purpose, ToWorker};
 use sarai_core::{EmbedRequest, Error, Event, FinishReason, Input, Timings, Usage};
 
-use crate::channel::FrameWriter;
+use crate::channel::{FrameWriter, Incoming};
 use crate::{log, model};
 
 /// Tokens that one step reads, unless a single text is longer: each token attends to all of a step.
@@ -34,7 +34,7 @@ pub fn serve(
     spec: &LoadSpec,
     model: &LlamaModel,
     mut context: LlamaContext<'_>,
-    commands: &Receiver<ToWorker>,
+    commands: &Receiver<Incoming>,
     frames: &mut FrameWriter,
 ) {
     let most = (model::sequence_tokens(spec) as usize).min(spec.context_tokens as usize);
@@ -46,9 +46,11 @@ pub fn serve(
             false => commands.try_recv(),
         };
         let outcome = match command {
-            Ok(ToWorker::Leave) | Err(TryRecvError::Disconnected) => return,
+            Ok(Incoming::Command(ToWorker::Leave)) | Err(TryRecvError::Disconnected) => return,
             Err(TryRecvError::Empty) => step(&mut context, spec, &mut jobs, frames),
-            Ok(command) => obey(command, &reader, &mut context, &spec.path, &mut jobs, frames),
+            // It sees and hears nothing.
+            Ok(Incoming::Read(_)) => Ok(()),
+            Ok(Incoming::Command(command)) => obey(command, &reader, &mut context, &spec.path, &mut jobs, frames),
         };
         if let Err(error) = outcome.and_then(|()| frames.flush()) {
             return log::warn(&format!("the worker ends: {error:#}"));

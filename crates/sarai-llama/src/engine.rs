@@ -3,15 +3,20 @@
 //! It computes the steps that the scheduler chooses, and sends what comes of them. Commands are taken between steps: a
 //! cancelled generation stops within one.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
 
-use llama_cpp_4::DecodeError;
-use llama_cpp_4::chat::ChatTemplates;
+use anyhow::Context as _;
+use llama_cpp_4::{DecodeError, ProcessError};
+use llama_cpp_4::chat::{ChatParams, ChatTemplates};
 use llama_cpp_4::context::LlamaContext;
 use llama_cpp_4::llama_backend::LlamaBackend;
 use llama_cpp_4::llama_batch::LlamaBatch;
+use llama_cpp_4::llama_batch_ext::{EmbeddingRows, LlamaBatchExt, LlamaProcessType};
 use llama_cpp_4::model::{LlamaModel, Special};
 use llama_cpp_4::token::LlamaToken;
 use sarai_core::frame::{FromWorker, LoadSpec, Purpose, ToWorker};
@@ -19,16 +24,18 @@ use sarai_core::{Error, Event, FinishReason, GenerateRequest, TokenLogprob};
 
 use crate::answer::{AnswerText, Pushed};
 use crate::cells::{Cells, ContextCells, Sharing};
-use crate::channel::FrameWriter;
+use crate::channel::{FrameWriter, Inbox, Incoming};
 use crate::chat::Parts;
+use crate::media::{Job, Pieces, Senses};
 use crate::model::{self, Allocation};
 use crate::park::Parking;
-use crate::prompt::{self, Rendered};
+use crate::prompt::{self, Rendered, Rendering};
 use crate::sampler::{self, Sampler};
-use crate::schedule::{Limits, Row, Scheduler};
+use crate::schedule::{Limits, Row, Scheduler, Step};
 use crate::sequence::Waiting;
 use crate::trial::Tried;
-use crate::{embed, log, logprobs};
+use crate::unit::Unit;
+use crate::{embed, log, logprobs, media};
 
 /// What attention takes on one thread to pass over a cell that is not the token's own, for one head of one layer
 /// (SmolLM2-135M with 7,000 such cells: 12.3 instead of 10.1 ms a token on two threads).
@@ -42,6 +49,8 @@ struct Writer {
     answer: AnswerText,
     /// Its parts, where it is more than text.
     parts: Option<Parts>,
+    /// What its prompt shows and lets hear, until that was computed.
+    pieces: Pieces,
     /// How likely the tokens were whose text is not passed on yet, and how many others are told of.
     likely: Option<(usize, Vec<TokenLogprob>)>,
 }
@@ -84,31 +93,48 @@ impl Writer {
 ///
 /// # Errors
 /// The model cannot be loaded; the text says why.
-pub fn run(spec: &LoadSpec, commands: &Receiver<ToWorker>, frames: &mut FrameWriter) -> Result<(), String> {
+pub fn run(spec: &LoadSpec, inbox: &Inbox, frames: &mut FrameWriter) -> Result<(), String> {
     log::capture_llama();
     let backend = LlamaBackend::init().map_err(|error| error.to_string())?;
     let loaded = model::load(spec, Allocation::Real)?;
     let templates = ChatTemplates::from_model(&loaded, None).map_err(|error| error.to_string())?;
+    // What sees and hears reads the model, on a thread of its own.
+    std::thread::scope(|scope| {
+        let open = |path: &PathBuf| Senses::open(path, spec, &loaded, scope, inbox.sender.clone());
+        let senses = spec.projector.as_ref().map(open).transpose()?;
+        serve(spec, &backend, &loaded, &templates, senses.as_ref(), &inbox.receiver, frames)
+    })
+}
+
+fn serve(
+    spec: &LoadSpec,
+    backend: &LlamaBackend,
+    loaded: &LlamaModel,
+    templates: &ChatTemplates,
+    senses: Option<&Senses>,
+    incoming: &Receiver<Incoming>,
+    frames: &mut FrameWriter,
+) -> Result<(), String> {
     let mut spec = spec.clone();
-    let mut context = model::context(&spec, &backend, &loaded)?;
+    let mut context = model::context(&spec, backend, loaded)?;
     model::release_idle(&spec);
     send(frames, &FromWorker::Loaded(model::info(&spec, &context)))?;
     if spec.purpose != Purpose::Answers {
-        embed::serve(&spec, &loaded, context, commands, frames);
+        embed::serve(&spec, loaded, context, incoming, frames);
         return Ok(());
     }
     loop {
-        let mut engine = Engine::new(&spec, &loaded, &templates, context);
-        let Outcome::Resize(context_tokens) = engine.serve(commands, frames) else { return Ok(()) };
+        let mut engine = Engine::new(&spec, loaded, templates, senses, context);
+        let Outcome::Resize(context_tokens) = engine.serve(incoming, frames) else { return Ok(()) };
         // The old context goes first: both at once were never planned.
         drop(engine);
         let wanted = LoadSpec { context_tokens, ..spec.clone() };
-        let (made, failure) = match model::context(&wanted, &backend, &loaded) {
+        let (made, failure) = match model::context(&wanted, backend, loaded) {
             Ok(made) => {
                 spec = wanted;
                 (made, None)
             }
-            Err(failure) => (model::context(&spec, &backend, &loaded)?, Some(failure)),
+            Err(failure) => (model::context(&spec, backend, loaded)?, Some(failure)),
         };
         context = made;
         model::trim_heap();
@@ -128,6 +154,19 @@ enum Outcome {
     Resize(u32),
 }
 
+/// A request whose prompt is known, but for its pictures and sound.
+struct Asked {
+    id: u64,
+    /// Tokens that prompt and answer may have together.
+    context_tokens: usize,
+    since: Instant,
+    request: GenerateRequest,
+    given: Vec<LlamaToken>,
+    form: Option<ChatParams>,
+    /// Cleared when nobody wants it any more.
+    is_wanted: Arc<AtomicBool>,
+}
+
 struct Engine<'model> {
     name: String,
     model: &'model LlamaModel,
@@ -135,6 +174,11 @@ struct Engine<'model> {
     context: LlamaContext<'model>,
     context_tokens: usize,
     batch: LlamaBatch,
+    /// For steps with pictures or sound.
+    mixed: Option<LlamaBatchExt>,
+    senses: Option<&'model Senses>,
+    /// Prompts that are being read.
+    reading: HashMap<u64, Asked>,
     scheduler: Scheduler<Writer>,
     path: PathBuf,
     parking: Option<Parking>,
@@ -156,6 +200,7 @@ impl<'model> Engine<'model> {
         spec: &LoadSpec,
         model: &'model LlamaModel,
         templates: &'model ChatTemplates,
+        senses: Option<&'model Senses>,
         context: LlamaContext<'model>,
     ) -> Self {
         let limits = Limits {
@@ -173,6 +218,9 @@ impl<'model> Engine<'model> {
             context_tokens: model::sequence_tokens(spec) as usize,
             context,
             batch: LlamaBatch::new(limits.step_tokens, 1),
+            mixed: None,
+            senses,
+            reading: HashMap::new(),
             scheduler: Scheduler::new(limits),
             path: spec.path.clone(),
             parking: Parking::open(spec, model),
@@ -182,9 +230,9 @@ impl<'model> Engine<'model> {
         }
     }
 
-    fn serve(&mut self, commands: &Receiver<ToWorker>, frames: &mut FrameWriter) -> Outcome {
+    fn serve(&mut self, incoming: &Receiver<Incoming>, frames: &mut FrameWriter) -> Outcome {
         loop {
-            if !self.take_commands(commands, frames) {
+            if !self.take_incoming(incoming, frames) {
                 return Outcome::End;
             }
             if self.leaves {
@@ -201,22 +249,26 @@ impl<'model> Engine<'model> {
         }
     }
 
-    /// Takes all commands that are there, and waits for one while nothing runs; false when the server is gone.
-    fn take_commands(&mut self, commands: &Receiver<ToWorker>, frames: &mut FrameWriter) -> bool {
+    /// Takes all that is there, and waits for something while nothing runs; false when the server is gone.
+    fn take_incoming(&mut self, incoming: &Receiver<Incoming>, frames: &mut FrameWriter) -> bool {
         loop {
-            let command = if self.scheduler.is_idle() {
-                match commands.recv() {
-                    Ok(command) => command,
+            let next = if self.scheduler.is_idle() {
+                match incoming.recv() {
+                    Ok(next) => next,
                     Err(_) => return false,
                 }
             } else {
-                match commands.try_recv() {
-                    Ok(command) => command,
+                match incoming.try_recv() {
+                    Ok(next) => next,
                     Err(TryRecvError::Empty) => return true,
                     Err(TryRecvError::Disconnected) => return false,
                 }
             };
-            if self.obey(command, frames).is_err() {
+            let taken = match next {
+                Incoming::Command(command) => self.obey(command, frames),
+                Incoming::Read(read) => self.take_read(read, frames),
+            };
+            if taken.is_err() {
                 return false;
             }
             if self.resize.is_some() || self.leaves {
@@ -227,15 +279,15 @@ impl<'model> Engine<'model> {
 
     fn obey(&mut self, command: ToWorker, frames: &mut FrameWriter) -> anyhow::Result<()> {
         match command {
-            ToWorker::Generate { id, context_tokens, request } => match self.render(id, context_tokens, *request) {
-                Ok(waiting) => {
-                    self.scheduler.push(waiting);
-                    Ok(())
-                }
+            ToWorker::Generate { id, context_tokens, request } => match self.begin(id, context_tokens, *request) {
+                Ok(()) => Ok(()),
                 Err(error) => frames.send(&FromWorker::Failed { id, error }),
             },
             ToWorker::Cancel { id } => {
                 self.scheduler.cancel(id);
+                if let Some(asked) = self.reading.remove(&id) {
+                    asked.is_wanted.store(false, Ordering::Relaxed);
+                }
                 Ok(())
             }
             ToWorker::Threads(threads) => {
@@ -264,10 +316,42 @@ impl<'model> Engine<'model> {
         }
     }
 
-    fn render(&mut self, id: u64, context_tokens: u32, request: GenerateRequest) -> Result<Waiting<Writer>, Error> {
+    /// Renders a request, and lets it wait for its turn, once its pictures and sound are read.
+    fn begin(&mut self, id: u64, context_tokens: u32, request: GenerateRequest) -> Result<(), Error> {
         let since = Instant::now();
+        let Rendered { prompt, given, form } = prompt::render(self.model, self.templates, &request)?;
         let context_tokens = self.context_tokens.min(context_tokens as usize);
-        let Rendered { tokens: prompt, given, form } = prompt::render(self.model, self.templates, &request)?;
+        let is_wanted = Arc::new(AtomicBool::new(true));
+        let asked = Asked { id, context_tokens, since, request, given, form, is_wanted };
+        match (prompt, self.senses) {
+            (Rendering::Tokens(tokens), _) => {
+                self.admit(asked, tokens.into_iter().map(Unit::Text).collect(), Pieces::new())
+            }
+            (Rendering::Parts(parts), Some(senses)) => {
+                let (model, is_wanted) = (self.name.clone(), Arc::clone(&asked.is_wanted));
+                senses.read(Job { id, parts, most: context_tokens, model, is_wanted });
+                self.reading.insert(id, asked);
+                Ok(())
+            }
+            (Rendering::Parts(_), None) => {
+                Err(Error::invalid("messages", "the model neither sees nor hears: ask one that does"))
+            }
+        }
+    }
+
+    fn take_read(&mut self, read: media::Read, frames: &mut FrameWriter) -> anyhow::Result<()> {
+        let media::Read { id, outcome } = read;
+        let Some(asked) = self.reading.remove(&id) else { return Ok(()) };
+        match outcome.and_then(|(units, pieces)| self.admit(asked, units, pieces)) {
+            Ok(()) => Ok(()),
+            Err(error) => frames.send(&FromWorker::Failed { id, error }),
+        }
+    }
+
+    /// Lets a generation wait for its turn.
+    fn admit(&mut self, asked: Asked, mut prompt: Vec<Unit>, pieces: Pieces) -> Result<(), Error> {
+        let Asked { id, context_tokens, since, request, given, form, .. } = asked;
+        prompt.extend(given.iter().copied().map(Unit::Text));
         if prompt.len() >= context_tokens {
             return Err(Error::ContextOverflow {
                 model: self.name.clone(),
@@ -275,8 +359,9 @@ impl<'model> Engine<'model> {
                 context_tokens: u32::try_from(context_tokens).unwrap_or(u32::MAX),
             });
         }
+        self.refuse_what_no_step_holds(&pieces)?;
         let mut sampler = Sampler::new(self.model, context_tokens, &request, form.as_ref(), &mut self.tried)?;
-        prompt.iter().for_each(|&token| sampler.saw(token));
+        prompt.iter().filter_map(|unit| unit.text()).for_each(|token| sampler.saw(token));
         let mut stops = request.stop.clone();
         stops.extend(form.iter().flat_map(sampler::stops));
         let answer = AnswerText::after(&request.given, &stops);
@@ -286,8 +371,26 @@ impl<'model> Engine<'model> {
             Parts::new(form, preserved, request.tools)
         });
         let likely = request.logprobs.map(|count| (usize::from(count), Vec::new()));
-        let writer = Writer { sampler, answer, parts, likely };
-        Ok(Waiting { id, prompt, given, max_tokens, context_tokens, since, writer })
+        let writer = Writer { sampler, answer, parts, pieces, likely };
+        self.scheduler.push(Waiting { id, prompt, given: given.len(), max_tokens, context_tokens, since, writer });
+        Ok(())
+    }
+
+    /// What attends to itself both ways is computed in one step, beside an answer of every other sequence.
+    fn refuse_what_no_step_holds(&self, pieces: &Pieces) -> Result<(), Error> {
+        let most = self.scheduler.step_tokens() - self.scheduler.parallel();
+        let whole = pieces.values().filter(|piece| piece.is_whole()).map(|piece| piece.len());
+        match whole.max().filter(|length| *length > most) {
+            None => Ok(()),
+            Some(length) => Err(Error::Unavailable {
+                model: self.name.clone(),
+                reason: format!(
+                    "a picture is {length} tokens, which must be computed at once, and a step holds {most}: set \
+                     `ubatch_tokens` to {} or more",
+                    length + self.scheduler.parallel()
+                ),
+            }),
+        }
     }
 
     /// Keeps on disk what the sequences hold; a token that was chosen, and not computed, is not among it.
@@ -318,14 +421,9 @@ impl<'model> Engine<'model> {
         if step.rows.is_empty() {
             return Ok(());
         }
-        self.batch.clear();
-        for Row { token, position, sequence, has_output } in &step.rows {
-            let (position, sequence) = (i32::try_from(*position)?, i32::try_from(*sequence)?);
-            self.batch.add(*token, position, &[sequence], *has_output)?;
-        }
         let began = Instant::now();
-        if let Err(error) = self.decode() {
-            return self.fail_all(frames, &error.to_string());
+        if let Err(reason) = self.compute(&step) {
+            return self.fail_all(frames, &reason);
         }
         self.scheduler.pace.observe(step.answers, step.rows.len() - step.answers, began.elapsed());
         for index in 0..self.scheduler.sequences.len() {
@@ -334,16 +432,74 @@ impl<'model> Engine<'model> {
         Ok(())
     }
 
-    /// Computes the batch; what is kept of ended generations makes room for it, where there is no other.
-    fn decode(&mut self) -> Result<(), DecodeError> {
-        loop {
-            let outcome = self.context.decode(&mut self.batch);
+    /// Computes a step; what is kept of ended generations makes room for it, where there is no other.
+    fn compute(&mut self, step: &Step) -> Result<(), String> {
+        let is_text = step.rows.iter().all(|row| row.unit.text().is_some());
+        match is_text {
+            true => self.fill_batch(step).map_err(|error| error.to_string())?,
+            false => self.fill_mixed(step).map_err(|error| error.to_string())?,
+        }
+        if step.is_whole {
+            self.context.set_causal_attn(false);
+        }
+        let outcome = loop {
+            let (is_full, outcome) = match (&mut self.mixed, is_text) {
+                (Some(mixed), false) => {
+                    let outcome = self.context.process(mixed, LlamaProcessType::Decode);
+                    (matches!(outcome, Err(ProcessError::NoKvCacheSlot)), outcome.map_err(|error| error.to_string()))
+                }
+                _ => {
+                    let outcome = self.context.decode(&mut self.batch);
+                    (matches!(outcome, Err(DecodeError::NoKvCacheSlot)), outcome.map_err(|error| error.to_string()))
+                }
+            };
             let mut cells = cells(&mut self.context, self.model, &mut self.parking);
-            let is_full = matches!(outcome, Err(DecodeError::NoKvCacheSlot));
             if !(is_full && self.scheduler.evict(&mut cells)) {
-                return outcome;
+                break outcome;
+            }
+        };
+        if step.is_whole {
+            self.context.set_causal_attn(true);
+        }
+        outcome
+    }
+
+    fn fill_batch(&mut self, step: &Step) -> anyhow::Result<()> {
+        self.batch.clear();
+        for Row { unit, position, sequence, has_output } in &step.rows {
+            let Some(token) = unit.text() else { continue };
+            let (position, sequence) = (i32::try_from(*position)?, i32::try_from(*sequence)?);
+            self.batch.add(token, position, &[sequence], *has_output)?;
+        }
+        Ok(())
+    }
+
+    /// Tokens, and what stands in their place.
+    fn fill_mixed(&mut self, step: &Step) -> anyhow::Result<()> {
+        let batch = match &mut self.mixed {
+            Some(batch) => batch,
+            none => none.insert(LlamaBatchExt::new(&self.context)?),
+        };
+        batch.clear();
+        for Row { unit, position, sequence: at, has_output } in &step.rows {
+            let (position, sequence) = (i32::try_from(*position)?, i32::try_from(*at)?);
+            match unit {
+                Unit::Text(token) => {
+                    let entry = batch.add_token(*token, sequence)?;
+                    batch.set_pos(entry, position)?;
+                    batch.set_output(entry, *has_output)?;
+                }
+                Unit::Media { piece, index, .. } => {
+                    let generation = self.scheduler.sequences[*at].generation.as_ref();
+                    let piece = generation.and_then(|generation| generation.asked.writer.pieces.get(piece));
+                    let (embedding, place) = piece.context("a piece of media is gone")?.part(*index as usize);
+                    let entry = batch.add_embedding(EmbeddingRows::row(embedding), sequence)?;
+                    let place = place.map(|at| position + at);
+                    batch.set_positions(entry, &place[..batch.n_pos_per_embd()])?;
+                }
             }
         }
+        Ok(())
     }
 
     /// Samples the next token of one sequence, sends its text, and ends the generation where it ends.
@@ -353,6 +509,7 @@ impl<'model> Engine<'model> {
         let Some(generation) = &mut sequence.generation else { return Ok(()) };
         let Some(row) = generation.output_row else { return Ok(()) };
         generation.first_token.get_or_insert_with(Instant::now);
+        generation.asked.writer.pieces = Pieces::new();
         if let Some(finish) = generation.limit(0).filter(|_| generation.generated == 0) {
             // No token is wanted, or all that are were given elsewhere.
             return self.end(index, finish, frames);

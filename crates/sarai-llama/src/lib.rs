@@ -12,6 +12,7 @@ mod embed;
 mod engine;
 mod log;
 mod logprobs;
+mod media;
 mod model;
 mod pace;
 mod park;
@@ -21,12 +22,14 @@ mod sampler;
 mod schedule;
 mod sequence;
 mod trial;
+mod unit;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use sarai_core::frame::{FromWorker, ToWorker};
 
+use channel::Incoming;
 pub use probe::run_probe;
 
 /// How much rather the kernel takes a worker than the server, in thousandths of all memory.
@@ -38,11 +41,11 @@ const WORKER_SCORE: i32 = 500;
 /// The first frame is missing or is not a load; failures after that are reported as frames.
 pub fn run_worker(socket: OwnedFd) -> anyhow::Result<()> {
     prefer_as_victim(WORKER_SCORE);
-    let (commands, mut frames) = channel::open(socket)?;
-    let Ok(ToWorker::Load(spec)) = commands.recv() else {
+    let (inbox, mut frames) = channel::open(socket)?;
+    let Ok(Incoming::Command(ToWorker::Load(spec))) = inbox.receiver.recv() else {
         anyhow::bail!("the first frame of a worker must be a load");
     };
-    match engine::run(&spec, &commands, &mut frames) {
+    match engine::run(&spec, &inbox, &mut frames) {
         Ok(()) => Ok(()),
         Err(reason) => frames.send(&FromWorker::LoadFailed(reason)),
     }

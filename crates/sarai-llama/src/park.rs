@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::cells::Wanted;
 use crate::log::warn;
 use crate::model;
-use crate::sequence::common;
+use crate::unit::{Unit, common};
 
 /// Shorter sequences are computed as fast as they are read.
 const FEWEST_TOKENS: usize = 64;
@@ -38,7 +38,7 @@ struct Note {
 /// A sequence on disk.
 struct Parked {
     note: PathBuf,
-    tokens: Vec<LlamaToken>,
+    tokens: Vec<Unit>,
     bytes: u64,
     crc32: u32,
 }
@@ -111,7 +111,7 @@ impl Parking {
         context: &mut LlamaContext<'_>,
         sequence: usize,
         wanted: Wanted<'_>,
-    ) -> Option<Vec<LlamaToken>> {
+    ) -> Option<Vec<Unit>> {
         let Some((index, _)) = self.best(wanted) else { return Some(Vec::new()) };
         let parked = &self.parked[index];
         let path = parked.state();
@@ -128,11 +128,11 @@ impl Parking {
             warn(&format!("{} is damaged, and is computed again", path.display()));
         }
         self.parked.swap_remove(index).remove();
-        Some(tokens)
+        Some(tokens.into_iter().map(Unit::Text).collect())
     }
 
     /// Lets what is parked take so many bytes at most, and removes what these tokens make superfluous.
-    fn make_room(&mut self, most: u64, tokens: &[LlamaToken]) {
+    fn make_room(&mut self, most: u64, tokens: &[Unit]) {
         let mut room = most;
         self.parked.retain(|parked| {
             let stays = parked.bytes <= room && common(&parked.tokens, tokens) < parked.tokens.len();
@@ -167,7 +167,8 @@ impl Parking {
         let unfinished = note.with_extension("unfinished");
         fs::write(&unfinished, text)?;
         fs::rename(&unfinished, &note)?;
-        Ok(Parked { note, tokens: tokens.to_vec(), bytes, crc32 })
+        let tokens = tokens.iter().copied().map(Unit::Text).collect();
+        Ok(Parked { note, tokens, bytes, crc32 })
     }
 }
 
@@ -179,9 +180,11 @@ pub struct Leaving<'a> {
 }
 
 impl Leaving<'_> {
-    /// Parks a sequence if there is room for it; what has been parked for longer gives way.
-    pub fn add(&mut self, context: &mut LlamaContext<'_>, sequence: usize, tokens: &[LlamaToken]) {
-        let is_known = self.kept.iter().any(|parked| common(&parked.tokens, tokens) == tokens.len());
+    /// Parks a sequence if there is room for it; what has been parked for longer gives way. One that has seen or heard is not
+    /// parked: what a piece of media is called is known to this worker alone.
+    pub fn add(&mut self, context: &mut LlamaContext<'_>, sequence: usize, units: &[Unit]) {
+        let is_known = self.kept.iter().any(|parked| common(&parked.tokens, units) == units.len());
+        let Some(tokens) = units.iter().map(|unit| unit.text()).collect::<Option<Vec<_>>>() else { return };
         let Ok(sequence) = i32::try_from(sequence) else { return };
         if tokens.len() < FEWEST_TOKENS || is_known {
             return;
@@ -190,8 +193,8 @@ impl Leaving<'_> {
         if bytes > self.parking.most_bytes {
             return;
         }
-        self.parking.make_room(self.parking.most_bytes - bytes, tokens);
-        match self.parking.write(context, sequence, tokens) {
+        self.parking.make_room(self.parking.most_bytes - bytes, units);
+        match self.parking.write(context, sequence, &tokens) {
             Ok(parked) => {
                 self.bytes += parked.bytes;
                 self.kept.push(parked);
@@ -221,7 +224,7 @@ fn read_note(path: PathBuf, key: &str) -> Option<Parked> {
     let note = fs::read(&path).ok().and_then(|text| serde_json::from_slice::<Note>(&text).ok());
     match note {
         Some(Note { key: of, tokens, bytes, crc32 }) if of == key => {
-            let tokens = tokens.into_iter().map(LlamaToken).collect();
+            let tokens = tokens.into_iter().map(|token| LlamaToken(token).into()).collect();
             Some(Parked { note: path, tokens, bytes, crc32 })
         }
         _ => {

@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use llama_cpp_4::llama_backend::LlamaBackend;
 use sarai_core::frame::{FromWorker, LoadSpec, LoadedInfo, ToWorker};
 
+use crate::channel::Incoming;
 use crate::model::{self, Allocation};
 use crate::{WORKER_SCORE, channel, log, prefer_as_victim};
 
@@ -17,8 +18,8 @@ use crate::{WORKER_SCORE, channel, log, prefer_as_victim};
 /// The first frame is missing or is not a load.
 pub fn run_probe(socket: OwnedFd) -> anyhow::Result<()> {
     prefer_as_victim(WORKER_SCORE);
-    let (commands, mut frames) = channel::open(socket)?;
-    let Ok(ToWorker::Load(spec)) = commands.recv() else {
+    let (inbox, mut frames) = channel::open(socket)?;
+    let Ok(Incoming::Command(ToWorker::Load(spec))) = inbox.receiver.recv() else {
         anyhow::bail!("the first frame of a probe must be a load");
     };
     frames.send(&match probe(&spec) {

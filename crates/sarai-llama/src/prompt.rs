@@ -6,46 +6,60 @@ use llama_cpp_4::token::LlamaToken;
 use sarai_core::{Error, GenerateRequest, Message, Prompt, ToolChoice, Tools};
 use serde_json::{Value, json};
 
+use crate::media::{Part, parts_of};
 use crate::sampler::schema_of;
 
-/// A prompt in tokens.
+/// A request as the model is to read it.
 pub struct Rendered {
-    /// The prompt, never empty, and the beginning of the answer where it was given elsewhere.
-    pub tokens: Vec<LlamaToken>,
-    /// How many of them are the answer's.
-    pub given: usize,
+    /// The prompt, never empty.
+    pub prompt: Rendering,
+    /// The beginning of the answer, where it was given elsewhere.
+    pub given: Vec<LlamaToken>,
     /// What the template says of the answer, where it is more than text: how calls and reasoning are marked.
     pub form: Option<ChatParams>,
 }
 
-/// Renders and tokenises the prompt, and the beginning of the answer.
+/// A prompt without the beginning of its answer.
+pub enum Rendering {
+    /// Text alone.
+    Tokens(Vec<LlamaToken>),
+    /// Text around pictures and sound.
+    Parts(Vec<Part>),
+}
+
+/// Renders the prompt, and tokenises it as far as it is text.
 ///
 /// # Errors
 /// The template refuses the messages, or the text cannot be tokenised.
 pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateRequest) -> Result<Rendered, Error> {
     let mut form = None;
-    let mut tokens = match &request.prompt {
+    let prompt = match &request.prompt {
         Prompt::Raw(text) => {
-            model.str_to_token_with_special(text, AddBos::Always, Special::Tokenize).map_err(internal)?
+            let tokens = model.str_to_token_with_special(text, AddBos::Always, Special::Tokenize).map_err(internal)?;
+            Rendering::Tokens(tokens)
         }
         Prompt::Chat(messages) => {
-            let chat = templates.apply(&chat_params(messages, request)).map_err(|error| {
+            // Nobody can know it, so nobody writes it into a message.
+            let mark = format!("<media {:032x}>", rand::random::<u128>());
+            let chat = templates.apply(&chat_params(messages, &mark, request)).map_err(|error| {
                 let param = if request.tools.is_some() { "tools" } else { "messages" };
                 Error::invalid(param, format!("the model's chat template refuses the `{param}`: {error}"))
             })?;
-            let tokens = chat.tokenize_prompt(model, AddBos::Always).map_err(internal)?;
+            let media: Vec<_> = request.media().cloned().collect();
+            let rendering = match media.is_empty() {
+                true => Rendering::Tokens(chat.tokenize_prompt(model, AddBos::Always).map_err(internal)?),
+                false => Rendering::Parts(parts_of(&chat, &mark, media)),
+            };
             let reasons = !chat.thinking_start_tag.is_empty() && !request.format.is_constrained();
             // What goes on in the middle of an answer is not taken apart anew.
             form = (request.given.is_empty() && (request.tools.is_some() || reasons)).then_some(chat);
-            tokens
+            rendering
         }
     };
-    if tokens.is_empty() {
+    if matches!(&prompt, Rendering::Tokens(tokens) if tokens.is_empty()) {
         return Err(Error::invalid("prompt", "the prompt is empty: send at least one token of text"));
     }
-    let given = given_tokens(model, &request.given)?;
-    tokens.extend(&given);
-    Ok(Rendered { tokens, given: given.len(), form })
+    Ok(Rendered { prompt, given: given_tokens(model, &request.given)?, form })
 }
 
 /// Text that goes on in the middle of a line. Some vocabularies put a space before whatever they are handed: there, it is
@@ -67,8 +81,8 @@ fn given_tokens(model: &LlamaModel, given: &str) -> Result<Vec<LlamaToken>, Erro
     Ok(at.map_or(plain, |at| behind[at + 1..].to_vec()))
 }
 
-fn chat_params(messages: &[Message], request: &GenerateRequest) -> ChatApplyParams {
-    let messages: Value = messages.iter().map(message).collect();
+fn chat_params(messages: &[Message], mark: &str, request: &GenerateRequest) -> ChatApplyParams {
+    let messages: Value = messages.iter().map(|one| message(one, mark)).collect();
     let params = ChatApplyParams::new(messages.to_string());
     let Some(tools) = &request.tools else {
         // What must have a form of its own does not begin with reasoning.
@@ -98,9 +112,13 @@ fn shown(tools: &Tools) -> String {
     all.into_iter().filter(|tool| tool["function"]["name"] == *wanted).collect::<Value>().to_string()
 }
 
-/// A message as templates know it.
-fn message(message: &Message) -> Value {
-    let mut value = json!({ "role": message.role.as_str(), "content": message.content });
+/// A message as templates know it, with a mark for each of its media.
+fn message(message: &Message, mark: &str) -> Value {
+    let mut content = message.content.clone();
+    for media in message.media.iter().rev() {
+        content.insert_str(media.at, mark);
+    }
+    let mut value = json!({ "role": message.role.as_str(), "content": content });
     if !message.tool_calls.is_empty() {
         let call = |call: &sarai_core::ToolCall| json!({ "id": call.id, "type": "function", "function": { "name": call.name, "arguments": call.arguments } });
         value["tool_calls"] = message.tool_calls.iter().map(call).collect();

@@ -9,11 +9,10 @@
 
 use std::collections::VecDeque;
 
-use llama_cpp_4::token::LlamaToken;
-
 use crate::cells::{Cells, Sharing, Wanted};
 use crate::pace::Pace;
-use crate::sequence::{Generation, Sequence, Waiting, common};
+use crate::sequence::{Generation, Sequence, Waiting};
+use crate::unit::{Unit, common, positions};
 
 /// A prompt waits for another one to compute what both begin with if it is longer than this.
 const WORTH_WAITING: usize = 4;
@@ -47,9 +46,9 @@ pub struct Limits {
 /// One token of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// The token.
-    pub token: LlamaToken,
-    /// Its place in its sequence.
+    /// The token, or the part of a piece of media.
+    pub unit: Unit,
+    /// The position of the token, or of the piece's first part.
     pub position: usize,
     /// Its sequence.
     pub sequence: usize,
@@ -64,6 +63,8 @@ pub struct Step {
     pub rows: Vec<Row>,
     /// How many of them are the answers'.
     pub answers: usize,
+    /// Whether it computes a piece of media whose parts attend to each other both ways: beside answers, that is all of it.
+    pub is_whole: bool,
 }
 
 /// The generations of one context. `W` is what writes an answer.
@@ -92,6 +93,11 @@ impl<W> Scheduler<W> {
             uses: 0,
             rows: 0,
         }
+    }
+
+    /// Tokens that one step can hold.
+    pub fn step_tokens(&self) -> usize {
+        self.limits.step_tokens
     }
 
     /// Generations that run at once, in the first of the sequences.
@@ -147,7 +153,7 @@ impl<W> Scheduler<W> {
 
     /// A place for a prompt, and how much of the prompt it holds. The last token is always computed, since its logits are
     /// needed.
-    fn place(&mut self, prompt: &[LlamaToken], cells: &mut impl Cells) -> (usize, usize) {
+    fn place(&mut self, prompt: &[Unit], cells: &mut impl Cells) -> (usize, usize) {
         let wanted =
             Wanted { prompt: &prompt[..prompt.len().saturating_sub(1)], whole: self.limits.sharing == Sharing::Whole };
         let (place, kept) = match (self.restored(wanted, cells), self.limits.sharing) {
@@ -165,19 +171,21 @@ impl<W> Scheduler<W> {
     }
 
     /// The free place that holds most of a prompt, cut down to that; of equals, the one whose use is longest ago.
-    fn continued(&self, prompt: &[LlamaToken], cells: &mut impl Cells) -> (usize, usize) {
+    fn continued(&self, prompt: &[Unit], cells: &mut impl Cells) -> (usize, usize) {
         let free = self.free_places().map(|(place, one)| (place, common(&one.cached, prompt), one.last_used));
         let best = free.max_by_key(|(_, kept, last_used)| (*kept, u64::MAX - last_used));
         let (place, kept, _) = best.unwrap_or_default();
-        let kept = if cells.holds(place, kept) { kept } else { 0 };
-        (place, if cells.cut(place, kept) { kept } else { 0 })
+        let keep = self.sequences[place].position(kept);
+        let (kept, keep) = if cells.holds(place, keep) { (kept, keep) } else { (0, 0) };
+        (place, if cells.cut(place, keep) { kept } else { 0 })
     }
 
     /// A place that shares with the sequence that holds most of a prompt.
-    fn shared(&mut self, prompt: &[LlamaToken], cells: &mut impl Cells) -> (usize, usize) {
+    fn shared(&mut self, prompt: &[Unit], cells: &mut impl Cells) -> (usize, usize) {
         let sources = self.sequences.iter().enumerate();
         let sources = sources.map(|(index, one)| (index, common(&one.cached, prompt), one.last_used));
-        let usable = sources.filter(|(index, kept, _)| *kept > 0 && cells.holds(*index, *kept));
+        let usable = sources
+            .filter(|(index, kept, _)| *kept > 0 && cells.holds(*index, self.sequences[*index].position(*kept)));
         match usable.max_by_key(|(_, kept, last_used)| (*kept, *last_used)) {
             Some((source, kept, _)) => self.share_into_place(source, kept, cells),
             None => (self.empty_place(None, cells).0, 0),
@@ -217,7 +225,8 @@ impl<W> Scheduler<W> {
         let is_idle = self.sequences[source].generation.is_none();
         let is_continued = is_idle && self.sequences[source].cached.len() - kept <= SHORT_TAIL;
         if is_continued && source < self.limits.parallel {
-            return (source, if cells.cut(source, kept) { kept } else { 0 });
+            let keep = self.sequences[source].position(kept);
+            return (source, if cells.cut(source, keep) { kept } else { 0 });
         }
         let (place, moved) = self.empty_place(Some(source), cells);
         let source = moved.unwrap_or(source);
@@ -225,7 +234,7 @@ impl<W> Scheduler<W> {
             // There was nowhere to keep it.
             return (place, 0);
         }
-        cells.share(source, place, 0..kept);
+        cells.share(source, place, 0..self.sequences[source].position(kept));
         if is_continued {
             self.forget(source, cells);
         }
@@ -249,7 +258,8 @@ impl<W> Scheduler<W> {
         let kept = kept.filter(|(index, _)| Some(*index) != source).min_by_key(unused).map(|(index, _)| index);
         if let Some(kept) = kept {
             self.forget(kept, cells);
-            cells.share(place, kept, 0..self.sequences[place].cached.len());
+            // All of it: what broke off within a picture has no position behind it.
+            cells.share(place, kept, 0..usize::MAX);
             self.sequences.swap(place, kept);
         }
         self.forget(place, cells);
@@ -305,11 +315,11 @@ impl<W> Scheduler<W> {
         let mut prompts: Vec<_> = (0..self.sequences.len()).filter(is_ready).collect();
         prompts.sort_by_key(|&index| self.sequences[index].age());
         if let Some(&oldest) = prompts.first() {
-            room -= self.add_prompt(oldest, room.div_ceil(2), &mut step);
+            room = room.saturating_sub(self.add_prompt(oldest, room.div_ceil(2), &mut step));
         }
         prompts.sort_by_key(|&index| self.sequences[index].prompt_left());
         for index in prompts {
-            room -= self.add_prompt(index, room, &mut step);
+            room = room.saturating_sub(self.add_prompt(index, room, &mut step));
         }
         self.rows += step.rows.len() as u64;
         for sequence in self.sequences.iter_mut().filter(|sequence| sequence.generation.is_some()) {
@@ -324,29 +334,52 @@ impl<W> Scheduler<W> {
             generation.output_row = None;
             if let Some(token) = generation.next.take() {
                 generation.output_row = i32::try_from(step.rows.len()).ok();
-                step.rows.push(Row { token, position: sequence.cached.len(), sequence: index, has_output: true });
-                sequence.cached.push(token);
+                let position = positions(&sequence.cached);
+                step.rows.push(Row { unit: token.into(), position, sequence: index, has_output: true });
+                sequence.cached.push(token.into());
                 step.answers += 1;
             }
         }
     }
 
-    /// Adds so many tokens of a prompt at most; returns how many.
+    /// Adds so many units of a prompt at most, or a piece of media that must be computed at once; returns how many.
     fn add_prompt(&mut self, index: usize, room: usize, step: &mut Step) -> usize {
         let sequence = &mut self.sequences[index];
         let Some(generation) = &mut sequence.generation else { return 0 };
         let prompt = &generation.asked.prompt;
         let done = sequence.cached.len();
-        let until = prompt.len().min(done + room);
-        for position in done..until {
-            let has_output = position + 1 == prompt.len();
+        let ahead = &prompt[done..];
+        let is_of_whole = |unit: &&Unit| matches!(unit, Unit::Media { is_whole: true, .. });
+        let added = match ahead.first() {
+            _ if step.is_whole => 0,
+            Some(Unit::Media { is_whole: true, .. }) => {
+                let is_of_it =
+                    |(at, unit): &(usize, &Unit)| matches!(unit, Unit::Media { index, .. } if *index as usize == *at);
+                let length = ahead.iter().enumerate().take_while(is_of_it).count();
+                step.is_whole = step.rows.len() == step.answers;
+                if step.is_whole { length } else { 0 }
+            }
+            _ => ahead.iter().take(room).take_while(|unit| !is_of_whole(unit)).count(),
+        };
+        let until = done + added;
+        // Within a piece of media, positions are counted from where it begins.
+        let begins = |at: usize| match prompt[at] {
+            Unit::Media { index, .. } => at - index as usize,
+            Unit::Text(_) => at,
+        };
+        let mut from = if added == 0 { done } else { begins(done) };
+        let mut position = positions(&prompt[..from]);
+        for at in done..until {
+            position += positions(&prompt[from..begins(at)]);
+            from = begins(at);
+            let has_output = at + 1 == prompt.len();
             if has_output {
                 generation.output_row = i32::try_from(step.rows.len()).ok();
             }
-            step.rows.push(Row { token: prompt[position], position, sequence: index, has_output });
+            step.rows.push(Row { unit: prompt[at], position, sequence: index, has_output });
         }
         sequence.cached.extend_from_slice(&prompt[done..until]);
-        until - done
+        added
     }
 
     /// Prompts take over what others have computed of them meanwhile.
@@ -368,9 +401,10 @@ impl<W> Scheduler<W> {
             };
             let others = self.sequences.iter().enumerate().filter(|(other, _)| *other != index);
             let others = others.map(|(other, sequence)| (other, grown(sequence)));
-            let best = others.filter(|(other, grown)| *grown > done && cells.holds(*other, *grown));
+            let best = others
+                .filter(|(other, grown)| *grown > done && cells.holds(*other, positions(&prompt[..*grown])));
             let Some((other, grown)) = best.max_by_key(|(_, grown)| *grown) else { continue };
-            cells.share(other, index, done..grown);
+            cells.share(other, index, positions(&prompt[..done])..positions(&prompt[..grown]));
             let sequence = &mut self.sequences[index];
             if let Some(generation) = &mut sequence.generation {
                 sequence.cached.extend_from_slice(&generation.asked.prompt[done..grown]);

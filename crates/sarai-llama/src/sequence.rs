@@ -5,12 +5,14 @@ use std::time::Instant;
 use llama_cpp_4::token::LlamaToken;
 use sarai_core::{FinishReason, Timings, Usage};
 
+use crate::unit::{Unit, positions};
+
 /// A generation that has not begun.
 pub struct Waiting<W> {
     /// Names it in frames.
     pub id: u64,
-    /// All tokens of the prompt.
-    pub prompt: Vec<LlamaToken>,
+    /// All of the prompt; it ends with text.
+    pub prompt: Vec<Unit>,
     /// Tokens at its end that are the beginning of the answer, given elsewhere.
     pub given: usize,
     /// Tokens it may generate.
@@ -79,8 +81,8 @@ impl<W> Generation<W> {
 
 /// A place for one generation; its cache outlives the generation, so that later ones can share a prefix.
 pub struct Sequence<W> {
-    /// The tokens whose keys and values are in the cache, in order.
-    pub cached: Vec<LlamaToken>,
+    /// What has its keys and values in the cache, in order.
+    pub cached: Vec<Unit>,
     /// What runs in it.
     pub generation: Option<Generation<W>>,
     /// Counts up with each use, to find the least recently used.
@@ -96,7 +98,12 @@ impl<W> Default for Sequence<W> {
 }
 
 impl<W> Sequence<W> {
-    /// Tokens of the running generation's prompt that are not computed yet.
+    /// The position that follows the first `count` units that it holds.
+    pub fn position(&self, count: usize) -> usize {
+        positions(&self.cached[..count])
+    }
+
+    /// Units of the running generation's prompt that are not computed yet.
     pub fn prompt_left(&self) -> usize {
         let generation = self.generation.as_ref();
         generation.map_or(0, |generation| generation.asked.prompt.len().saturating_sub(self.cached.len()))
@@ -111,9 +118,4 @@ impl<W> Sequence<W> {
     pub fn age(&self) -> u64 {
         self.generation.as_ref().map_or(u64::MAX, |generation| generation.asked.id)
     }
-}
-
-/// How many tokens both begin with.
-pub fn common(one: &[LlamaToken], other: &[LlamaToken]) -> usize {
-    one.iter().zip(other).take_while(|(one, other)| one == other).count()
 }

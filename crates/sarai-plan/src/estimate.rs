@@ -105,7 +105,7 @@ pub const LEARNED: &str = "learned";
 /// What somebody has said that it takes, of whatever kind.
 pub const DECLARED: &str = "declared";
 /// All parts, in the order in which tables show them.
-pub const PARTS: [&str; 13] = [
+pub const PARTS: [&str; 14] = [
     WEIGHTS,
     "weights repacked",
     "kv",
@@ -115,6 +115,7 @@ pub const PARTS: [&str; 13] = [
     "vocabulary",
     "projector weights",
     "projector compute",
+    "pictures and sound",
     "process",
     BINARY_PAGES,
     LEARNED,
@@ -162,11 +163,12 @@ impl Plan {
         plan
     }
 
-    /// Adds what a projector takes: a copy of its weights, which is never mapped, and the scratch of one picture.
+    /// Adds what a projector takes: a copy of its weights, which is never mapped, the scratch of one picture, and the picture.
     pub fn add_projector(&mut self, projector: &Header) {
         let name = str::to_owned;
         self.parts.push(Part { name: name("projector weights"), bytes: projector::weights(projector) });
         self.parts.push(Part { name: name("projector compute"), bytes: projector::compute(projector) });
+        self.parts.push(Part { name: name("pictures and sound"), bytes: projector::in_flight() });
     }
 
     /// The sum of the parts.

@@ -24,6 +24,9 @@ pub enum GgufError {
     /// A version this crate does not know.
     #[error("GGUF version {0} is not supported: convert the file to version 3")]
     Version(u32),
+    /// It is a model, where the projector of one is wanted.
+    #[error("its architecture is `{0}` and not `clip`: name the model's mmproj file")]
+    NotAProjector(String),
     /// The header says what cannot be.
     #[error("its header is malformed ({0}): fetch the file again")]
     Malformed(String),

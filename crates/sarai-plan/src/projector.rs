@@ -1,45 +1,89 @@
-//! What an encoder for pictures or sound takes besides its weights.
+//! What an encoder for pictures or sound takes besides the model's own plan: weights, scratch, and what is in flight.
+//!
+//! The scratch is a formula over the activations that llama.cpp's graphs keep at once, checked against its own figures for SigLIP, Qwen's
+//! and Whisper's encoders (docs/abilities.md).
 
-use sarai_core::Bytes;
+use sarai_core::{Bytes, MediaKind};
 
 use crate::gguf::Header;
 
-/// Tokens of a picture at most, where the file does not say: what llama.cpp lets a Qwen model see.
-const PICTURE_TOKENS: u64 = 4096;
+/// Tokens of a picture at most, where the model takes pictures in their own size; the worker sees to it. One that is up to 200 times
+/// as long as it is wide stays below, since a single line of tokens is the least.
+const PICTURE_TOKENS: u64 = 1024;
+/// Patches that Qwen's encoders make one token of.
+const PATCHES_PER_TOKEN: u64 = 4;
 /// Frames of 30 seconds of sound after the convolutions.
 const SOUND_TOKENS: u64 = 1500;
+/// The largest picture in memory while it is decoded, and its copy; shorter than that is the longest sound.
+const DECODING: Bytes = Bytes(9 * 4096 * 3072);
+/// What is kept of encoded pieces, and as much again for what is being computed.
+const ENCODED: Bytes = Bytes::mib(64);
+
+/// Whether a model sees, or hears, through it: what the file says of itself.
+#[must_use]
+pub fn senses(header: &Header, kind: MediaKind) -> bool {
+    let (says, size) = match kind {
+        MediaKind::Image => ("clip.has_vision_encoder", "vision.embedding_length"),
+        MediaKind::Audio => ("clip.has_audio_encoder", "audio.embedding_length"),
+    };
+    header.int(says).map_or_else(|| header.arch_size(size).is_some(), |flag| flag != 0)
+}
 
 /// All tensors; a file for pictures and sound is opened once for each, and both read the embedding of patches.
 #[must_use]
 pub fn weights(header: &Header) -> Bytes {
-    let has = |kind: &str| header.arch_size(&format!("{kind}.embedding_length")).is_some();
     let patches = header.tensors.iter().filter(|tensor| tensor.name.starts_with("v.patch_embd."));
-    let twice: Bytes =
-        if has("vision") && has("audio") { patches.map(|tensor| tensor.bytes).sum() } else { Bytes::ZERO };
+    let is_both = senses(header, MediaKind::Image) && senses(header, MediaKind::Audio);
+    let twice: Bytes = if is_both { patches.map(|tensor| tensor.bytes).sum() } else { Bytes::ZERO };
     header.weights() + twice
 }
 
-/// Scratch of one picture or one piece of sound, whichever is larger: activations as in a text layer, and the mask
-/// over its own tokens. There is no dry run for it, so it is taken high.
+/// Scratch of the largest picture and of thirty seconds of sound: each keeps its own.
 #[must_use]
 pub fn compute(header: &Header) -> Bytes {
-    let size = |kind: &str, key: &str| header.arch_size(&format!("{kind}.{key}"));
-    let scratch = |kind: &str, tokens: u64| {
-        let embedding = size(kind, "embedding_length")?;
-        let forward = size(kind, "feed_forward_length").unwrap_or(4 * embedding);
-        let per_token = 4 * (3 * forward + 8 * embedding) + 2 * tokens;
-        Some(Bytes(per_token) * tokens)
-    };
-    let patches = size("vision", "image_size").zip(size("vision", "patch_size")).map(|(image, patch)| {
-        let side = image / patch.max(1);
-        side * side
-    });
-    let dynamic = header.text("clip.projector_type").or_else(|| header.text("clip.vision.projector_type"));
-    let picture = match patches {
-        Some(_) if dynamic.is_some_and(|kind| kind.starts_with("qwen")) => PICTURE_TOKENS,
-        Some(patches) => patches,
-        None => PICTURE_TOKENS,
-    };
-    let all = [scratch("vision", picture), scratch("audio", SOUND_TOKENS)];
-    all.into_iter().flatten().max().unwrap_or(Bytes::mib(256))
+    let known = [vision(header), sound(header)];
+    match known.iter().any(Option::is_some) {
+        true => known.into_iter().flatten().sum(),
+        false => Bytes::mib(256),
+    }
+}
+
+/// Pixels and samples while they are decoded, and what they were encoded to.
+#[must_use]
+pub fn in_flight() -> Bytes {
+    DECODING + ENCODED
+}
+
+fn size(header: &Header, kind: &str, key: &str) -> Option<u64> {
+    header.arch_size(&format!("{kind}.{key}"))
+}
+
+fn vision(header: &Header) -> Option<Bytes> {
+    let of = |key: &str| size(header, "vision", key);
+    let embedding = of("embedding_length")?;
+    let forward = of("feed_forward_length").unwrap_or(4 * embedding);
+    let patch = of("patch_size").unwrap_or(14).max(1);
+    let kind = header.text("clip.projector_type").or_else(|| header.text("clip.vision.projector_type"));
+    let kind = kind.unwrap_or_default();
+    if !kind.starts_with("qwen") {
+        let side = of("image_size").unwrap_or(1024) / patch;
+        let patches = side * side;
+        return Some(Bytes(4 * patches * (5 * embedding).max(3 * embedding + forward)));
+    }
+    let patches = PATCHES_PER_TOKEN * PICTURE_TOKENS;
+    // Those with windows have gates, and masks over all patches, in several copies.
+    let has_windows = kind != "qwen2vl_merger";
+    let (forwards, mask) = if has_windows { (3, 8 * patches * patches) } else { (1, 0) };
+    let activations = (5 * embedding).max(2 * embedding + forwards * forward);
+    let pixels = 3 * patch * patch;
+    // The picture itself, as numbers with fractions, twice.
+    let input = 2 * 4 * pixels * patches;
+    Some(Bytes(4 * patches * (pixels + 4 + activations) + mask + input))
+}
+
+fn sound(header: &Header) -> Option<Bytes> {
+    let of = |key: &str| size(header, "audio", key);
+    let embedding = of("embedding_length")?;
+    let forward = of("feed_forward_length").unwrap_or(4 * embedding);
+    Some(Bytes(4 * SOUND_TOKENS * (5 * embedding).max(3 * embedding + forward)))
 }

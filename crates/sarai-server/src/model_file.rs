@@ -2,10 +2,11 @@
 
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
-use sarai_core::Purpose;
-use sarai_plan::{GgufError, Header};
+use sarai_core::{MediaKind, Purpose};
+use sarai_plan::{GgufError, Header, projector};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
@@ -43,6 +44,8 @@ pub struct ModelFile {
     pub modified: SystemTime,
     /// Of path, size, time and shape.
     pub identity: String,
+    /// What it sees and hears through.
+    pub projector: Option<Arc<ModelFile>>,
     first_size: u64,
 }
 
@@ -71,7 +74,34 @@ impl ModelFile {
         let since = modified.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let identity = format!("{} {size} {} {}", path.display(), since.as_nanos(), header.tensors.len());
         let identity = hex(&Sha256::digest(identity));
-        Ok(Self { path: path.to_owned(), header, size, modified, identity, first_size })
+        Ok(Self { path: path.to_owned(), header, size, modified, identity, projector: None, first_size })
+    }
+
+    /// Reads a model with the projector that it sees and hears through, if it has one; what is learned of both together is
+    /// kept apart from what is learned of the model alone.
+    ///
+    /// # Errors
+    /// One of them cannot be read, or the projector is none.
+    pub fn read_with(path: &Path, projector: Option<&Path>) -> Result<Self, FileError> {
+        let file = Self::read(path)?;
+        let Some(path) = projector else { return Ok(file) };
+        let projector = Self::read(path)?;
+        if projector.header.architecture() != "clip" {
+            let source = GgufError::NotAProjector(projector.header.architecture().to_owned());
+            return Err(FileError::Broken { path: path.to_owned(), source });
+        }
+        let identity = hex(&Sha256::digest(format!("{} {}", file.identity, projector.identity)));
+        Ok(Self { identity, projector: Some(Arc::new(projector)), ..file })
+    }
+
+    /// Whether it can see, or hear: what its projector says of itself.
+    pub fn senses(&self, kind: MediaKind) -> bool {
+        self.projector.as_ref().is_some_and(|projector| projector::senses(&projector.header, kind))
+    }
+
+    /// The projector's header.
+    pub fn projector_header(&self) -> Option<&Header> {
+        self.projector.as_ref().map(|projector| &projector.header)
     }
 
     /// What it is made for.
@@ -87,7 +117,9 @@ impl ModelFile {
     /// Whether the file still is as it was read.
     pub fn is_unchanged(&self) -> bool {
         let meta = std::fs::metadata(&self.path);
-        meta.is_ok_and(|meta| meta.len() == self.first_size && meta.modified().is_ok_and(|time| time == self.modified))
+        let is_same =
+            meta.is_ok_and(|meta| meta.len() == self.first_size && meta.modified().is_ok_and(|time| time == self.modified));
+        is_same && self.projector.as_ref().is_none_or(|projector| projector.is_unchanged())
     }
 }
 

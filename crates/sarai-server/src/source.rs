@@ -35,7 +35,7 @@ impl Source {
     /// The formula's plan, or what was declared.
     pub fn plan(&self, settings: Settings) -> Plan {
         match self {
-            Self::File(file) => Plan::of(&file.header, settings, None),
+            Self::File(file) => Plan::of(&file.header, settings, file.projector_header()),
             Self::Process(process) => Plan::declared(process.memory),
         }
     }
@@ -75,6 +75,14 @@ impl Source {
         }
     }
 
+    /// The header of what a file sees and hears through.
+    pub fn projector(&self) -> Option<&Header> {
+        match self {
+            Self::File(file) => file.projector_header(),
+            Self::Process(_) => None,
+        }
+    }
+
     /// For people.
     pub fn name(&self) -> String {
         match self {
@@ -86,7 +94,9 @@ impl Source {
     /// A guess of what a load takes.
     pub fn reload(&self) -> Millis {
         match self {
-            Self::File(file) => 300 + file.size / 500_000,
+            Self::File(file) => {
+                300 + (file.size + file.projector.as_ref().map_or(0, |projector| projector.size)) / 500_000
+            }
             Self::Process(_) => START,
         }
     }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use sarai_core::{Api, Extra, FinishReason, Purpose, Timings, TokenLogprob, ToolCall, Usage};
+use sarai_core::{Api, Extra, FinishReason, MediaKind, Purpose, Timings, TokenLogprob, ToolCall, Usage};
 use serde_json::{Value, json};
 
 use crate::openai::extension;
@@ -244,13 +244,20 @@ pub fn process_entry(
 
 /// `POST /api/show`.
 #[must_use]
-pub fn show(facts: &ModelFacts, purpose: Purpose, template: &str, model_info: Value) -> Value {
-    let capabilities = match purpose {
+pub fn show(
+    facts: &ModelFacts,
+    purpose: Purpose,
+    senses: &[MediaKind],
+    template: &str,
+    model_info: Value,
+) -> Value {
+    let mut capabilities = match purpose {
         Purpose::Vectors => vec!["embedding"],
         Purpose::Scores => vec!["rerank"],
         Purpose::Answers if tools::are_shown_by(template) => vec!["completion", "tools"],
         Purpose::Answers => vec!["completion"],
     };
+    capabilities.extend(senses.iter().map(|kind| kind.capability()));
     json!({
         "modelfile": format!("# served by sarai\nFROM {}\n", facts.name), "parameters": "", "template": template,
         "details": facts.details(), "model_info": model_info, "capabilities": capabilities,

@@ -1,6 +1,6 @@
 //! `POST /api/chat`, `/api/generate` and `/api/show`, from the wire to the core.
 
-use sarai_core::{Api, Error, Format, GenerateRequest, KeepAlive, Message, Prompt, Residence, ResultOf, Role};
+use sarai_core::{Api, Error, Format, GenerateRequest, KeepAlive, Media, MediaKind, Message, Prompt, Residence, ResultOf, Role};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -8,7 +8,7 @@ use super::keep_alive;
 use crate::extras::{Rest, SAMPLING};
 use crate::json::Object;
 use crate::sampling::WireSampling;
-use crate::{Delivery, Parsed, check, json};
+use crate::{Delivery, Parsed, check, json, media};
 
 /// No real model has a longer context.
 const MAX_CONTEXT: u32 = 16_777_216;
@@ -77,7 +77,7 @@ struct AllOptions {
 const READ: [&str; 9] = ["model", "stream", "format", "options", "keep_alive", "messages", "prompt", "system", "raw"];
 const READ_OPTIONS: [&str; 2] = ["num_predict", "num_ctx"];
 /// Fields that change what is asked for.
-const NEEDS: [&str; 5] = ["images", "suffix", "template", "context", "think"];
+const NEEDS: [&str; 4] = ["suffix", "template", "context", "think"];
 /// Options that change the answer, if not what it is an answer to.
 const DEGRADING: [&str; 5] = ["num_keep", "mirostat", "mirostat_eta", "mirostat_tau", "tfs_z"];
 
@@ -117,25 +117,35 @@ pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
     let mut is_more = false;
     let messages = messages.into_iter().enumerate().map(|(index, Object(message))| {
         let at = format!("messages[{index}]");
-        for (name, _) in message.rest.iter().filter(|(_, value)| !check::is_default(value)) {
-            is_more = true;
-            if name == "images" {
-                rest.need_also(&format!("{at}.{name}"), format!("`{at}.{name}` is not supported"), false);
-            }
-        }
+        is_more |= message.rest.values().any(|value| !check::is_default(value));
+        let media = images(&mut rest, &format!("{at}.images"), message.rest.get("images"))?;
         let tool_calls = message.rest.get("tool_calls").filter(|calls| !check::is_default(calls));
         let tool_calls = tool_calls.map(|calls| rest.calls(&format!("{at}.tool_calls"), calls)).unwrap_or_default();
         let role = check::role(&format!("{at}.role"), &message.role)?;
         let text = |name: &str| message.rest.get(name).and_then(Value::as_str).map(str::to_owned);
         let result_of = (role == Role::Tool).then(|| ResultOf { id: text("tool_call_id"), name: text("tool_name") });
         let content = check::text(&at, message.content.unwrap_or_default())?;
-        Ok(Message { role, content, tool_calls, result_of })
+        Ok(Message { role, content, media, tool_calls, result_of })
     });
     let prompt = Prompt::Chat(messages.collect::<Result<_, Error>>()?);
     if is_more {
         rest.keep("messages");
     }
     common.finish(body, prompt, rest, true)
+}
+
+/// Pictures, which Ollama puts before the text.
+fn images(rest: &mut Rest, param: &str, written: Option<&Value>) -> Result<Vec<Media>, Error> {
+    let Some(written) = written.filter(|written| !check::is_default(written)) else { return Ok(Vec::new()) };
+    let wrong = || Error::invalid(param, format!("`{param}` is no array of texts: send files in base64"));
+    let read = |(index, image): (usize, &Value)| {
+        let param = format!("{param}[{index}]");
+        let source = media::base64(&param, image.as_str().ok_or_else(wrong)?)?;
+        Ok(Media { kind: MediaKind::Image, source, at: 0, param })
+    };
+    let media = written.as_array().ok_or_else(wrong)?.iter().enumerate().map(read).collect::<Result<_, Error>>()?;
+    rest.need_also(param, format!("`{param}` is not supported"), true);
+    Ok(media)
 }
 
 /// Reads the body of `/api/generate`.
@@ -151,6 +161,11 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
     }
     let mut rest = rest_of(body)?;
     let is_raw = generate.raw == Some(true);
+    let written = rest.field("images").cloned();
+    let media = images(&mut rest, "images", written.as_ref())?;
+    if is_raw && !media.is_empty() {
+        rest.need_also("images", "`images` with `raw` is not supported".into(), false);
+    }
     if rest.is_needy() {
         rest.generate();
         ["prompt", "system", "raw"].iter().for_each(|name| rest.keep(name));
@@ -160,7 +175,7 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
     } else {
         let system = generate.system.filter(|system| !system.is_empty());
         let system = system.map(|content| Message::new(Role::System, content));
-        let user = Message::new(Role::User, prompt);
+        let user = Message { media, ..Message::new(Role::User, prompt) };
         Prompt::Chat(system.into_iter().chain([user]).collect())
     };
     common.finish(body, prompt, rest, false)

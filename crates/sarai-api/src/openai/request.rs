@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use sarai_core::{Api, Error, Format, GenerateRequest, Message, Prompt, Residence, ResultOf, Role};
+use sarai_core::{Api, Error, Format, GenerateRequest, Media, MediaKind, Message, Prompt, Residence, ResultOf, Role};
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::extras::{Rest, SAMPLING};
 use crate::json::Object;
+use crate::media::media_source;
 use crate::sampling::WireSampling;
 use crate::{Delivery, Parsed, check, json};
 
@@ -216,15 +217,36 @@ impl Reading<'_> {
         }
         let text = |name: &str| message.rest.get(name).and_then(Value::as_str).map(str::to_owned);
         let result_of = (role == Role::Tool).then(|| ResultOf { id: text("tool_call_id"), name: text("name") });
-        let content = match message.content {
-            None => String::new(),
-            Some(Content::Text(text)) => text,
-            Some(Content::Parts(parts)) => {
-                let texts: Vec<_> = parts.into_iter().filter_map(|part| self.text_of(&at, part)).collect();
-                texts.join("\n")
-            }
+        let (content, media) = match message.content {
+            None => (String::new(), Vec::new()),
+            Some(Content::Text(text)) => (text, Vec::new()),
+            Some(Content::Parts(parts)) => self.parts(&at, parts)?,
         };
-        Ok(Message { role, content: check::text(&format!("{at}.content"), content)?, tool_calls, result_of })
+        let content = check::text(&format!("{at}.content"), content)?;
+        Ok(Message { role, content, media, tool_calls, result_of })
+    }
+
+    /// The text of the parts, and what stands between it. As llama.cpp has it, lines are broken between two texts alone.
+    fn parts(&mut self, at: &str, parts: Vec<ContentPart>) -> Result<(String, Vec<Media>), Error> {
+        let (mut content, mut media) = (String::new(), Vec::new());
+        let mut is_behind_media = false;
+        for (index, part) in parts.into_iter().enumerate() {
+            let param = format!("{at}.content[{index}]");
+            if let Some(kind) = media_kind(&part.kind) {
+                self.is_more = true;
+                let source = media_source(&format!("{param}.{}", part.kind), kind, part.rest.get(&part.kind))?;
+                self.rest.need_also(&param, format!("`{param}`, a part of type `{}`, is not supported", part.kind), true);
+                media.push(Media { kind, source, at: content.len(), param });
+                is_behind_media = true;
+            } else if let Some(text) = self.text_of(at, part) {
+                if !is_behind_media && !content.is_empty() {
+                    content.push('\n');
+                }
+                content.push_str(&text);
+                is_behind_media = false;
+            }
+        }
+        Ok((content, media))
     }
 
     fn text_of(&mut self, at: &str, part: ContentPart) -> Option<String> {
@@ -236,6 +258,15 @@ impl Reading<'_> {
         let lack = format!("`{at}.content` has a part of type `{}`, which is not supported", part.kind);
         self.rest.need_also(&format!("{at}.content"), lack, false);
         None
+    }
+}
+
+/// What parts of this type are, if they are media.
+fn media_kind(kind: &str) -> Option<MediaKind> {
+    match kind {
+        "image_url" => Some(MediaKind::Image),
+        "input_audio" => Some(MediaKind::Audio),
+        _ => None,
     }
 }
 

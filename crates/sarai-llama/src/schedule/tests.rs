@@ -6,13 +6,17 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use llama_cpp_4::token::LlamaToken;
 use proptest::prelude::*;
 
 use super::*;
 
-/// A pool of cells, each with a token, its position, and the sequences that use it.
+/// A cell: what it holds, its position, when it was computed, and the sequences that use it.
+type Cell = (Unit, usize, usize, HashSet<usize>);
+
+/// A pool of cells.
 struct Pool {
-    cells: Vec<Option<(LlamaToken, usize, HashSet<usize>)>>,
+    cells: Vec<Option<Cell>>,
     computed: usize,
 }
 
@@ -27,16 +31,23 @@ impl Pool {
 
     fn drop_unused(&mut self) {
         for cell in &mut self.cells {
-            cell.take_if(|(_, _, sequences)| sequences.is_empty());
+            cell.take_if(|(_, _, _, sequences)| sequences.is_empty());
         }
     }
 
     /// What a sequence holds, in order; a position that is there twice or not at all is a mistake.
-    fn tokens(&self, sequence: usize) -> Vec<LlamaToken> {
-        let mut own: Vec<_> = self.cells.iter().flatten().filter(|cell| cell.2.contains(&sequence)).collect();
-        own.sort_by_key(|cell| cell.1);
-        assert!(own.iter().enumerate().all(|(at, cell)| cell.1 == at), "sequence {sequence} has holes or doubles");
-        own.iter().map(|cell| cell.0).collect()
+    fn units(&self, sequence: usize) -> Vec<Unit> {
+        let mut own: Vec<_> = self.cells.iter().flatten().filter(|cell| cell.3.contains(&sequence)).collect();
+        own.sort_by_key(|cell| (cell.1, cell.2));
+        let units: Vec<_> = own.iter().map(|cell| cell.0).collect();
+        for (at, cell) in own.iter().enumerate() {
+            let begins = match cell.0 {
+                Unit::Text(_) => at,
+                Unit::Media { index, .. } => at - index as usize,
+            };
+            assert_eq!(cell.1, positions(&units[..begins]), "sequence {sequence} has holes or doubles at {at}: {units:?}");
+        }
+        units
     }
 
     /// Computes a step, or says that there is no room for it.
@@ -46,16 +57,16 @@ impl Pool {
         }
         for row in &step.rows {
             let free = self.cells.iter_mut().find(|cell| cell.is_none()).unwrap();
-            *free = Some((row.token, row.position, HashSet::from([row.sequence])));
+            *free = Some((row.unit, row.position, self.computed, HashSet::from([row.sequence])));
+            self.computed += 1;
         }
-        self.computed += step.rows.len();
         true
     }
 }
 
 impl Cells for Pool {
     fn share(&mut self, from: usize, to: usize, positions: Range<usize>) {
-        for (_, position, sequences) in self.cells.iter_mut().flatten() {
+        for (_, position, _, sequences) in self.cells.iter_mut().flatten() {
             if sequences.contains(&from) && positions.contains(position) {
                 sequences.insert(to);
             }
@@ -63,7 +74,7 @@ impl Cells for Pool {
     }
 
     fn cut(&mut self, sequence: usize, keep: usize) -> bool {
-        for (_, position, sequences) in self.cells.iter_mut().flatten() {
+        for (_, position, _, sequences) in self.cells.iter_mut().flatten() {
             if *position >= keep {
                 sequences.remove(&sequence);
             }
@@ -78,15 +89,40 @@ impl Cells for Pool {
 }
 
 /// What the fake model says next: a function of all that came before, so that a wrong prefix gives another answer.
-fn next_token(tokens: &[LlamaToken]) -> LlamaToken {
-    let hash = tokens.iter().fold(7_i64, |hash, token| (hash * 31 + i64::from(token.0)) % 9973);
+fn next_token(units: &[Unit]) -> LlamaToken {
+    let number = |unit: &Unit| match unit {
+        Unit::Text(token) => i64::from(token.0),
+        Unit::Media { piece, index, .. } => i64::from(1000 * piece + index),
+    };
+    let hash = units.iter().fold(7_i64, |hash, unit| (hash * 31 + number(unit)) % 9973);
     LlamaToken(i32::try_from(hash).unwrap())
+}
+
+/// Numbers from this one on stand for pictures.
+const PICTURES: i32 = 100_000;
+
+/// Tokens, and pictures of five parts each: even ones stand at two positions and are computed as it comes, odd ones at five and at once.
+fn units(numbers: &[i32]) -> Vec<Unit> {
+    let part = |number: i32, index: u32| {
+        let is_whole = number % 2 == 1;
+        let advance = if is_whole { 1 } else { 2 * u32::from(index == 4) };
+        Unit::Media { piece: u32::try_from(number).unwrap(), index, advance, is_whole }
+    };
+    let all = numbers.iter().map(|&number| match number {
+        PICTURES.. => (0..5).map(|index| part(number, index)).collect(),
+        _ => vec![LlamaToken(number).into()],
+    });
+    all.collect::<Vec<_>>().concat()
+}
+
+fn tokens(units: &[Unit]) -> Vec<i32> {
+    units.iter().map(|unit| unit.text().unwrap().0).collect()
 }
 
 struct Case {
     scheduler: Scheduler<u32>,
     pool: Pool,
-    ended: Vec<(u64, Vec<LlamaToken>, usize)>,
+    ended: Vec<(u64, Vec<Unit>, usize)>,
 }
 
 impl Case {
@@ -97,7 +133,7 @@ impl Case {
     }
 
     fn ask(&mut self, id: u64, prompt: &[i32], max_tokens: u32, context_tokens: usize) {
-        let prompt = prompt.iter().copied().map(LlamaToken).collect();
+        let prompt = units(prompt);
         let since = Instant::now();
         self.scheduler.push(Waiting { id, prompt, given: 0, max_tokens, context_tokens, since, writer: max_tokens });
     }
@@ -110,6 +146,10 @@ impl Case {
         assert!(running <= self.scheduler.limits.parallel);
         let step = self.scheduler.fill(&mut self.pool);
         assert!(step.rows.len() <= self.scheduler.limits.step_tokens);
+        if step.is_whole {
+            let prompts: HashSet<_> = step.rows[step.answers..].iter().map(|row| row.sequence).collect();
+            assert_eq!((prompts.len(), step.rows.len() - step.answers), (1, 5), "a picture that is computed at once is alone");
+        }
         if step.rows.is_empty() {
             assert!(self.scheduler.is_idle(), "something waits, and nothing is computed");
             return false;
@@ -120,7 +160,7 @@ impl Case {
         self.scheduler.pace.observe(step.answers, step.rows.len() - step.answers, Duration::from_millis(1));
         for index in 0..self.scheduler.sequences.len() {
             let sequence = &mut self.scheduler.sequences[index];
-            assert_eq!(self.pool.tokens(index), sequence.cached, "sequence {index}");
+            assert_eq!(self.pool.units(index), sequence.cached, "sequence {index}");
             let in_cache = sequence.cached.len();
             let Some(generation) = sequence.generation.as_mut().filter(|one| one.output_row.is_some()) else {
                 continue;
@@ -139,20 +179,23 @@ impl Case {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// Prompts of a few shared beginnings, of which some are cancelled: every other one ends with the answer that it would
+    /// Prompts of a few shared beginnings, with pictures in them, of which some are cancelled: every other one ends with the answer that it would
     /// have had alone, and all cells come back.
     #[test]
     fn all_end_with_the_answer_that_they_would_have_alone(
         parallel in 1_usize..5,
-        step_tokens in 5_usize..40,
+        step_tokens in 10_usize..40,
         asked in prop::collection::vec((0_i32..4, 0_usize..60, 1_usize..30, 1_u32..12, 0_usize..40, any::<bool>()), 1..24),
     ) {
-        let context = 100;
+        let context = 150;
         let mut case = Case::new(parallel, context * parallel, step_tokens);
         let mut prompts = Vec::new();
         for (id, (beginning, shared, own, most, pause, cancelled)) in asked.iter().enumerate() {
             let id = id as u64;
-            let shared = (0..*shared).map(|at| beginning * 100 + i32::try_from(at).unwrap());
+            let shared = (0..*shared).map(|at| match at % 11 {
+                5 => PICTURES + (beginning * 100 + i32::try_from(at).unwrap()) / 3,
+                _ => beginning * 100 + i32::try_from(at).unwrap(),
+            });
             let own = (0..*own).map(|at| 1000 + i32::try_from(id).unwrap() * 50 + i32::try_from(at).unwrap());
             let prompt: Vec<i32> = shared.chain(own).collect();
             case.ask(id, &prompt, *most, context);
@@ -172,9 +215,9 @@ proptest! {
         for (id, (prompt, most, cancelled)) in prompts.iter().enumerate() {
             let ended: Vec<_> = case.ended.iter().filter(|ended| ended.0 == id as u64).collect();
             prop_assert!(*cancelled || ended.len() == 1, "{id} ended {} times", ended.len());
-            let mut alone: Vec<_> = prompt.iter().copied().map(LlamaToken).collect();
+            let mut alone = units(prompt);
             for _ in 1..*most {
-                alone.push(next_token(&alone));
+                alone.push(next_token(&alone).into());
             }
             // The last token is chosen, and not computed.
             prop_assert!(ended.iter().all(|ended| ended.1 == alone));
@@ -206,7 +249,7 @@ fn sixteen_sessions_that_begin_alike_compute_it_once_on_four_places_and_on_every
         assert!(computed <= unavoidable + 2 * 16, "turn {turn}: {computed} of {unavoidable}");
         for (id, prompt) in turns.iter_mut().enumerate() {
             let ended = case.ended.iter().find(|ended| ended.0 == turn * 100 + id as u64).unwrap();
-            *prompt = ended.1.iter().map(|token| token.0).collect();
+            *prompt = tokens(&ended.1);
             prompt.extend(numbers(20_000 + 1000 * i32::try_from(turn).unwrap() + 50 * i32::try_from(id).unwrap(), 20));
         }
     }
@@ -234,7 +277,7 @@ fn a_state_that_cannot_be_cut_is_continued_and_never_shared() {
     case.ask(1, &numbers(0, 100), 1, 1024);
     while case.step() {}
     let (_, cached, _) = case.ended.remove(0);
-    let longer: Vec<i32> = cached.iter().map(|token| token.0).chain([5]).collect();
+    let longer = [tokens(&cached), vec![5]].concat();
     case.ask(2, &longer, 1, 1024);
     case.ask(3, &longer, 1, 1024);
     while case.step() {}

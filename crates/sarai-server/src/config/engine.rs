@@ -20,7 +20,7 @@ pub struct Engine {
     pub path: PathBuf,
     /// What runs, if it is a command and not a worker of ours.
     pub process: Option<Arc<Process>>,
-    /// The projector that the model sees or hears through. It is planned for, and not loaded in this version.
+    /// The projector that the model sees or hears through.
     pub projector: Option<PathBuf>,
     /// Sizes; sequences of sharing models add up, the longest context counts.
     pub settings: Settings,
@@ -51,6 +51,16 @@ impl Engine {
         }
     }
 
+    /// Whether a model of this file can be served by it: one without a projector can by any, the others need their own.
+    #[must_use]
+    pub fn may_share(&self, path: &Path, projector: Option<&Path>) -> bool {
+        let is_same_projector = match (&self.projector, projector) {
+            (Some(own), Some(other)) => is_same_file(own, other),
+            _ => true,
+        };
+        self.process.is_none() && is_same_file(&self.path, path) && is_same_projector
+    }
+
     /// Whether a worker that was loaded by the one serves the other as well.
     #[must_use]
     pub fn loads_like(&self, other: &Self) -> bool {
@@ -68,9 +78,12 @@ impl Engine {
 }
 
 /// A name for what belongs to a file, told from files of the same name elsewhere.
-pub(super) fn folder_name(path: &Path) -> String {
+pub(super) fn folder_name(path: &Path, projector: Option<&Path>) -> String {
     let mut hasher = DefaultHasher::new();
     path.hash(&mut hasher);
+    if let Some(projector) = projector {
+        projector.hash(&mut hasher);
+    }
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     format!("{stem}-{:08x}", hasher.finish() & 0xffff_ffff)
 }

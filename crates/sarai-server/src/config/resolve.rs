@@ -13,7 +13,7 @@ use sarai_plan::ledger::EngineId;
 use sarai_plan::{Repack, Settings, Strategy};
 
 use super::Mistake;
-use super::engine::{Engine, folder_name, is_same_file};
+use super::engine::{Engine, folder_name};
 use super::env::{Environment, variable_name};
 use super::file::{Backend, File, WrittenModel};
 use super::hosts::{self, WrittenHost};
@@ -118,7 +118,8 @@ pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &
     let most_bytes = Bytes::mib(u64::from(file.park_mb.unwrap_or(256)));
     let parks = config.server.state_dir.join("park");
     for engine in config.engines.iter_mut().filter(|engine| engine.process.is_none() && most_bytes > Bytes::ZERO) {
-        engine.park = Some(Park { folder: parks.join(folder_name(&engine.path)), most_bytes });
+        let folder = parks.join(folder_name(&engine.path, engine.projector.as_deref()));
+        engine.park = Some(Park { folder, most_bytes });
     }
     config
 }
@@ -415,9 +416,7 @@ impl Resolver<'_> {
         let evictable = !written.pinned && !written.resident;
         let keep_alive = self.keep_alive(mistakes);
         let projector = written.mmproj_path.as_ref().map(|path| self.folder.join(path));
-        if let Some(index) =
-            engines.iter().position(|engine| engine.process.is_none() && is_same_file(&engine.path, &path))
-        {
+        if let Some(index) = engines.iter().position(|engine| engine.may_share(&path, projector.as_deref())) {
             let engine = &mut engines[index];
             engine.label = format!("{}+{}", engine.label, written.name);
             engine.settings.context_tokens = engine.settings.context_tokens.max(settings.context_tokens);

@@ -156,7 +156,10 @@ fn is_able(catalog: &Catalog, deployment: &Deployment, request: &GenerateRequest
             extras.needs.iter().all(|need| need.at_worker)
                 && !(request.format.is_constrained() && must_call(request))
                 // A file that cannot be read says so when it is asked.
-                && (request.tools.is_none() || catalog.known_file(*engine).is_none_or(|file| file.knows_tools()))
+                && catalog.known_file(*engine).is_none_or(|file| {
+                    (request.tools.is_none() || file.knows_tools())
+                        && request.media().all(|media| file.senses(media.kind))
+                })
         }
         (None, _) => true,
     }

@@ -7,7 +7,7 @@ use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use sarai_api::ollama::{self, End, Kind, LineWriter, OllamaRequest};
 use sarai_api::{Parsed, Served};
-use sarai_core::{Error, Event, TokenLogprob, ToolCall};
+use sarai_core::{Error, Event, MediaKind, TokenLogprob, ToolCall};
 use serde_json::{Map, Value, json};
 
 use super::error::{Failure, ollama_body};
@@ -59,8 +59,12 @@ pub async fn show(State(app): State<App>, request: Request) -> Result<Response, 
         }
         let template = info.remove("tokenizer.chat_template");
         let template = template.as_ref().and_then(Value::as_str).unwrap_or_default();
-        let purpose = file.map(|file| file.purpose()).unwrap_or_default();
-        let shown = ollama::show(&catalog.facts(model), purpose, template, Value::Object(info));
+        let purpose = file.as_ref().map(|file| file.purpose()).unwrap_or_default();
+        let senses: Vec<_> = [MediaKind::Image, MediaKind::Audio]
+            .into_iter()
+            .filter(|kind| file.as_ref().is_some_and(|file| file.senses(*kind)))
+            .collect();
+        let shown = ollama::show(&catalog.facts(model), purpose, &senses, template, Value::Object(info));
         Ok(json_response(HeaderMap::new(), &shown))
     };
     show.await.map_err(Failure::Ollama)

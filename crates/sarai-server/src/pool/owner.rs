@@ -510,6 +510,7 @@ pub(super) fn load_spec(
     LoadSpec {
         model: config.label.clone(),
         path: config.path.clone(),
+        projector: config.projector.clone(),
         context_tokens: settings.context_tokens,
         parallel: settings.parallel,
         shared_context: settings.shared_context,

@@ -66,9 +66,8 @@ struct FilePlan {
 
 impl FilePlan {
     fn of(path: &Path, args: &PlanArgs) -> Result<Self, Failure> {
-        let file = ModelFile::read(path).map_err(Failure::failed)?;
-        let projector = args.mmproj.as_deref().map(ModelFile::read).transpose().map_err(Failure::failed)?;
-        let projector = projector.as_ref().map(|file| &file.header);
+        let file = ModelFile::read_with(path, args.mmproj.as_deref()).map_err(Failure::failed)?;
+        let projector = file.projector_header();
         let settings = Settings {
             context_tokens: args.ctx,
             parallel: args.parallel,
@@ -146,6 +145,7 @@ fn dry_run(path: &Path, header: &Header, settings: Settings) -> Result<EngineMem
     let spec = LoadSpec {
         model: "plan".into(),
         path: path.to_owned(),
+        projector: None,
         context_tokens: settings.context_tokens,
         parallel: settings.parallel,
         shared_context: settings.shared_context,
@@ -165,7 +165,7 @@ fn dry_run(path: &Path, header: &Header, settings: Settings) -> Result<EngineMem
 /// Plans the configuration.
 fn configuration(args: &PlanArgs) -> Result<ExitCode, Failure> {
     let config = config::load(&args.config.config, &Environment::of_process()).map_err(Failure::misused)?;
-    let files: Vec<_> = config.engines.iter().map(EngineFiles::read).collect();
+    let files: Vec<_> = config.engines.iter().map(source_of).collect();
     let planner = Planner::new(Arc::new(State::open(&config.server.state_dir)));
     let present: Vec<_> = files.iter().map(|files| files.as_ref().ok()).collect();
     let machine = args.ram.unwrap_or_else(|| machine::limit().unwrap_or(Bytes(u64::MAX)));
@@ -179,38 +179,21 @@ fn configuration(args: &PlanArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What an engine is loaded from, and its projector's file.
-struct EngineFiles {
-    model: Source,
-    projector: Option<ModelFile>,
-}
-
-impl EngineFiles {
-    fn read(engine: &config::Engine) -> Result<Self, FileError> {
-        let projector = engine.projector.as_deref().map(ModelFile::read).transpose()?;
-        let model = match &engine.process {
-            Some(process) => Source::Process(Arc::clone(process)),
-            None => Source::File(Arc::new(ModelFile::read(&engine.path)?)),
-        };
-        Ok(Self { model, projector })
-    }
-
-    fn plan(&self, planner: &Planner, settings: Settings) -> Plan {
-        let mut plan = planner.plan(&self.model, settings);
-        if let Some(projector) = &self.projector {
-            plan.add_projector(&projector.header);
-        }
-        plan
+/// What an engine is loaded from.
+fn source_of(engine: &config::Engine) -> Result<Source, FileError> {
+    match &engine.process {
+        Some(process) => Ok(Source::Process(Arc::clone(process))),
+        None => ModelFile::read_with(&engine.path, engine.projector.as_deref()).map(|file| Source::File(Arc::new(file))),
     }
 }
 
-fn system<'a>(config: &Config, files: &[Option<&'a EngineFiles>], planner: &Planner, limits: Limits) -> System<'a> {
-    let component = |(engine, files): (&config::Engine, &Option<&'a EngineFiles>)| Component {
+fn system<'a>(config: &Config, sources: &[Option<&'a Source>], planner: &Planner, limits: Limits) -> System<'a> {
+    let component = |(engine, source): (&config::Engine, &Option<&'a Source>)| Component {
         label: engine.label.clone(),
-        header: files.and_then(|files| files.model.header()),
-        projector: files.and_then(|files| files.projector.as_ref()).map(|file| &file.header),
+        header: source.and_then(Source::header),
+        projector: source.and_then(Source::projector),
         settings: engine.settings,
-        plan: files.map_or_else(Plan::default, |files| files.plan(planner, engine.settings)),
+        plan: source.map_or_else(Plan::default, |source| planner.plan(source, engine.settings)),
         is_llm: engine.is_llm,
         evictable: engine.evictable,
         resident: engine.resident,
@@ -226,7 +209,7 @@ fn system<'a>(config: &Config, files: &[Option<&'a EngineFiles>], planner: &Plan
     System {
         limits,
         server: SERVER,
-        components: config.engines.iter().zip(files).map(component).collect(),
+        components: config.engines.iter().zip(sources).map(component).collect(),
         routes: config.models.iter().filter(|model| !model.deployments.is_empty()).map(route).collect(),
     }
 }

@@ -1,0 +1,387 @@
+"""Small models that see and hear, of the true architectures: Gemma 3, Qwen2-VL, and Qwen2.5-Omni's pair of encoders.
+
+    sensing_models.py -o FOLDER
+
+FOLDER/random has random weights: what they answer means nothing, and depends on every position and value on the way to it, so
+that it can be compared with llama.cpp's own server, token for token. FOLDER/fitted has weights set by hand, so that the answer
+names the colour of the picture, or the pitch of the sound: encoders that pass the mean colour (or the difference of low and high
+frequencies) on, even attention that carries it to the end, and words at the end of it.
+"""
+
+import argparse
+import os
+
+import gguf
+import numpy as np
+
+WIDTH = 64  # Of the text model, and what projectors project to.
+COLOURS = ["red", "green", "blue"]
+PITCHES = ["low", "high"]
+WORDS = COLOURS + PITCHES
+# What the dimensions of fitted models stand for; from TEXT on, whatever text means.
+COLOUR, SAID, PITCH, CONSTANT, TEXT = 0, 4, 5, 7, 8
+LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
+
+CHATML = (
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{'<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n'"
+    " + m['content'] | trim + '<end_of_turn>\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+
+
+def letters_of_bytes():
+    """The letter that stands for each byte in vocabularies of GPT-2's kind."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    letters = {byte: chr(byte) for byte in printed} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    return [letters[byte] for byte in range(256)]
+
+
+def pairs():
+    return [(first, second) for first in LETTERS[:8] for second in LETTERS]
+
+
+def bpe():
+    """A vocabulary of Qwen's kind: the tokens, the one that ends an answer, and the file's keys."""
+    special = ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "audio_bos", "audio_eos", "AUDIO"]
+    tokens = letters_of_bytes() + [f"<|{name}|>" for name in special]
+    kinds = [1] * 256 + [3] * len(special)
+    joined = [first + second for first, second in pairs()]
+    # Words that no text becomes: they are only answers.
+    joined += [word for word in WORDS if word not in joined]
+    tokens += joined
+    kinds += [1] * len(joined)
+    end = tokens.index("<|im_end|>")
+    return tokens, end, {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": [f"{first} {second}" for first, second in pairs()],
+        "tokenizer.ggml.bos_token_id": tokens.index("<|endoftext|>"),
+        "tokenizer.ggml.eos_token_id": end,
+        "tokenizer.ggml.padding_token_id": tokens.index("<|endoftext|>"),
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": CHATML,
+    }
+
+
+def spm():
+    """A vocabulary of Gemma's kind."""
+    control = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    control += ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
+    tokens = control + [f"<0x{byte:02X}>" for byte in range(256)]
+    kinds = [2 if token == "<unk>" else 3 for token in control] + [6] * 256
+    scores = [0.0] * len(tokens)
+    for text in ["\u2581", *LETTERS, *LETTERS.upper(), *"0123456789.,?!"]:
+        scores.append(-1e6 - len(tokens))
+        tokens.append(text)
+    for first, second in pairs():
+        scores.append(-float(len(tokens)))
+        tokens.append(first + second)
+    for word in WORDS:
+        scores.append(-1e6 - len(tokens))
+        tokens.append(word)
+    kinds += [1] * (len(tokens) - len(kinds))
+    end = tokens.index("<end_of_turn>")
+    return tokens, end, {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": tokens.index("<bos>"),
+        "tokenizer.ggml.eos_token_id": tokens.index("<eos>"),
+        "tokenizer.ggml.eot_token_id": end,
+        "tokenizer.ggml.unknown_token_id": tokens.index("<unk>"),
+        "tokenizer.ggml.padding_token_id": tokens.index("<pad>"),
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.chat_template": GEMMA,
+    }
+
+
+class File:
+    """A GGUF file in the making, and where its random weights come from."""
+
+    def __init__(self, path, architecture, seed):
+        self.path = path
+        self.random = np.random.default_rng(seed)
+        self.writer = gguf.GGUFWriter(path + ".part", architecture)
+
+    def keys(self, keys):
+        for key, value in keys.items():
+            if isinstance(value, bool):
+                self.writer.add_bool(key, value)
+            elif isinstance(value, str):
+                self.writer.add_string(key, value)
+            elif isinstance(value, list):
+                self.writer.add_array(key, value)
+            elif isinstance(value, float):
+                self.writer.add_float32(key, value)
+            else:
+                self.writer.add_uint32(key, int(value))
+
+    def single(self, name, values):
+        self.writer.add_tensor(name, np.ascontiguousarray(values, np.float32))
+
+    def half(self, name, values):
+        self.writer.add_tensor(name, np.ascontiguousarray(values, np.float16))
+
+    def any(self, *shape, spread):
+        return self.random.standard_normal(shape).astype(np.float32) * spread
+
+    def close(self):
+        self.writer.write_header_to_file()
+        self.writer.write_kv_data_to_file()
+        self.writer.write_tensors_to_file()
+        self.writer.close()
+        os.replace(self.path + ".part", self.path)
+
+
+def text_model(path, architecture, seed, fitted, layers=2, heads=4, head=16, forward=96):
+    file = File(path, architecture, seed)
+    is_gemma = architecture == "gemma3"
+    kv_heads = 1 if is_gemma else 2
+    tokens, end, vocabulary = spm() if is_gemma else bpe()
+    keys = {
+        "context_length": 32768,
+        "embedding_length": WIDTH,
+        "block_count": layers,
+        "feed_forward_length": forward,
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.freq_base": 1e6,
+    }
+    if is_gemma:
+        keys |= {"attention.key_length": head, "attention.value_length": head, "attention.sliding_window": 512}
+    else:
+        keys |= {"rope.dimension_sections": [2, 3, 3, 0]}
+    file.keys({"general.type": "model", "general.name": f"sensing-{architecture}", "general.file_type": 1})
+    file.keys({f"{architecture}.{key}": value for key, value in keys.items()} | vocabulary)
+
+    # Gemma multiplies embeddings of tokens itself.
+    scale = 1.0 if is_gemma else 8.0
+    embedding = np.zeros((len(tokens), WIDTH), np.float32)
+    output = np.zeros((len(tokens), WIDTH), np.float32)
+    if fitted:
+        embedding[:, TEXT:] = file.any(len(tokens), WIDTH - TEXT, spread=0.05 * scale)
+        output[:, TEXT:] = file.any(len(tokens), WIDTH - TEXT, spread=0.5)
+        for first, words in [(COLOUR, COLOURS), (PITCH, PITCHES)]:
+            for number, word in enumerate(words):
+                output[tokens.index(word)] = 0
+                output[tokens.index(word), first + number] = 4
+        for word in WORDS:
+            embedding[tokens.index(word), SAID] = 400 * scale
+        for number, token in enumerate(tokens):
+            if token.startswith("<") or not token.isascii() or not token.strip():
+                output[number] = 0
+        output[end, SAID] = 4
+    else:
+        embedding[:] = file.any(len(tokens), WIDTH, spread=0.125 * scale)
+        output[:] = file.any(len(tokens), WIDTH, spread=0.3)
+    file.half("token_embd.weight", embedding)
+    file.single("output_norm.weight", np.ones(WIDTH))
+    file.half("output.weight", output)
+    for layer in range(layers):
+        block = f"blk.{layer}."
+        query = file.any(heads * head, WIDTH, spread=0.15)
+        key = file.any(kv_heads * head, WIDTH, spread=0.15)
+        value = file.any(kv_heads * head, WIDTH, spread=0.15)
+        back = file.any(WIDTH, heads * head, spread=0.15)
+        up, gate = file.any(forward, WIDTH, spread=0.12), file.any(forward, WIDTH, spread=0.12)
+        down = file.any(WIDTH, forward, spread=0.12)
+        if fitted:
+            # Even attention: the mean of all values.
+            query[:], key[:], down[:] = 0, 0, 0
+            value[:, :TEXT], value[:TEXT], back[:TEXT], back[:, :TEXT] = 0, 0, 0, 0
+            value *= 0.3
+            back *= 0.3 if is_gemma else 6
+            for sensed in (0, 1, 2, 5, 6):
+                value[sensed, sensed] = 1
+                back[sensed, sensed] = 20 if is_gemma else 200
+            if layer > 0:
+                back[:] = 0
+        file.single(block + "attn_norm.weight", np.ones(WIDTH))
+        file.single(block + "ffn_norm.weight", np.ones(WIDTH))
+        file.half(block + "attn_q.weight", query)
+        file.half(block + "attn_k.weight", key)
+        file.half(block + "attn_v.weight", value)
+        file.half(block + "attn_output.weight", back)
+        file.half(block + "ffn_gate.weight", gate)
+        file.half(block + "ffn_up.weight", up)
+        file.half(block + "ffn_down.weight", down)
+        if is_gemma:
+            file.single(block + "attn_q_norm.weight", np.ones(head))
+            file.single(block + "attn_k_norm.weight", np.ones(head))
+            file.single(block + "post_attention_norm.weight", np.full(WIDTH, 4.0 if fitted else 1.0))
+            file.single(block + "post_ffw_norm.weight", np.ones(WIDTH))
+        else:
+            for name, width in (("q", heads * head), ("k", kv_heads * head), ("v", kv_heads * head)):
+                file.single(block + f"attn_{name}.bias", np.zeros(width))
+    file.close()
+
+
+# What pictures are normalised with before Qwen's encoders.
+MEAN, DEVIATION = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+LAYERS, SIZE, FORWARD, HEADS, PATCH, MEL = 2, 32, 48, 2, 14, 16
+
+
+def contrast():
+    """Of three colours, each less the mean of the two others."""
+    return np.full((3, 3), -0.5) + 1.5 * np.eye(3)
+
+
+def sizes(kind, epsilon):
+    keys = {
+        "embedding_length": SIZE,
+        "feed_forward_length": FORWARD,
+        "block_count": LAYERS,
+        "projection_dim": WIDTH,
+        "attention.head_count": HEADS,
+        "attention.layer_norm_epsilon": epsilon,
+    }
+    return {f"clip.{kind}.{key}": value for key, value in keys.items()}
+
+
+def encoder(file, letter, fitted, norm_bias=True, gate=False, key_bias=True):
+    """The layers of an encoder; fitted ones pass on what comes."""
+    for layer in range(LAYERS):
+        block = f"{letter}.blk.{layer}."
+        for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
+            weights = file.any(SIZE, SIZE, spread=0.15)
+            file.half(f"{block}{name}.weight", weights * (0 if fitted and name == "attn_out" else 1))
+            if key_bias or name != "attn_k":
+                file.single(f"{block}{name}.bias", np.zeros(SIZE))
+        for name in ("ln1", "ln2"):
+            file.single(f"{block}{name}.weight", np.ones(SIZE))
+            if norm_bias:
+                file.single(f"{block}{name}.bias", np.zeros(SIZE))
+        for name in ("ffn_gate", "ffn_up") if gate else ("ffn_up",):
+            file.half(f"{block}{name}.weight", file.any(FORWARD, SIZE, spread=0.15))
+            file.single(f"{block}{name}.bias", np.zeros(FORWARD))
+        file.half(f"{block}ffn_down.weight", file.any(SIZE, FORWARD, spread=0.15) * (0 if fitted else 1))
+        file.single(f"{block}ffn_down.bias", np.zeros(SIZE))
+
+
+def gemma_projector(path, seed, fitted, image=56, merged=2):
+    file = File(path, "clip", seed)
+    file.keys({"general.type": "mmproj", "general.file_type": 1, "clip.projector_type": "gemma3"})
+    file.keys({"clip.has_vision_encoder": True, "clip.use_gelu": True, "clip.vision.projector.scale_factor": merged})
+    file.keys(sizes("vision", 1e-6) | {"clip.vision.image_size": image, "clip.vision.patch_size": PATCH})
+    file.keys({"clip.vision.image_mean": [0.5] * 3, "clip.vision.image_std": [0.5] * 3})
+    patches, bias = file.any(SIZE, 3, PATCH, PATCH, spread=0.05), np.zeros(SIZE)
+    places = file.any((image // PATCH) ** 2, SIZE, spread=0.05)
+    projection = file.any(SIZE, WIDTH, spread=0.3)
+    if fitted:
+        patches[:], places[:], projection[:] = 0, 0, 0
+        for colour in range(3):
+            patches[colour, colour] = 0.5 / PATCH**2
+            bias[colour] = 0.5
+        projection[:3, COLOUR : COLOUR + 3] = contrast() * 0.2
+    file.half("v.patch_embd.weight", patches)
+    file.single("v.patch_embd.bias", bias)
+    file.single("v.position_embd.weight", places)
+    encoder(file, "v", fitted)
+    if not fitted:
+        file.single("v.post_ln.weight", np.ones(SIZE))
+        file.single("v.post_ln.bias", np.zeros(SIZE))
+    file.half("mm.input_projection.weight", projection)
+    file.single("mm.soft_emb_norm.weight", np.ones(SIZE))
+    file.close()
+
+
+def qwen_vision(file, fitted, has_windows):
+    file.keys(sizes("vision", 1e-6) | {"clip.vision.image_size": 112, "clip.vision.patch_size": PATCH})
+    file.keys({"clip.vision.image_mean": MEAN, "clip.vision.image_std": DEVIATION})
+    merged = 4 * SIZE
+    kernels = [file.any(SIZE, 3, PATCH, PATCH, spread=0.05) for _ in range(2)]
+    first, first_bias = file.any(merged, merged, spread=0.1), np.zeros(merged)
+    second, second_bias = file.any(WIDTH, merged, spread=0.1), np.zeros(WIDTH)
+    if fitted:
+        for kernel in kernels:
+            kernel[:] = 0
+            for colour in range(3):
+                kernel[colour, colour] = 0.5 / PATCH**2
+        first[:], second[:] = 0, 0
+        for patch in range(4):
+            # Takes mean and deviation back.
+            first[:3, patch * SIZE : patch * SIZE + 3] = 10 * contrast() * np.array(DEVIATION) / 4
+        first_bias[:3] = 10 * contrast() @ np.array(MEAN)
+        for colour in range(3):
+            second[COLOUR + colour, colour] = 0.1
+        # Never all zeros: this architecture divides by the length of what it reads.
+        second_bias[CONSTANT] = 0.1
+    file.half("v.patch_embd.weight", kernels[0])
+    file.half("v.patch_embd.weight.1", kernels[1])
+    encoder(file, "v", fitted, norm_bias=not has_windows, gate=has_windows)
+    if not fitted:
+        file.single("v.post_ln.weight", np.ones(SIZE))
+        if not has_windows:
+            file.single("v.post_ln.bias", np.zeros(SIZE))
+    file.half("mm.0.weight", first)
+    file.single("mm.0.bias", first_bias)
+    file.half("mm.2.weight", second)
+    file.single("mm.2.bias", second_bias)
+
+
+def qwen_projector(path, seed, fitted):
+    file = File(path, "clip", seed)
+    file.keys({"general.type": "mmproj", "general.file_type": 1, "clip.projector_type": "qwen2vl_merger"})
+    file.keys({"clip.has_vision_encoder": True})
+    qwen_vision(file, fitted, has_windows=False)
+    file.close()
+
+
+def omni_projector(path, seed, fitted):
+    file = File(path, "clip", seed)
+    file.keys({"general.type": "mmproj", "general.file_type": 1, "clip.projector_type": "qwen2.5o"})
+    file.keys({"clip.has_vision_encoder": True, "clip.has_audio_encoder": True, "clip.use_silu": True})
+    file.keys({"clip.vision.n_wa_pattern": 2, "clip.audio.num_mel_bins": MEL} | sizes("audio", 1e-5))
+    qwen_vision(file, fitted, has_windows=True)
+    first, second = file.any(SIZE, MEL, 3, spread=0.2), file.any(SIZE, SIZE, 3, spread=0.1)
+    projection, bias, places = file.any(WIDTH, SIZE, spread=0.2), np.zeros(WIDTH), file.any(1500, SIZE, spread=0.05)
+    if fitted:
+        first[:], second[:], projection[:], places[:] = 0, 0, 0, 0
+        low = np.where(np.arange(MEL) < MEL // 2, 1.0, -1.0) * 20 / MEL
+        first[0, :, 1], first[1, :, 1] = low, -low
+        second[0, 0, 1] = second[1, 1, 1] = 1
+        projection[PITCH, 0] = projection[PITCH + 1, 1] = 1
+        bias[CONSTANT] = 1
+    file.half("a.conv1d.1.weight", first)
+    file.single("a.conv1d.1.bias", np.zeros((SIZE, 1)))
+    file.half("a.conv1d.2.weight", second)
+    file.single("a.conv1d.2.bias", np.zeros((SIZE, 1)))
+    file.single("a.position_embd.weight", places)
+    encoder(file, "a", fitted, key_bias=False)
+    if not fitted:
+        file.single("a.post_ln.weight", np.ones(SIZE))
+        file.single("a.post_ln.bias", np.zeros(SIZE))
+    file.half("mm.a.fc.weight", projection)
+    file.single("mm.a.fc.bias", bias)
+    file.close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", required=True, help="the folder")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    for name, fitted in (("random", False), ("fitted", True)):
+        folder = os.path.join(arguments.o, name)
+        os.makedirs(folder, exist_ok=True)
+        text_model(os.path.join(folder, "gemma3.gguf"), "gemma3", arguments.seed, fitted)
+        text_model(os.path.join(folder, "qwen2vl.gguf"), "qwen2vl", arguments.seed, fitted)
+        gemma_projector(os.path.join(folder, "mmproj-gemma3.gguf"), arguments.seed + 1, fitted)
+        qwen_projector(os.path.join(folder, "mmproj-qwen2vl.gguf"), arguments.seed + 1, fitted)
+        omni_projector(os.path.join(folder, "mmproj-omni.gguf"), arguments.seed + 1, fitted)
+
+
+if __name__ == "__main__":
+    main()
