@@ -6,12 +6,13 @@ use std::time::Instant;
 use futures_util::StreamExt;
 use sarai_api::embed::{self, Embedded};
 use sarai_api::{Parsed, Served};
-use sarai_core::{Error, Event, Residence};
+use sarai_core::{Error, Event, GenerateRequest, MediaSource, Residence};
 
 use crate::admission::Admission;
 use crate::catalog::{Catalog, Catalogs};
-use crate::config::{Model, ModelRole};
+use crate::config::{Deployment, Model, ModelRole};
 use crate::dispatch::{Answer, Dispatch, Manner};
+use crate::fetch::Fetcher;
 
 /// The entrance for every request, whatever its API.
 #[derive(Clone, Debug)]
@@ -20,6 +21,8 @@ pub struct Gateway {
     pub catalogs: Catalogs,
     /// The loop over deployments.
     pub dispatch: Dispatch,
+    /// Pictures that are only named.
+    pub fetcher: Fetcher,
     /// Permits.
     pub admission: Arc<Admission>,
 }
@@ -36,6 +39,7 @@ impl Gateway {
         let queued = arrived.elapsed();
         let mut request = parsed.request;
         request.sampling = request.sampling.or(&model.sampling);
+        self.bring_media(model, &mut request).await?;
         let manner = Manner { whole: !parsed.delivery.stream, strict };
         let answer = self.dispatch.answer(model, request, manner).await?;
         let events = answer.events.map(move |event| {
@@ -49,6 +53,26 @@ impl Gateway {
             })
         });
         Ok(Answer { served: answer.served, events: Box::pin(events) })
+    }
+
+    /// Fetches what a request only names, for workers: hosts of the client's API fetch it themselves, or not.
+    async fn bring_media(&self, model: &Model, request: &mut GenerateRequest) -> Result<(), Error> {
+        if !request.media().any(|media| matches!(media.source, MediaSource::Url(_))) {
+            return Ok(());
+        }
+        let catalog = self.catalog();
+        let others = model.fallback_models.iter().filter_map(|name| catalog.find(name).ok());
+        let (workers, hosts): (Vec<_>, Vec<_>) = others
+            .flat_map(|other| &other.deployments)
+            .chain(&model.deployments)
+            .partition(|deployment| matches!(deployment, Deployment::Local { .. }));
+        if workers.is_empty() {
+            return Ok(());
+        }
+        match self.fetcher.bring(request).await {
+            Err(error) if hosts.is_empty() => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Makes vectors or scores.

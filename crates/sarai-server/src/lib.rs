@@ -8,6 +8,7 @@ mod catalog;
 pub mod config;
 mod dispatch;
 pub mod drill;
+mod fetch;
 mod gateway;
 mod health;
 mod http;

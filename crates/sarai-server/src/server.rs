@@ -17,6 +17,7 @@ use crate::backend::remote::Hosts;
 use crate::catalog::{Catalog, Catalogs};
 use crate::config::Config;
 use crate::dispatch::{Dispatch, warm_fallbacks};
+use crate::fetch::Fetcher;
 use crate::gateway::Gateway;
 use crate::health::Health;
 use crate::http::{App, router};
@@ -102,6 +103,7 @@ impl Server {
         let gateway = Gateway {
             dispatch,
             catalogs,
+            fetcher: Fetcher::new(config.media.clone())?,
             admission: Arc::new(Admission::new(limits.max_in_flight, limits.max_queued, limits.queue)),
         };
         Ok(Self { listener, gateway, pool, config, spare, warming, reloading })

@@ -28,6 +28,10 @@ pub struct File {
     pub max_concurrent_llms: Option<u32>,
     pub strategy: Option<Strategy>,
     pub park_mb: Option<u32>,
+    pub media_http: bool,
+    pub media_folders: Vec<String>,
+    pub media_mb: Option<u32>,
+    pub media_limit: Option<Duration>,
     pub models: Vec<WrittenModel>,
 }
 
@@ -122,6 +126,9 @@ pub fn read(text: &str, environment: &Environment, mistakes: &mut Vec<Mistake>) 
     if let Some(memory) = top.section("memory", mistakes) {
         read_memory(&mut file, memory, mistakes);
     }
+    if let Some(media) = top.section("media", mistakes) {
+        read_media(&mut file, media, environment, mistakes);
+    }
     match top.section("models", mistakes) {
         None => mistakes.push(top.mistake("models", "is missing: name at least one model below `models:`")),
         Some(models) => {
@@ -154,6 +161,14 @@ fn read_memory(file: &mut File, mut memory: Section<'_>, mistakes: &mut Vec<Mist
     file.strategy = memory.word("strategy", &strategies, mistakes);
     file.park_mb = memory.count("park_mb", 0, 1_000_000, mistakes);
     memory.finish(mistakes);
+}
+
+fn read_media(file: &mut File, mut media: Section<'_>, environment: &Environment, mistakes: &mut Vec<Mistake>) {
+    file.media_http = media.flag("http", mistakes).unwrap_or(false);
+    file.media_folders = media.texts("folders", mistakes).iter().map(|path| environment.expand(path)).collect();
+    file.media_mb = media.count("max_mb", 1, 1024, mistakes);
+    file.media_limit = media.seconds("seconds", mistakes);
+    media.finish(mistakes);
 }
 
 fn read_model(

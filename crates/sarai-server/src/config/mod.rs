@@ -19,7 +19,7 @@ pub use engine::Engine;
 pub use env::Environment;
 pub use model::{Deployment, Model, ModelRole, PROCESS, Remote, Resume, backend_name};
 pub use process::{PORT, Process};
-pub use resolve::{Config, MemoryConfig, ServerConfig};
+pub use resolve::{Config, MediaConfig, MemoryConfig, ServerConfig};
 
 /// One mistake.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -33,6 +33,8 @@ pub struct Config {
     pub server: ServerConfig,
     /// Memory and models at once.
     pub memory: MemoryConfig,
+    /// Pictures that are only named.
+    pub media: MediaConfig,
     /// Public models, in the order of the file.
     pub models: Vec<Model>,
     /// One per GGUF file, by [`EngineId`].
@@ -73,6 +75,19 @@ pub struct MemoryConfig {
     pub strategy: Strategy,
 }
 
+/// What is fetched of pictures that a request only names.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MediaConfig {
+    /// Whether servers on the internet are asked.
+    pub http: bool,
+    /// Files below these are read.
+    pub folders: Vec<PathBuf>,
+    /// The largest picture.
+    pub max_bytes: usize,
+    /// How long it may take.
+    pub limit: Duration,
+}
+
 /// Decides everything that the file leaves open.
 pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &mut Vec<Mistake>) -> Config {
     let (listen, line) = file.listen.unwrap_or(("127.0.0.1:11435".into(), 0));
@@ -106,9 +121,15 @@ pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &
         max_concurrent_llms: max_concurrent_llms.unwrap_or_else(|| or(file.max_concurrent_llms, 2)),
         strategy: file.strategy.unwrap_or_default(),
     };
+    let media = MediaConfig {
+        http: file.media_http,
+        folders: file.media_folders.iter().map(|path| folder.join(path)).collect(),
+        max_bytes: or(file.media_mb, 20) << 20,
+        limit: file.media_limit.unwrap_or(Duration::from_secs(10)),
+    };
     let files = file.models.iter().filter_map(|model| model.hosts_file.as_ref());
     let host_files = files.map(|path| folder.join(path)).collect();
-    let mut config = Config { server, memory, models: Vec::new(), engines: Vec::new(), host_files };
+    let mut config = Config { server, memory, media, models: Vec::new(), engines: Vec::new(), host_files };
     check_names(&file.models, mistakes);
     check_fallbacks(&file.models, mistakes);
     for written in &file.models {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use sarai_api::ollama::ignored_by_ollama;
 use sarai_api::openai::remote::unknown_to_openai;
 use sarai_api::schema::not_followed;
-use sarai_core::{Api, Error, Format, GenerateRequest, Need, Prompt, Purpose, ToolChoice};
+use sarai_core::{Api, Error, Format, GenerateRequest, MediaSource, Need, Prompt, Purpose, ToolChoice};
 
 use crate::catalog::Catalog;
 use crate::config::{Deployment, Model, PROCESS, Remote, backend_name};
@@ -155,6 +155,7 @@ fn is_able(catalog: &Catalog, deployment: &Deployment, request: &GenerateRequest
         (Some(extras), Deployment::Local { engine, .. }) => {
             extras.needs.iter().all(|need| need.at_worker)
                 && !(request.format.is_constrained() && must_call(request))
+                && !request.media().any(|media| matches!(media.source, MediaSource::Url(_)))
                 // A file that cannot be read says so when it is asked.
                 && catalog.known_file(*engine).is_none_or(|file| {
                     (request.tools.is_none() || file.knows_tools())
