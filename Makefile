@@ -69,11 +69,12 @@ models:
 demo-models:
 	@python3 scripts/fetch_models.py --demo
 
-# Small files of each architecture with random weights.
+# Small files of each architecture with random weights, and models that see and hear.
 sketches: clients
-	@if ! cmp -s scripts/sketch_models.py $(SARAI_CACHE)/sketches/made-by; then \
+	@if ! cat scripts/sketch_models.py scripts/sensing_models.py | cmp -s - $(SARAI_CACHE)/sketches/made-by; then \
 		"$$(scripts/python_clients.sh)" scripts/sketch_models.py -o $(SARAI_CACHE)/sketches >/dev/null && \
-		cp scripts/sketch_models.py $(SARAI_CACHE)/sketches/made-by; fi
+		"$$(scripts/python_clients.sh)" scripts/sensing_models.py -o $(SARAI_CACHE)/sketches/sensing && \
+		cat scripts/sketch_models.py scripts/sensing_models.py > $(SARAI_CACHE)/sketches/made-by; fi
 
 ollama: deps
 	@scripts/build_ollama.sh >/dev/null

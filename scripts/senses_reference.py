@@ -1,6 +1,6 @@
 """What llama.cpp's own server answers to pictures and sound, on the random models of sensing_models.py.
 
-    senses_reference.py LLAMA_SERVER MODELS > crates/sarai/tests/senses_reference.json
+    senses_reference.py LLAMA_SERVER MODELS > tests/senses_reference.json
 
 MODELS is the folder that sensing_models.py has written. The tests ask sarai the same and compare token counts and text.
 Pictures have sizes that need no scaling, which differs between versions of llama.cpp.

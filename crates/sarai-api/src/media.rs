@@ -21,12 +21,17 @@ pub fn media_source(param: &str, kind: MediaKind, written: Option<&Value>) -> Re
     match text.split_once(':') {
         Some(("data", rest)) => match rest.split_once(";base64,") {
             Some((_, data)) => base64(&param, data),
-            None => Err(Error::invalid(&param, format!("`{param}` is no data URL in base64: use data:image/png;base64,…"))),
+            None => {
+                Err(Error::invalid(&param, format!("`{param}` is no data URL in base64: use data:image/png;base64,…")))
+            }
         },
         Some(("http" | "https" | "file", _)) if kind == MediaKind::Image => Ok(MediaSource::Url(text.to_owned())),
         Some((scheme, _)) if kind == MediaKind::Image => Err(Error::invalid(
             &param,
-            format!("`{param}` begins with `{}:`: use a data URL in base64", scheme.chars().take(20).collect::<String>()),
+            format!(
+                "`{param}` begins with `{}:`: use a data URL in base64",
+                scheme.chars().take(20).collect::<String>()
+            ),
         )),
         _ => base64(&param, text),
     }

@@ -11,7 +11,6 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
 
 use anyhow::Context as _;
-use llama_cpp_4::{DecodeError, ProcessError};
 use llama_cpp_4::chat::{ChatParams, ChatTemplates};
 use llama_cpp_4::context::LlamaContext;
 use llama_cpp_4::llama_backend::LlamaBackend;
@@ -19,6 +18,7 @@ use llama_cpp_4::llama_batch::LlamaBatch;
 use llama_cpp_4::llama_batch_ext::{EmbeddingRows, LlamaBatchExt, LlamaProcessType};
 use llama_cpp_4::model::{LlamaModel, Special};
 use llama_cpp_4::token::LlamaToken;
+use llama_cpp_4::{DecodeError, ProcessError};
 use sarai_core::frame::{FromWorker, LoadSpec, Purpose, ToWorker};
 use sarai_core::{Error, Event, FinishReason, GenerateRequest, TokenLogprob};
 

@@ -184,8 +184,8 @@ impl<W> Scheduler<W> {
     fn shared(&mut self, prompt: &[Unit], cells: &mut impl Cells) -> (usize, usize) {
         let sources = self.sequences.iter().enumerate();
         let sources = sources.map(|(index, one)| (index, common(&one.cached, prompt), one.last_used));
-        let usable = sources
-            .filter(|(index, kept, _)| *kept > 0 && cells.holds(*index, self.sequences[*index].position(*kept)));
+        let usable =
+            sources.filter(|(index, kept, _)| *kept > 0 && cells.holds(*index, self.sequences[*index].position(*kept)));
         match usable.max_by_key(|(_, kept, last_used)| (*kept, *last_used)) {
             Some((source, kept, _)) => self.share_into_place(source, kept, cells),
             None => (self.empty_place(None, cells).0, 0),
@@ -401,8 +401,8 @@ impl<W> Scheduler<W> {
             };
             let others = self.sequences.iter().enumerate().filter(|(other, _)| *other != index);
             let others = others.map(|(other, sequence)| (other, grown(sequence)));
-            let best = others
-                .filter(|(other, grown)| *grown > done && cells.holds(*other, positions(&prompt[..*grown])));
+            let best =
+                others.filter(|(other, grown)| *grown > done && cells.holds(*other, positions(&prompt[..*grown])));
             let Some((other, grown)) = best.max_by_key(|(_, grown)| *grown) else { continue };
             cells.share(other, index, positions(&prompt[..done])..positions(&prompt[..grown]));
             let sequence = &mut self.sequences[index];

@@ -69,7 +69,9 @@ mod tests {
 
     /// A picture of four parts that takes two positions.
     fn picture(piece: u32) -> Vec<Unit> {
-        (0..4).map(|index| Unit::Media { piece, index, advance: if index == 3 { 2 } else { 0 }, is_whole: false }).collect()
+        (0..4)
+            .map(|index| Unit::Media { piece, index, advance: if index == 3 { 2 } else { 0 }, is_whole: false })
+            .collect()
     }
 
     fn text(tokens: &[i32]) -> Vec<Unit> {

@@ -117,8 +117,8 @@ impl ModelFile {
     /// Whether the file still is as it was read.
     pub fn is_unchanged(&self) -> bool {
         let meta = std::fs::metadata(&self.path);
-        let is_same =
-            meta.is_ok_and(|meta| meta.len() == self.first_size && meta.modified().is_ok_and(|time| time == self.modified));
+        let is_same = meta
+            .is_ok_and(|meta| meta.len() == self.first_size && meta.modified().is_ok_and(|time| time == self.modified));
         is_same && self.projector.as_ref().is_none_or(|projector| projector.is_unchanged())
     }
 }

@@ -244,13 +244,7 @@ pub fn process_entry(
 
 /// `POST /api/show`.
 #[must_use]
-pub fn show(
-    facts: &ModelFacts,
-    purpose: Purpose,
-    senses: &[MediaKind],
-    template: &str,
-    model_info: Value,
-) -> Value {
+pub fn show(facts: &ModelFacts, purpose: Purpose, senses: &[MediaKind], template: &str, model_info: Value) -> Value {
     let mut capabilities = match purpose {
         Purpose::Vectors => vec!["embedding"],
         Purpose::Scores => vec!["rerank"],

@@ -1,6 +1,8 @@
 //! `POST /api/chat`, `/api/generate` and `/api/show`, from the wire to the core.
 
-use sarai_core::{Api, Error, Format, GenerateRequest, KeepAlive, Media, MediaKind, Message, Prompt, Residence, ResultOf, Role};
+use sarai_core::{
+    Api, Error, Format, GenerateRequest, KeepAlive, Media, MediaKind, Message, Prompt, Residence, ResultOf, Role,
+};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 

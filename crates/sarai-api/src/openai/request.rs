@@ -235,7 +235,11 @@ impl Reading<'_> {
             if let Some(kind) = media_kind(&part.kind) {
                 self.is_more = true;
                 let source = media_source(&format!("{param}.{}", part.kind), kind, part.rest.get(&part.kind))?;
-                self.rest.need_also(&param, format!("`{param}`, a part of type `{}`, is not supported", part.kind), true);
+                self.rest.need_also(
+                    &param,
+                    format!("`{param}`, a part of type `{}`, is not supported", part.kind),
+                    true,
+                );
                 media.push(Media { kind, source, at: content.len(), param });
                 is_behind_media = true;
             } else if let Some(text) = self.text_of(at, part) {

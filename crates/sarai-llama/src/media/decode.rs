@@ -39,7 +39,9 @@ const MOST_SAMPLES: usize = MOST_SECONDS as usize * 48_000;
 pub fn picture(bytes: &[u8]) -> Result<RgbImage, String> {
     const KINDS: &str = "send a PNG, JPEG, GIF, WebP or BMP file";
     let reader = || {
-        ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| format!("cannot be read ({error}): {KINDS}"))
+        ImageReader::new(Cursor::new(bytes))
+            .with_guessed_format()
+            .map_err(|error| format!("cannot be read ({error}): {KINDS}"))
     };
     let broken = |error: ImageError| match error {
         ImageError::Limits(error) if !matches!(error.kind(), LimitErrorKind::Unsupported { .. }) => {
@@ -90,7 +92,9 @@ pub fn sound(bytes: Vec<u8>, rate: u32) -> Result<Vec<f32>, String> {
         Failure::Rate(rate) => {
             format!("has {rate} samples a second: use {} to {}", RATES.start(), RATES.end())
         }
-        Failure::TooLong => format!("is too long: send {MOST_SECONDS} seconds or fewer, at 48,000 samples a second or fewer"),
+        Failure::TooLong => {
+            format!("is too long: send {MOST_SECONDS} seconds or fewer, at 48,000 samples a second or fewer")
+        }
         Failure::Empty => "has no sound in it: send a WAV, MP3 or FLAC file".to_owned(),
     })?;
     let mut samples = match found == rate {
@@ -155,7 +159,9 @@ fn decode_sound(bytes: Vec<u8>) -> Result<(Vec<f32>, u32), Failure> {
         samples.extend(interleaved.chunks_exact(channels).map(mean));
     }
     match (rate, damaged) {
-        (Some(rate), _) if samples.iter().all(|sample| sample.is_finite()) && !samples.is_empty() => Ok((samples, rate)),
+        (Some(rate), _) if samples.iter().all(|sample| sample.is_finite()) && !samples.is_empty() => {
+            Ok((samples, rate))
+        }
         (_, Some(error)) => Err(Failure::Broken(error)),
         _ => Err(Failure::Empty),
     }

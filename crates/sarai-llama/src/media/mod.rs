@@ -256,12 +256,14 @@ impl Reader<'_> {
         pieces: &mut Pieces,
         is_wanted: &AtomicBool,
     ) -> Result<(), Error> {
-        let refused =
-            |media: &Media, why: &str| Error::invalid(&media.param, format!("the {} of `{}` {why}", media.kind.name(), media.param));
+        let refused = |media: &Media, why: &str| {
+            Error::invalid(&media.param, format!("the {} of `{}` {why}", media.kind.name(), media.param))
+        };
         let MediaSource::Base64(text) = &media.source else {
             return Err(Error::Internal("a piece of media was not fetched".into()));
         };
-        let bytes = sarai_core::media::from_base64(text).ok_or_else(|| refused(&media, "is not base64: encode the file"))?;
+        let bytes =
+            sarai_core::media::from_base64(text).ok_or_else(|| refused(&media, "is not base64: encode the file"))?;
         let content: [u8; 32] = Sha256::digest(&bytes).into();
         let bitmap = match (media.kind, self.rate) {
             (MediaKind::Image, _) if self.context.supports_vision() => {

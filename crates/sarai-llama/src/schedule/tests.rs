@@ -45,7 +45,11 @@ impl Pool {
                 Unit::Text(_) => at,
                 Unit::Media { index, .. } => at - index as usize,
             };
-            assert_eq!(cell.1, positions(&units[..begins]), "sequence {sequence} has holes or doubles at {at}: {units:?}");
+            assert_eq!(
+                cell.1,
+                positions(&units[..begins]),
+                "sequence {sequence} has holes or doubles at {at}: {units:?}"
+            );
         }
         units
     }
@@ -148,7 +152,11 @@ impl Case {
         assert!(step.rows.len() <= self.scheduler.limits.step_tokens);
         if step.is_whole {
             let prompts: HashSet<_> = step.rows[step.answers..].iter().map(|row| row.sequence).collect();
-            assert_eq!((prompts.len(), step.rows.len() - step.answers), (1, 5), "a picture that is computed at once is alone");
+            assert_eq!(
+                (prompts.len(), step.rows.len() - step.answers),
+                (1, 5),
+                "a picture that is computed at once is alone"
+            );
         }
         if step.rows.is_empty() {
             assert!(self.scheduler.is_idle(), "something waits, and nothing is computed");

@@ -183,7 +183,9 @@ fn configuration(args: &PlanArgs) -> Result<ExitCode, Failure> {
 fn source_of(engine: &config::Engine) -> Result<Source, FileError> {
     match &engine.process {
         Some(process) => Ok(Source::Process(Arc::clone(process))),
-        None => ModelFile::read_with(&engine.path, engine.projector.as_deref()).map(|file| Source::File(Arc::new(file))),
+        None => {
+            ModelFile::read_with(&engine.path, engine.projector.as_deref()).map(|file| Source::File(Arc::new(file)))
+        }
     }
 }
 

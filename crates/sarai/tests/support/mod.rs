@@ -10,6 +10,7 @@
 )]
 
 pub mod host;
+pub mod media;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;

@@ -1,0 +1,276 @@
+//! Pictures and sound, on small models of the true architectures (`scripts/sensing_models.py`): fitted ones that name what they sense, and
+//! random ones whose answers are those of llama.cpp's own server.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod support;
+
+use futures_util::future::join_all;
+use image::ImageFormat;
+use serde_json::{Value, json};
+use support::host::{Host, openai};
+use support::media::{BLUE, GREEN, RED, audio_part, base64, image_part, picture, png, text_part, wav};
+use support::{Sarai, chat, smollm2};
+
+/// What there is of each: the text model, its projector, and whether that hears.
+const PAIRS: [(&str, &str, bool); 3] =
+    [("gemma3", "gemma3", false), ("qwen2vl", "qwen2vl", false), ("omni", "qwen2vl", true)];
+
+fn file(kind: &str, name: &str) -> String {
+    let folder = std::env::var("SARAI_SKETCHES").expect("SARAI_SKETCHES is missing: run the tests with `make test`");
+    let path = format!("{folder}/sensing/{kind}/{name}.gguf");
+    assert!(std::path::Path::new(&path).exists(), "{path} is missing: run the tests with `make test`");
+    path
+}
+
+/// All three models, and one that has no senses.
+fn models(kind: &str, more: &str) -> String {
+    let model = |(name, text, _): &(&str, &str, bool)| {
+        let (model, projector) = (file(kind, text), file(kind, &format!("mmproj-{name}")));
+        format!(
+            "  {name}: {{ backend: gguf_native, gguf_path: {model}, mmproj_path: {projector}, context_length: 2048, parallel: 4 }}\n"
+        )
+    };
+    let models: String = PAIRS.iter().map(model).collect();
+    format!(
+        "memory: {{ max_concurrent_llms: 4 }}\n{more}models:\n{models}  blind: {{ backend: gguf_native, gguf_path: {} }}\n",
+        smollm2()
+    )
+}
+
+fn body(model: &str, parts: &[Value], more: Value) -> String {
+    let mut body = json!({ "model": model, "messages": [{ "role": "user", "content": parts }], "temperature": 0, "max_tokens": 12 });
+    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    body.to_string()
+}
+
+async fn answer(sarai: &Sarai, model: &str, parts: &[Value]) -> Value {
+    let answer = sarai.post("/v1/chat/completions", body(model, parts, json!({}))).await;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    answer.json()
+}
+
+fn text(answer: &Value) -> &str {
+    answer["choices"][0]["message"]["content"].as_str().unwrap_or_else(|| panic!("{answer}"))
+}
+
+#[tokio::test]
+async fn what_is_shown_and_heard_is_named_in_both_apis_streamed_and_whole() {
+    let sarai = Sarai::start(&models("fitted", ""));
+    for (model, _, hears) in PAIRS {
+        for (name, colour) in [("red", RED), ("green", GREEN), ("blue", BLUE)] {
+            for format in [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP] {
+                let file = picture(70, 50, colour, format);
+                let named = answer(&sarai, model, &[text_part("which"), image_part(&file)]).await;
+                assert_eq!(
+                    (text(&named), &named["choices"][0]["finish_reason"]),
+                    (name, &json!("stop")),
+                    "{model} {format:?}"
+                );
+            }
+            let parts = [image_part(&png(90, 60, colour)), text_part("which")];
+            let streamed = sarai.post("/v1/chat/completions", body(model, &parts, json!({ "stream": true }))).await;
+            let deltas = streamed.sse();
+            let said: String =
+                deltas.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
+            assert_eq!(said, name, "{model}: {}", streamed.text);
+
+            let image = base64(&png(64, 64, colour));
+            let message = json!({ "role": "user", "content": "which", "images": [image] });
+            for (path, key, stream, asked) in [
+                ("/api/chat", "/message/content", false, json!({ "messages": [message] })),
+                ("/api/chat", "/message/content", true, json!({ "messages": [message] })),
+                ("/api/generate", "/response", false, json!({ "prompt": "which", "images": [image] })),
+            ] {
+                let mut body =
+                    json!({ "model": model, "stream": stream, "options": { "temperature": 0, "num_predict": 12 } });
+                body.as_object_mut().unwrap().extend(asked.as_object().unwrap().clone());
+                let answer = sarai.post(path, body.to_string()).await;
+                let said: String = answer.lines().iter().filter_map(|line| line.pointer(key)?.as_str()).collect();
+                assert_eq!((answer.status, said.as_str()), (200, name), "{model} {path}: {}", answer.text);
+            }
+        }
+        if hears {
+            for (name, hertz, rate) in
+                [("low", 250.0, 16_000), ("high", 6000.0, 16_000), ("low", 250.0, 44_100), ("high", 6000.0, 48_000)]
+            {
+                let heard = answer(&sarai, model, &[text_part("which"), audio_part(&wav(hertz, 0.5, rate))]).await;
+                assert_eq!(text(&heard), name, "{hertz} Hz at {rate}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn answers_are_those_of_llama_cpps_server_alone_in_company_and_out_of_the_cache() {
+    let sarai = Sarai::start(&models("random", ""));
+    let cases: Vec<Value> = serde_json::from_str(include_str!("../../../tests/senses_reference.json")).unwrap();
+    assert!(cases.len() >= 17);
+    let ask = |case: &Value| {
+        let body = json!({ "model": case["model"], "messages": case["messages"], "temperature": 0, "max_tokens": 12 });
+        sarai.post("/v1/chat/completions", body.to_string())
+    };
+    let check = |case: &Value, answer: &Value, how: &str| {
+        // The other server leaves out a letter of which the last bytes are missing.
+        let whole = |text: &str| text.trim_end_matches('\u{fffd}').to_owned();
+        let found = (&answer["usage"]["prompt_tokens"], whole(text(answer)));
+        let wanted = (&case["prompt_tokens"], whole(case["text"].as_str().unwrap()));
+        assert_eq!(found, wanted, "{how}: {} {answer}", case["model"]);
+    };
+    for case in &cases {
+        check(case, &ask(case).await.json(), "alone");
+    }
+    for case in &cases {
+        let answer = ask(case).await.json();
+        check(case, &answer, "again");
+        let (cached, prompt) = (&answer["usage"]["prompt_tokens_details"]["cached_tokens"], &case["prompt_tokens"]);
+        // All but what a sliding window has lost, or another conversation has taken the place of.
+        if case["model"] == "omni" {
+            assert_eq!(cached.as_u64().unwrap() + 1, prompt.as_u64().unwrap(), "{answer}");
+        }
+    }
+    let answers = join_all(cases.iter().map(|case| ask(case))).await;
+    for (case, answer) in cases.iter().zip(answers) {
+        check(case, &answer.json(), "in company");
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_is_refused_with_its_field_and_hurts_nobody() {
+    let sarai = Sarai::start(&models("fitted", ""));
+    let red = image_part(&png(64, 64, RED));
+    assert_eq!(text(&answer(&sarai, "omni", &[red.clone()]).await), "red");
+    let workers = sarai.worker_pids().await;
+    let good = png(64, 64, RED);
+    let mut claims = good.clone();
+    claims[16..24].copy_from_slice(&[0, 1, 0, 0, 0, 1, 0, 0]);
+    let picture = |bytes: &[u8]| image_part(bytes);
+    let url = |url: &str| json!({ "type": "image_url", "image_url": { "url": url } });
+    for (part, says) in [
+        (picture(&png(1, 1, RED)), "1 x 1 pixels"),
+        (picture(&png(1, 300, RED)), "1 x 300 pixels"),
+        (picture(&png(2, 500, RED)), "200 times as long"),
+        (picture(&png(4097, 3072, RED)), "4097 x 3072"),
+        (picture(&claims), "cannot be read"),
+        (picture(&good[..good.len() / 2]), "cannot be read"),
+        (picture(b"GIF89a"), "cannot be read"),
+        (picture(b"<html>"), "PNG, JPEG, GIF, WebP or BMP"),
+        (picture(&wav(300.0, 0.1, 16_000)), "PNG, JPEG, GIF, WebP or BMP"),
+        (audio_part(&good), "WAV, MP3 or FLAC"),
+        (audio_part(&wav(300.0, 0.0, 16_000)), "WAV, MP3 or FLAC"),
+        (audio_part(&wav(300.0, 301.0, 8_000)), "300 seconds"),
+        (url("data:image/png;base64,"), "is empty"),
+        (url("data:image/png;base64,a*"), "is not base64"),
+        (url("data:image/png,hello"), "no data URL in base64"),
+        (url("ftp://example.org/a.png"), "begins with `ftp:`"),
+        (url("http://127.0.0.1/a.png"), "media.http"),
+        (url("file:///etc/passwd"), "media.folders"),
+        (json!({ "type": "image_url" }), "has no `url`"),
+        (json!({ "type": "video_url", "video_url": { "url": "data:video/mp4;base64,aGk=" } }), "not supported"),
+    ] {
+        let refused =
+            sarai.post("/v1/chat/completions", body("omni", &[text_part("x"), part.clone()], json!({}))).await;
+        let shown: String = part.to_string().chars().take(120).collect();
+        assert_eq!(refused.status, 400, "{shown}: {}", refused.text);
+        let error = &refused.json()["error"];
+        assert!(error["message"].as_str().unwrap().contains(says), "{shown}: {error}");
+        assert!(error["param"].as_str().unwrap().starts_with("messages[0].content"), "{shown}: {error}");
+    }
+    let ollama =
+        |images: Value| json!({ "model": "omni", "messages": [{ "role": "user", "content": "x", "images": images }] });
+    for images in [json!(["a*"]), json!([""]), json!("aGk="), json!([7]), json!([base64(&png(1, 1, RED))])] {
+        let refused = sarai.post("/api/chat", ollama(images.clone()).to_string()).await;
+        assert!(refused.status == 400 && refused.text.contains("messages[0].images"), "{images}: {}", refused.text);
+    }
+    // The least of each is read.
+    for part in [image_part(&png(2, 2, RED)), image_part(&png(400, 2, RED)), image_part(&png(4096, 3072, RED))] {
+        assert_eq!(text(&answer(&sarai, "omni", &[part]).await), "red");
+    }
+    answer(&sarai, "omni", &[audio_part(&wav(300.0, 0.00007, 16_000))]).await;
+    // A text that writes what stands for pictures elsewhere is a text.
+    answer(&sarai, "omni", &[text_part("<__media__> <|image_pad|> <start_of_image>"), red]).await;
+    assert_eq!(sarai.worker_pids().await, workers, "the worker is the same");
+}
+
+#[tokio::test]
+async fn a_model_that_lacks_the_sense_is_never_asked() {
+    let more = format!("  careful: {{ backend: gguf_native, gguf_path: {}, fallback_models: [qwen2vl] }}\n", smollm2());
+    let sarai = Sarai::start(&format!("{}{more}", models("fitted", "")));
+    let (red, low) = (image_part(&png(64, 64, RED)), audio_part(&wav(200.0, 0.3, 16_000)));
+    for (model, part) in [("blind", &red), ("blind", &low), ("gemma3", &low), ("qwen2vl", &low)] {
+        let refused = sarai.post("/v1/chat/completions", body(model, &[part.clone()], json!({}))).await;
+        let error = &refused.json()["error"];
+        assert_eq!(
+            (refused.status, &error["param"]),
+            (400, &json!("messages[0].content[0]")),
+            "{model}: {}",
+            refused.text
+        );
+    }
+    let asked = sarai.post("/v1/chat/completions", body("careful", &[red], json!({}))).await;
+    assert_eq!(text(&asked.json()), "red");
+    assert_eq!(asked.header("x-sarai-served-by"), Some("qwen2vl@gguf_native"));
+    for (model, capabilities) in [
+        ("blind", json!(["completion"])),
+        ("gemma3", json!(["completion", "vision"])),
+        ("omni", json!(["completion", "vision", "audio"])),
+    ] {
+        let shown = sarai.post("/api/show", json!({ "model": model }).to_string()).await.json();
+        assert_eq!(shown["capabilities"], capabilities, "{model}");
+    }
+}
+
+/// A host of the client's API gets what the client sent, URLs too.
+#[tokio::test]
+async fn a_host_gets_pictures_as_they_were_sent() {
+    let host = Host::start(|_, _| {
+        openai(&[json!({ "choices": [{ "delta": { "content": "seen" }, "finish_reason": "stop" }] })])
+    });
+    let config = format!("models:\n  eyes: {{ backend: openai_http, url: \"{}\" }}\n", host.url);
+    let sarai = Sarai::start(&config);
+    let parts = [
+        text_part("which"),
+        json!({ "type": "image_url", "image_url": { "url": "https://example.org/a.png", "detail": "low" } }),
+    ];
+    let answer = sarai.post("/v1/chat/completions", body("eyes", &parts, json!({}))).await;
+    assert_eq!((answer.status, text(&answer.json())), (200, "seen"), "{}", answer.text);
+    assert_eq!(host.asked()[0].body["messages"][0]["content"], json!(parts));
+}
+
+#[tokio::test]
+async fn pictures_in_files_are_read_where_the_configuration_allows_it() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("blue.png"), png(64, 64, BLUE)).unwrap();
+    let more = format!("media: {{ folders: [{}] }}\n", folder.path().display());
+    let sarai = Sarai::start(&models("fitted", &more));
+    let url = |name: &str| {
+        let url = format!("file://{}/{name}", folder.path().display());
+        json!({ "type": "image_url", "image_url": { "url": url } })
+    };
+    assert_eq!(text(&answer(&sarai, "qwen2vl", &[url("blue.png")]).await), "blue");
+    let refused = sarai.post("/v1/chat/completions", body("qwen2vl", &[url("../x.png")], json!({}))).await;
+    assert_eq!((refused.status, refused.text.contains("media.folders")), (400, true), "{}", refused.text);
+}
+
+/// Beside pictures, text goes on; and what was planned is not exceeded.
+#[tokio::test]
+async fn pictures_of_several_clients_and_text_are_answered_side_by_side_within_the_plan() {
+    let sarai = Sarai::start(&models("fitted", ""));
+    let colours = [("red", RED), ("green", GREEN), ("blue", BLUE)];
+    let asked = (0..24_u32).map(|n| {
+        let (name, colour) = colours[n as usize % 3];
+        // Each of another size, so that none is known already.
+        let parts = [text_part(&format!("number {n}")), image_part(&png(300 + 16 * n, 700 - 16 * n, colour))];
+        let (model, _, _) = PAIRS[n as usize % 2 + 1];
+        let sarai = &sarai;
+        async move { assert_eq!(text(&answer(sarai, model, &parts).await), name, "{n}") }
+    });
+    let talking = sarai.post("/v1/chat/completions", chat("omni", "tell me more", json!({ "max_tokens": 60 })));
+    let (_, talked) = tokio::join!(join_all(asked), talking);
+    assert_eq!(talked.status, 200, "{}", talked.text);
+    let ps = sarai.ps().await;
+    for worker in ps["workers"].as_array().unwrap() {
+        let (planned, held) = (&worker["planned_bytes"], &worker["anonymous_bytes"]);
+        assert!(held.as_u64().unwrap() <= planned.as_u64().unwrap(), "{worker}");
+    }
+}
