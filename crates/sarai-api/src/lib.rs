@@ -14,6 +14,7 @@ pub mod openai;
 mod sampling;
 pub mod schema;
 pub mod tools;
+pub mod translate;
 
 use sarai_core::{Event, Extra, FinishReason, GenerateRequest, Timings, TokenLogprob, ToolCall, Usage};
 

@@ -108,7 +108,13 @@ fn ollama_lines_and_lists() {
         &json!([
             ollama::list_entry(&facts),
             ollama::process_entry(&facts, 200, 4096, None, json!({ "pid": 7 })),
-            ollama::show(&facts, sarai_core::Purpose::Answers, "{{ x }}", json!({ "general.architecture": "llama" }))
+            ollama::show(
+                &facts,
+                sarai_core::Purpose::Answers,
+                &[],
+                "{{ x }}",
+                json!({ "general.architecture": "llama" })
+            )
         ]),
     );
     golden("ollama_error", &ollama::error_body("no", Some(json!({ "free_bytes": 1 }))));
@@ -206,14 +212,14 @@ fn what_nobody_here_reads_reaches_a_host_of_the_same_api_and_needs_are_told() {
     let body = json!({
         "model": "m", "user": "u", "tools": [{ "type": "function" }], "temperature": 0.5, "stream": true,
         "messages": [
-            { "role": "user", "content": [{ "type": "text", "text": "Look:" }, { "type": "image_url", "image_url": { "url": "data:," } }] },
+            { "role": "user", "content": [{ "type": "text", "text": "Look:" }, { "type": "image_url", "image_url": { "url": "data:image/png;base64,aGk=" } }] },
             { "role": "assistant", "content": null, "tool_calls": [{ "id": "1" }] },
             { "role": "tool", "content": "3", "tool_call_id": "1" },
         ],
     });
     let request = openai::parse_chat(body.to_string().as_bytes()).unwrap().request;
     let params: Vec<_> = request.needs().iter().map(|need| need.param.as_str()).collect();
-    assert_eq!(params, ["messages[0].content", "messages[1].tool_calls", "tools"]);
+    assert_eq!(params, ["messages[0].content[1]", "messages[1].tool_calls", "tools"]);
     let (_, sent) = openai::remote::request("there", &request);
     for key in ["user", "tools", "messages", "temperature"] {
         assert_eq!(sent[key], body[key], "{key}");

@@ -10,7 +10,7 @@ use image::ImageFormat;
 use serde_json::{Value, json};
 use support::host::{Host, openai};
 use support::media::{BLUE, GREEN, RED, audio_part, base64, image_part, picture, png, text_part, wav};
-use support::{Sarai, chat, smollm2};
+use support::{Ollama, Sarai, chat, smollm2};
 
 /// What there is of each: the text model, its projector, and whether that hears.
 const PAIRS: [(&str, &str, bool); 3] =
@@ -235,6 +235,37 @@ async fn a_host_gets_pictures_as_they_were_sent() {
     let answer = sarai.post("/v1/chat/completions", body("eyes", &parts, json!({}))).await;
     assert_eq!((answer.status, text(&answer.json())), (200, "seen"), "{}", answer.text);
     assert_eq!(host.asked()[0].body["messages"][0]["content"], json!(parts));
+}
+
+/// A real Ollama is shown what clients of OpenAI's API send, in its own words; when it is gone, the worker sees.
+#[tokio::test]
+async fn a_real_ollama_sees_for_clients_of_both_apis_and_the_worker_when_it_is_gone() {
+    let (model, projector) = (file("fitted", "qwen2vl"), file("fitted", "mmproj-qwen2vl"));
+    let mut ollama = Ollama::start_from(&[&model, &projector]);
+    let config = format!(
+        "models:\n  eyes: {{ backend: ollama_http, fallback: gguf_native, url: \"{}\", model_name: solar, \
+         gguf_path: {model}, mmproj_path: {projector}, context_length: 2048 }}\n",
+        ollama.url
+    );
+    let sarai = Sarai::start(&config);
+    let ask = || async {
+        for (name, colour) in [("red", RED), ("green", GREEN), ("blue", BLUE)] {
+            let image = png(84, 84, colour);
+            let parts = [text_part("which"), image_part(&image)];
+            let seen = sarai.post("/v1/chat/completions", body("eyes", &parts, json!({}))).await;
+            assert_eq!(text(&seen.json()), name, "{}", seen.text);
+            let message = json!({ "role": "user", "content": "which", "images": [base64(&image)] });
+            let body =
+                json!({ "model": "eyes", "messages": [message], "stream": false, "options": { "temperature": 0 } });
+            let seen_too = sarai.post("/api/chat", body.to_string()).await;
+            assert_eq!(seen_too.json()["message"]["content"], name, "{}", seen_too.text);
+            assert_eq!(seen.header("x-sarai-served-by"), seen_too.header("x-sarai-served-by"));
+        }
+        sarai.post("/v1/chat/completions", body("eyes", &[image_part(&png(84, 84, RED))], json!({}))).await
+    };
+    assert!(ask().await.header("x-sarai-served-by").unwrap().starts_with("eyes@ollama_http"));
+    ollama.kill();
+    assert_eq!(ask().await.header("x-sarai-served-by"), Some("eyes@gguf_native"));
 }
 
 #[tokio::test]

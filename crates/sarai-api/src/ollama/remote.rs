@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::keep_alive;
-use crate::{RemoteLine, sampling};
+use crate::{RemoteLine, sampling, translate};
 
 /// The path and the body that ask an Ollama host for this. Options that are not set are left to the host; a prompt
 /// that does not fit its context is to be refused, not cut.
@@ -31,8 +31,8 @@ pub fn chat_request(model: &str, context_tokens: Option<u32>, request: &Generate
     let path = match &request.prompt {
         _ if extras.is_some_and(|extras| extras.is_generate) => "/api/generate",
         Prompt::Chat(messages) => {
-            let message = |m: &sarai_core::Message| json!({ "role": m.role.as_str(), "content": m.content });
-            body["messages"] = messages.iter().map(message).collect();
+            body["messages"] = translate::ollama_messages(messages);
+            translate::tool_fields(Api::Ollama, request).into_iter().for_each(|(name, value)| body[name] = value);
             "/api/chat"
         }
         Prompt::Raw(text) => {

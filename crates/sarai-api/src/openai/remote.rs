@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 
-use crate::{RemoteLine, sampling};
+use crate::{RemoteLine, sampling, translate};
 
 /// The path below the base URL, and the body that asks for this. What is not set is left to the server.
 #[must_use]
@@ -17,8 +17,8 @@ pub fn request(model: &str, request: &GenerateRequest) -> (&'static str, Value) 
     let mut body = json!({ "model": model, "stream": true, "stream_options": { "include_usage": true } });
     let path = match &request.prompt {
         Prompt::Chat(messages) => {
-            let message = |m: &sarai_core::Message| json!({ "role": m.role.as_str(), "content": m.content });
-            body["messages"] = messages.iter().map(message).collect();
+            body["messages"] = translate::openai_messages(messages);
+            translate::tool_fields(Api::OpenAi, request).into_iter().for_each(|(name, value)| body[name] = value);
             "/chat/completions"
         }
         Prompt::Raw(text) => {

@@ -12,6 +12,7 @@ use reqwest::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
 use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use sarai_api::embed::Embedded;
 use sarai_api::openai::remote::SseReader;
+use sarai_api::translate::Translator;
 use sarai_api::{RemoteLine, embed, ollama, openai};
 use sarai_core::{Api, Error, Event, GenerateRequest, KeepAlive, RemoteCause};
 
@@ -209,8 +210,9 @@ impl Hosts {
             post.header(CONTENT_TYPE, "application/json").body(body.to_string()).send()
         };
         let response = post(&body).await.map_err(|error| remote(unreachable(&error)))?;
+        let translated = |events| in_words_of_the_client(*api, request, events);
         if response.status().is_success() {
-            return answered(*api, url, response);
+            return answered(*api, url, response).map(translated);
         }
         match refusal(response, url, model_name).await {
             // That was not the client's wish, and there are servers that know nothing of it.
@@ -219,7 +221,7 @@ impl Hosts {
                 body.as_object_mut().and_then(|body| body.remove(OURS));
                 let response = post(&body).await.map_err(|error| remote(unreachable(&error)))?;
                 match response.status().is_success() {
-                    true => answered(*api, url, response),
+                    true => answered(*api, url, response).map(translated),
                     false => Err(refusal(response, url, model_name).await),
                 }
             }
@@ -238,6 +240,21 @@ fn answered(api: Api, url: &str, response: Response) -> Result<EventStream, Erro
         Api::OpenAi => Reader::Sse(SseReader::default()),
     };
     Ok(events(reader, url.to_owned(), response.bytes_stream()))
+}
+
+/// A client of the other API gets calls and reasoning in its own words.
+fn in_words_of_the_client(api: Api, request: &GenerateRequest, events: EventStream) -> EventStream {
+    if request.extras.as_ref().is_none_or(|extras| extras.api == api) {
+        return events;
+    }
+    let mut translator = Translator::default();
+    Box::pin(events.flat_map(move |event| {
+        let translated = match event {
+            Ok(event) => translator.translate(event).into_iter().map(Ok).collect(),
+            Err(error) => vec![Err(error)],
+        };
+        stream::iter(translated)
+    }))
 }
 
 /// What OpenAI's servers are asked for in addition, so that they tell their usage.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use sarai_api::ollama::ignored_by_ollama;
 use sarai_api::openai::remote::unknown_to_openai;
 use sarai_api::schema::not_followed;
+use sarai_api::translate::can_be_asked;
 use sarai_core::{Api, Error, Format, GenerateRequest, MediaSource, Need, Prompt, Purpose, ToolChoice};
 
 use crate::catalog::Catalog;
@@ -146,11 +147,11 @@ fn lacking(model: &Model, Need { param, lack, .. }: &Need) -> Error {
 }
 
 /// Whether a deployment can do what the request needs: what only the client's own API says, only a host that speaks it
-/// understands.
+/// understands; tools and pictures have words in both.
 fn is_able(catalog: &Catalog, deployment: &Deployment, request: &GenerateRequest) -> bool {
     match (&request.extras, deployment) {
         (Some(extras), Deployment::Remote(remote) | Deployment::Process { remote, .. }) => {
-            extras.needs.is_empty() || remote.api == extras.api
+            extras.needs.is_empty() || remote.api == extras.api || can_be_asked(remote.api, request)
         }
         (Some(extras), Deployment::Local { engine, .. }) => {
             extras.needs.iter().all(|need| need.at_worker)

@@ -219,12 +219,18 @@ impl Ollama {
 
     /// With another file under that name.
     pub fn start_with(file: &str) -> Self {
+        Self::start_from(&[file])
+    }
+
+    /// With a model and its projector.
+    pub fn start_from(files: &[&str]) -> Self {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut ollama =
             Self { url: format!("http://127.0.0.1:{port}"), port, folder: tempfile::tempdir().unwrap(), child: None };
         ollama.run();
         let modelfile = ollama.folder.path().join("Modelfile");
-        std::fs::write(&modelfile, format!("FROM {file}\n")).unwrap();
+        let lines: String = files.iter().map(|file| format!("FROM {file}\n")).collect();
+        std::fs::write(&modelfile, lines).unwrap();
         let created = ollama.command().arg("create").arg("solar").arg("-f").arg(&modelfile).output().unwrap();
         assert!(created.status.success(), "ollama create: {}", String::from_utf8_lossy(&created.stderr));
         ollama
