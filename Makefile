@@ -9,7 +9,7 @@ export SARAI_MODELS = $(SARAI_CACHE)/models
 # One profile for all: llama.cpp is built once.
 CARGO_FLAGS = --release --locked
 
-.PHONY: run test lint unit bench bench-memory bench-cage bench-gateway bench-failover bench-engine soak deps models demo-models sketches ollama clients build
+.PHONY: run test lint unit bench bench-memory bench-cage bench-gateway bench-failover bench-engine soak test-transformers deps models demo-models sketches ollama clients build
 
 run: build demo-models
 	@exec $(CARGO_TARGET_DIR)/release/sarai serve --config config/demo.yaml
@@ -59,6 +59,11 @@ bench-failover: build models ollama
 # Half an hour of everything at once: memory and descriptors stay as they are. `MINUTES=5` is shorter.
 soak: build models
 	python3 scripts/soak.py $(CARGO_TARGET_DIR)/release/sarai
+
+# A tiny Qwen2.5-Omni by PyTorch behind sarai: images, sound and video in, speech out. Installs 1.8 GB; not part of `make test`.
+test-transformers: build
+	python=$$(scripts/transformers_env.sh) && LD_LIBRARY_PATH=$$($$python tests/transformers/native_libs.py) \
+		$$python tests/transformers/test_transformers.py $(CARGO_TARGET_DIR)/release/sarai
 
 deps:
 	@scripts/install_deps.sh

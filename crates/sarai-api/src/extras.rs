@@ -174,6 +174,15 @@ impl Rest {
         self.extras.degrades = set.map(|name| (*name).to_owned()).collect();
     }
 
+    /// Has a host answer whole where speech is wanted so: pieces of a file cannot be put together here, and in a stream there are other
+    /// formats.
+    pub fn speech_is_wanted_whole(&mut self) {
+        if self.field("audio").is_some_and(|audio| !check::is_default(audio)) {
+            self.extras.fields.insert("stream".into(), false.into());
+            self.kept.push("stream".into());
+        }
+    }
+
     /// Marks Ollama's prompt as one that stands as `prompt`.
     pub fn generate(&mut self) {
         self.extras.is_generate = true;

@@ -65,6 +65,9 @@ pub fn request(model: &str, request: &GenerateRequest) -> (&'static str, Value) 
             }
         }
     }
+    if body["stream"] == false {
+        body.as_object_mut().and_then(|body| body.remove("stream_options"));
+    }
     (path, body)
 }
 
@@ -376,6 +379,21 @@ mod tests {
         assert!(matches!(read(&["data: {\"half\":"]).1, Some(RemoteCause::Garbled(_))));
         let error = r#"data: {"error":{"message":"out of memory","code":500}}"#;
         assert_eq!(read(&[HI, error]).1, Some(RemoteCause::Reported("out of memory".into())));
+    }
+
+    #[test]
+    fn speech_that_is_wanted_whole_is_asked_for_whole() {
+        let asked = |more: Value| {
+            let mut body = json!({ "model": "m", "messages": [{ "role": "user", "content": "Hi" }] });
+            body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            let request = crate::openai::parse_chat(body.to_string().as_bytes()).unwrap().request;
+            let (_, body) = super::request("m", &request);
+            (body["stream"].clone(), body.get("stream_options").is_some(), body["audio"]["format"].clone())
+        };
+        let audio = json!({ "voice": "a", "format": "wav" });
+        assert_eq!(asked(json!({ "audio": audio })), (json!(false), false, json!("wav")));
+        assert_eq!(asked(json!({ "audio": audio, "stream": true })), (json!(true), true, json!("wav")));
+        assert_eq!(asked(json!({})), (json!(true), true, Value::Null));
     }
 
     #[test]

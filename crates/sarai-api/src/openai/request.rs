@@ -293,6 +293,9 @@ impl Common {
                 Error::invalid("max_tokens", format!("`max_tokens` is {n}: use a number from 1 to {}", u32::MAX))
             })?),
         };
+        if self.stream != Some(true) {
+            rest.speech_is_wanted_whole();
+        }
         let request = GenerateRequest {
             prompt,
             sampling,
