@@ -43,6 +43,8 @@ pub struct Parsed {
     pub model: String,
     /// What to generate.
     pub request: GenerateRequest,
+    /// Further answers that are wanted beside it.
+    pub others: Vec<GenerateRequest>,
     /// How to deliver it.
     pub delivery: Delivery,
 }

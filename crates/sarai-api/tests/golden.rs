@@ -55,8 +55,14 @@ fn whole_answer(extra: Option<Extra>) -> Whole {
 #[test]
 fn openai_answers_and_chunks() {
     for (name, kind) in [("chat", openai::Kind::Chat), ("completion", openai::Kind::Completion)] {
-        let writer =
-            ChunkWriter { kind, id: "id-1".into(), created: 1_700_000_000, model: "solar".into(), include_usage: true };
+        let writer = ChunkWriter {
+            kind,
+            id: "id-1".into(),
+            created: 1_700_000_000,
+            model: "solar".into(),
+            include_usage: true,
+            index: 0,
+        };
         let whole = whole_answer(None);
         let whole = writer.whole(whole, &served());
         golden(&format!("openai_{name}"), &whole);
@@ -79,6 +85,7 @@ fn openai_answers_and_chunks() {
         created: 1_700_000_000,
         model: "solar".into(),
         include_usage: false,
+        index: 0,
     };
     golden("openai_chat_resumed", &writer.finish(FinishReason::Stop, &resumed, &timings()));
     golden("openai_models", &openai::models(vec![openai::model("solar", 0)]));
@@ -252,6 +259,7 @@ fn what_a_host_says_beyond_text_reaches_clients_of_the_same_api() {
         created: 1_700_000_000,
         model: "solar".into(),
         include_usage: false,
+        index: 0,
     };
     golden(
         "openai_chat_extra",

@@ -231,7 +231,7 @@ async fn bad_requests_get_their_status_and_a_message_in_the_shape_of_their_api()
             400,
             "wizard",
         ),
-        ("/v1/chat/completions", chat("lfm2", "Hi", json!({ "n": 2 })).into(), 400, "`n` is 2"),
+        ("/v1/chat/completions", chat("lfm2", "Hi", json!({ "n": 0 })).into(), 400, "`n` is 0"),
         ("/v1/chat/completions", long.clone().into(), 400, "4096"),
         ("/v1/chat/completions", vec![b' '; 50 << 20], 413, "max_body_mb"),
         ("/v1/nothing", b"{}".to_vec(), 404, "/v1"),

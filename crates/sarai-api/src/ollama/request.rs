@@ -238,7 +238,7 @@ impl Common {
             extras: rest.finish(),
         };
         let delivery = Delivery { stream: self.stream.unwrap_or(true), include_usage: true };
-        Ok(OllamaRequest::Generate(Box::new(Parsed { model: self.model, request, delivery })))
+        Ok(OllamaRequest::Generate(Box::new(Parsed { model: self.model, request, others: Vec::new(), delivery })))
     }
 }
 

@@ -27,13 +27,16 @@ pub struct ChunkWriter {
     pub model: String,
     /// Whether the client asked for usage.
     pub include_usage: bool,
+    /// Which of the answers it writes.
+    pub index: usize,
 }
 
 impl ChunkWriter {
     /// The first chunk of a chat, which names the role; completions have none.
     #[must_use]
     pub fn role(&self) -> Option<Value> {
-        let choice = json!({ "index": 0, "delta": { "role": "assistant", "content": "" }, "finish_reason": null });
+        let choice =
+            json!({ "index": self.index, "delta": { "role": "assistant", "content": "" }, "finish_reason": null });
         (self.kind == Kind::Chat).then(|| self.chunk(vec![choice]))
     }
 
@@ -50,8 +53,8 @@ impl ChunkWriter {
     #[must_use]
     pub fn text(&self, text: &str) -> Value {
         self.chunk(vec![match self.kind {
-            Kind::Chat => json!({ "index": 0, "delta": { "content": text }, "finish_reason": null }),
-            Kind::Completion => json!({ "index": 0, "text": text, "logprobs": null, "finish_reason": null }),
+            Kind::Chat => json!({ "index": self.index, "delta": { "content": text }, "finish_reason": null }),
+            Kind::Completion => json!({ "index": self.index, "text": text, "logprobs": null, "finish_reason": null }),
         }])
     }
 
@@ -73,7 +76,7 @@ impl ChunkWriter {
     /// A chunk of reasoning.
     #[must_use]
     pub fn reasoning(&self, text: &str) -> Option<Value> {
-        let choice = json!({ "index": 0, "delta": { "reasoning_content": text }, "finish_reason": null });
+        let choice = json!({ "index": self.index, "delta": { "reasoning_content": text }, "finish_reason": null });
         (self.kind == Kind::Chat).then(|| self.chunk(vec![choice]))
     }
 
@@ -86,7 +89,7 @@ impl ChunkWriter {
             false => tools::to_openai(call),
         };
         piece["index"] = (*index).into();
-        self.chunk(vec![json!({ "index": 0, "delta": { "tool_calls": [piece] }, "finish_reason": null })])
+        self.chunk(vec![json!({ "index": self.index, "delta": { "tool_calls": [piece] }, "finish_reason": null })])
     }
 
     /// A chunk of what a host says beyond text; of a host that speaks another API, its text.
@@ -110,8 +113,8 @@ impl ChunkWriter {
     pub fn finish(&self, finish: FinishReason, served: &Served, timings: &Timings) -> Value {
         let finish = finish.as_str();
         let mut chunk = self.chunk(vec![match self.kind {
-            Kind::Chat => json!({ "index": 0, "delta": {}, "finish_reason": finish }),
-            Kind::Completion => json!({ "index": 0, "text": "", "logprobs": null, "finish_reason": finish }),
+            Kind::Chat => json!({ "index": self.index, "delta": {}, "finish_reason": finish }),
+            Kind::Completion => json!({ "index": self.index, "text": "", "logprobs": null, "finish_reason": finish }),
         }]);
         chunk["sarai"] = extension(served, timings);
         chunk
@@ -150,11 +153,12 @@ impl ChunkWriter {
         let (object, choice) = match self.kind {
             Kind::Chat => (
                 "chat.completion",
-                json!({ "index": 0, "message": { "role": "assistant", "content": text, "refusal": null }, "logprobs": null, "finish_reason": finish }),
+                json!({ "index": self.index, "message": { "role": "assistant", "content": text, "refusal": null }, "logprobs": null, "finish_reason": finish }),
             ),
-            Kind::Completion => {
-                ("text_completion", json!({ "index": 0, "text": text, "logprobs": null, "finish_reason": finish }))
-            }
+            Kind::Completion => (
+                "text_completion",
+                json!({ "index": self.index, "text": text, "logprobs": null, "finish_reason": finish }),
+            ),
         };
         let mut answer = json!({
             "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": [choice],
@@ -214,6 +218,24 @@ impl AroundText {
 
 fn put(into: &mut Value, fields: Map<String, Value>) {
     fields.into_iter().for_each(|(name, value)| into[name] = value);
+}
+
+/// Puts one of several answers to the others: choices side by side, its tokens to theirs. `prompt` says whether its prompt is
+/// another one.
+pub fn join(all: &mut Value, mut other: Value, prompt: bool) {
+    if let (Some(choices), Value::Array(more)) = (all["choices"].as_array_mut(), other["choices"].take()) {
+        choices.extend(more);
+    }
+    let of = |usage: &Value, key: &str| usage[key].as_u64().unwrap_or(0);
+    let prompt_tokens = if prompt { of(&other["usage"], "prompt_tokens") } else { 0 };
+    let completion_tokens = of(&other["usage"], "completion_tokens");
+    for (key, more) in [
+        ("prompt_tokens", prompt_tokens),
+        ("completion_tokens", completion_tokens),
+        ("total_tokens", prompt_tokens + completion_tokens),
+    ] {
+        all["usage"][key] = (of(&all["usage"], key) + more).into();
+    }
 }
 
 /// Adds what a host says of its usage beyond the counts.

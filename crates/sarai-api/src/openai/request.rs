@@ -81,7 +81,7 @@ struct CompletionBody {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "a string or an array of one string")]
+#[serde(untagged, expecting = "a string or an array of strings")]
 enum OneOrMany {
     One(String),
     Many(Vec<String>),
@@ -179,19 +179,33 @@ pub fn parse_completion(body: &[u8]) -> Result<Parsed, Error> {
     let common: Common = json::parse(body)?;
     let sampling: WireSampling = json::parse(body)?;
     let completion: CompletionBody = json::parse(body)?;
-    let prompt = match completion.prompt {
-        OneOrMany::One(prompt) => prompt,
-        OneOrMany::Many(mut prompts) if prompts.len() == 1 => prompts.remove(0),
-        OneOrMany::Many(prompts) => {
-            let message = format!("`prompt` holds {} prompts: send one per request", prompts.len());
-            return Err(Error::invalid("prompt", message));
-        }
+    let prompts = match completion.prompt {
+        OneOrMany::One(prompt) => vec![prompt],
+        OneOrMany::Many(prompts) => prompts,
     };
+    let prompts = prompts.into_iter().map(|prompt| check::text("prompt", prompt).map(Prompt::Raw));
+    let mut prompts = prompts.collect::<Result<Vec<_>, _>>()?.into_iter();
+    let Some(first) = prompts.next() else {
+        return Err(Error::invalid("prompt", "`prompt` is empty: send at least one prompt"));
+    };
+    let mut parsed = common.finish(sampling, first, rest_of(body)?)?;
     // OpenAI's documented default for this endpoint.
-    let mut parsed = common.finish(sampling, Prompt::Raw(check::text("prompt", prompt)?), rest_of(body)?)?;
-    parsed.request.max_tokens.get_or_insert(16);
+    let max_tokens = *parsed.request.max_tokens.get_or_insert(16);
+    parsed.others.iter_mut().for_each(|other| other.max_tokens = Some(max_tokens));
+    // So many answers to each prompt, one prompt after the other.
+    let answers: Vec<_> = [&parsed.request].into_iter().chain(&parsed.others).cloned().collect();
+    if answers.len() * (1 + prompts.len()) > MOST_CHOICES as usize {
+        let message = format!("`prompt` and `n` ask for more than {MOST_CHOICES} answers: send fewer");
+        return Err(Error::invalid("prompt", message));
+    }
+    for prompt in prompts {
+        parsed.others.extend(answers.iter().map(|answer| GenerateRequest { prompt: prompt.clone(), ..answer.clone() }));
+    }
     Ok(parsed)
 }
+
+/// Answers to one request at most, as OpenAI has it.
+const MOST_CHOICES: u32 = 128;
 
 /// Reads messages; what they hold beyond text is noted.
 struct Reading<'a> {
@@ -276,7 +290,7 @@ fn media_kind(kind: &str) -> Option<MediaKind> {
 
 impl Common {
     fn finish(self, sampling: WireSampling, prompt: Prompt, mut rest: Rest) -> Result<Parsed, Error> {
-        self.refuse_several()?;
+        let choices = self.choices()?;
         let format = form_of(&rest)?.unwrap_or_else(|| format_of(self.response_format));
         let is_chat = matches!(prompt, Prompt::Chat(_));
         let has_tools = rest.field("tools").is_some_and(|tools| !check::is_default(tools));
@@ -310,19 +324,29 @@ impl Common {
         };
         let include_usage = self.stream_options.and_then(|Object(options)| options.include_usage).unwrap_or(false);
         let delivery = Delivery { stream: self.stream.unwrap_or(false), include_usage };
-        Ok(Parsed { model: self.model, request, delivery })
+        // With a seed, each has its own: the same one would give the same text.
+        let other = |number| {
+            let mut other = request.clone();
+            other.sampling.seed = other.sampling.seed.map(|seed| seed.wrapping_add(number));
+            other
+        };
+        let others = (1..choices).map(other).collect();
+        Ok(Parsed { model: self.model, request, others, delivery })
     }
 
-    fn refuse_several(&self) -> Result<(), Error> {
-        for (param, value) in [("n", self.n), ("best_of", self.best_of)] {
-            if let Some(value) = value.filter(|&value| value != 1) {
-                return Err(Error::invalid(
-                    param,
-                    format!("`{param}` is {value}: only 1 is supported, send several requests"),
-                ));
-            }
+    /// How many answers are wanted. Choosing the best of more is not done here.
+    fn choices(&self) -> Result<u32, Error> {
+        let n = self.n.unwrap_or(1);
+        if !(1..=MOST_CHOICES).contains(&n) {
+            return Err(Error::invalid("n", format!("`n` is {n}: use a number from 1 to {MOST_CHOICES}")));
         }
-        Ok(())
+        match self.best_of {
+            Some(best_of) if best_of != n => {
+                let message = format!("`best_of` is {best_of}: only as many as `n` ({n}) are made, leave it out");
+                Err(Error::invalid("best_of", message))
+            }
+            _ => Ok(n),
+        }
     }
 }
 

@@ -21,11 +21,11 @@ use crate::backend::EventStream;
 ///
 /// The connection polls the answer itself: a channel between them costs a task switch per token, which shows when
 /// all cores compute.
-pub fn body(
-    events: EventStream,
+pub fn body<T: 'static>(
+    events: Steps<T>,
     stall: Duration,
-    first: Option<Bytes>,
-    encode: impl FnMut(Result<Event, Error>) -> Bytes + Send + Unpin + 'static,
+    first: impl IntoIterator<Item = Bytes>,
+    encode: impl FnMut(T) -> Bytes + Send + Unpin + 'static,
 ) -> Body {
     let reading = Arc::new(Mutex::new(Reading { events: Some(events), unread_since: Some(Instant::now()) }));
     let (alive, gone) = oneshot::channel();
@@ -34,18 +34,21 @@ pub fn body(
     Body::from_stream(Pieces { reading, waiting: first.into_iter().collect(), encode, _alive: alive })
 }
 
+/// What a body is written of.
+pub type Steps<T> = Pin<Box<dyn Stream<Item = T> + Send>>;
+
 /// An answer, and since when its client has left it unread.
-struct Reading {
+struct Reading<T> {
     /// Taken when the client is given up.
-    events: Option<EventStream>,
+    events: Option<Steps<T>>,
     /// `None` while the answer, not the client, is waited for.
     unread_since: Option<Instant>,
 }
 
-type Shared = Mutex<Reading>;
+type Shared<T> = Mutex<Reading<T>>;
 
 /// Drops the answer when its client has left it unread for `stall`.
-async fn watch(reading: Weak<Shared>, stall: Duration, mut gone: oneshot::Receiver<()>) {
+async fn watch<T>(reading: Weak<Shared<T>>, stall: Duration, mut gone: oneshot::Receiver<()>) {
     loop {
         let Some(since) = reading.upgrade().map(|reading| lock(&reading).unread_since) else { return };
         tokio::select! {
@@ -63,18 +66,18 @@ async fn watch(reading: Weak<Shared>, stall: Duration, mut gone: oneshot::Receiv
 }
 
 /// Locked for a poll only, never across a wait.
-fn lock(reading: &Shared) -> std::sync::MutexGuard<'_, Reading> {
+fn lock<T>(reading: &Shared<T>) -> std::sync::MutexGuard<'_, Reading<T>> {
     reading.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-struct Pieces<F> {
-    reading: Arc<Shared>,
+struct Pieces<T, F> {
+    reading: Arc<Shared<T>>,
     waiting: VecDeque<Bytes>,
     encode: F,
     _alive: oneshot::Sender<()>,
 }
 
-impl<F: FnMut(Result<Event, Error>) -> Bytes + Unpin> Stream for Pieces<F> {
+impl<T, F: FnMut(T) -> Bytes + Unpin> Stream for Pieces<T, F> {
     type Item = io::Result<Bytes>;
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {

@@ -1,15 +1,18 @@
 //! OpenAI's endpoints.
 
+mod several;
+
 use std::fmt::{Display, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use axum::body::Body;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use sarai_api::openai::{self, ChunkWriter, Kind};
 use sarai_api::{Parsed, Served};
-use sarai_core::{Api, Error, Event, TokenLogprob};
+use sarai_core::{Api, Error, Event, TokenLogprob, Usage};
 use serde_json::Value;
 
 use super::error::{Failure, openai_body};
@@ -54,25 +57,32 @@ async fn answer(
         created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         model: parsed.model.clone(),
         include_usage: delivery.include_usage,
+        index: 0,
     };
+    if !parsed.others.is_empty() {
+        return several::answer(app, parsed, writer, strict).await;
+    }
     let answer = app.gateway.answer(parsed, strict).await?;
-    let mut headers = served_headers(&answer.served);
+    let headers = served_headers(&answer.served);
     if !delivery.stream {
         let whole = stream::collect(answer.events).await?;
         let body = writer.whole(whole, &answer.served);
         return Ok(json_response(headers, &body));
     }
-    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/event-stream"));
-    headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-cache"));
     let first = writer.role().map(|chunk| Bytes::from(sse(&chunk)));
     let around = writer.around_text();
-    let mut end = End { served: answer.served, usage_details: Value::Null, logprobs: Vec::new(), said: 0 };
+    let mut end = End::of(answer.served);
     let encode = move |event| match event {
         Ok(Event::Text(text)) if end.logprobs.is_empty() => sse(&around.with(text)).into(),
         event => encode(&writer, &mut end, event).into(),
     };
-    let body = stream::body(answer.events, app.stall, first, encode);
-    Ok((headers, body).into_response())
+    Ok(event_stream(headers, stream::body(answer.events, app.stall, first, encode)))
+}
+
+fn event_stream(mut headers: HeaderMap, body: Body) -> Response {
+    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-cache"));
+    (headers, body).into_response()
 }
 
 /// What the end of a stream says.
@@ -86,7 +96,33 @@ struct End {
     said: usize,
 }
 
+impl End {
+    fn of(served: Served) -> Self {
+        Self { served, usage_details: Value::Null, logprobs: Vec::new(), said: 0 }
+    }
+}
+
+/// A step of the only answer, and behind its end that of the stream.
 fn encode(writer: &ChunkWriter, end: &mut End, event: Result<Event, Error>) -> String {
+    let usage = match &event {
+        Ok(Event::Done { usage, .. }) => Some(*usage),
+        _ => None,
+    };
+    let mut text = step(writer, end, event);
+    if let Some(usage) = usage {
+        text.push_str(&last(writer, &usage, &end.usage_details));
+    }
+    text
+}
+
+/// What follows the ends of all answers.
+fn last(writer: &ChunkWriter, usage: &Usage, details: &Value) -> String {
+    let mut last = writer.usage(usage, details).map(|chunk| sse(&chunk)).unwrap_or_default();
+    last.push_str("data: [DONE]\n\n");
+    last
+}
+
+fn step(writer: &ChunkWriter, end: &mut End, event: Result<Event, Error>) -> String {
     match event {
         Ok(Event::Resumed { by, reason, degraded }) => {
             end.served.resume(by, reason, degraded);
@@ -115,14 +151,7 @@ fn encode(writer: &ChunkWriter, end: &mut End, event: Result<Event, Error>) -> S
             writer.extra(*extra).map(|chunk| sse(&chunk)).unwrap_or_default()
         }
         Ok(Event::Alive | Event::Vector { .. }) => String::new(),
-        Ok(Event::Done { finish, usage, timings }) => {
-            let mut last = sse(&writer.finish(finish, &end.served, &timings));
-            if let Some(chunk) = writer.usage(&usage, &end.usage_details) {
-                last.push_str(&sse(&chunk));
-            }
-            last.push_str("data: [DONE]\n\n");
-            last
-        }
+        Ok(Event::Done { finish, timings, .. }) => sse(&writer.finish(finish, &end.served, &timings)),
         Err(error) => sse(&openai_body(&error)),
     }
 }
