@@ -23,7 +23,11 @@ pub fn can_be_asked(api: Api, request: &GenerateRequest) -> bool {
         }
         Api::OpenAi => true,
     };
-    is_understood && has_words && request.logprobs.is_none() && !matches!(request.format, Format::Gbnf(_))
+    is_understood
+        && has_words
+        && request.prefill.is_empty()
+        && request.logprobs.is_none()
+        && !matches!(request.format, Format::Gbnf(_))
 }
 
 /// Messages as Ollama has them: pictures beside the text, calls with arguments that are an object, results by the tool's name.

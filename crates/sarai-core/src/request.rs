@@ -218,6 +218,9 @@ pub struct GenerateRequest {
     /// How the model is to be resident.
     #[serde(default)]
     pub residence: Residence,
+    /// The beginning of the answer as the client wants it: part of the prompt, and of the text that is not sent again.
+    #[serde(default)]
+    pub prefill: String,
     /// The beginning of the answer, where it was given elsewhere and broke off: only what follows it is generated, and
     /// its tokens count as generated ones.
     #[serde(default)]

@@ -161,6 +161,7 @@ struct Asked {
     context_tokens: usize,
     since: Instant,
     request: GenerateRequest,
+    prefill: Vec<LlamaToken>,
     given: Vec<LlamaToken>,
     form: Option<ChatParams>,
     /// Cleared when nobody wants it any more.
@@ -319,10 +320,10 @@ impl<'model> Engine<'model> {
     /// Renders a request, and lets it wait for its turn, once its pictures and sound are read.
     fn begin(&mut self, id: u64, context_tokens: u32, request: GenerateRequest) -> Result<(), Error> {
         let since = Instant::now();
-        let Rendered { prompt, given, form } = prompt::render(self.model, self.templates, &request)?;
+        let Rendered { prompt, prefill, given, form } = prompt::render(self.model, self.templates, &request)?;
         let context_tokens = self.context_tokens.min(context_tokens as usize);
         let is_wanted = Arc::new(AtomicBool::new(true));
-        let asked = Asked { id, context_tokens, since, request, given, form, is_wanted };
+        let asked = Asked { id, context_tokens, since, request, prefill, given, form, is_wanted };
         match (prompt, self.senses) {
             (Rendering::Tokens(tokens), _) => {
                 self.admit(asked, tokens.into_iter().map(Unit::Text).collect(), Pieces::new())
@@ -350,8 +351,8 @@ impl<'model> Engine<'model> {
 
     /// Lets a generation wait for its turn.
     fn admit(&mut self, asked: Asked, mut prompt: Vec<Unit>, pieces: Pieces) -> Result<(), Error> {
-        let Asked { id, context_tokens, since, request, given, form, .. } = asked;
-        prompt.extend(given.iter().copied().map(Unit::Text));
+        let Asked { id, context_tokens, since, request, prefill, given, form, .. } = asked;
+        prompt.extend(prefill.iter().chain(&given).copied().map(Unit::Text));
         if prompt.len() >= context_tokens {
             return Err(Error::ContextOverflow {
                 model: self.name.clone(),

@@ -13,6 +13,8 @@ use crate::sampler::schema_of;
 pub struct Rendered {
     /// The prompt, never empty.
     pub prompt: Rendering,
+    /// The beginning of the answer as the client wants it, which belongs to the prompt.
+    pub prefill: Vec<LlamaToken>,
     /// The beginning of the answer, where it was given elsewhere.
     pub given: Vec<LlamaToken>,
     /// What the template says of the answer, where it is more than text: how calls and reasoning are marked.
@@ -52,14 +54,24 @@ pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateR
             };
             let reasons = !chat.thinking_start_tag.is_empty() && !request.format.is_constrained();
             // What goes on in the middle of an answer is not taken apart anew.
-            form = (request.given.is_empty() && (request.tools.is_some() || reasons)).then_some(chat);
+            form = (request.given.is_empty() && request.prefill.is_empty() && (request.tools.is_some() || reasons))
+                .then_some(chat);
             rendering
         }
     };
     if matches!(&prompt, Rendering::Tokens(tokens) if tokens.is_empty()) {
         return Err(Error::invalid("prompt", "the prompt is empty: send at least one token of text"));
     }
-    Ok(Rendered { prompt, given: given_tokens(model, &request.given)?, form })
+    // In one piece: together they may be other tokens than each for itself.
+    let mut prefill = given_tokens(model, &request.prefill)?;
+    let mut given = given_tokens(model, &request.given)?;
+    if !request.prefill.is_empty() && !request.given.is_empty() {
+        let both = given_tokens(model, &format!("{}{}", request.prefill, request.given))?;
+        let at = prefill.len().min(both.len());
+        given = both[at..].to_vec();
+        prefill = both[..at].to_vec();
+    }
+    Ok(Rendered { prompt, prefill, given, form })
 }
 
 /// Text that goes on in the middle of a line. Some vocabularies put a space before whatever they are handed: there, it is
@@ -88,7 +100,8 @@ fn chat_params(messages: &[Message], mark: &str, request: &GenerateRequest) -> C
         // What must have a form of its own does not begin with reasoning.
         let is_constrained = request.format.is_constrained();
         let format = if is_constrained { ReasoningFormat::None } else { ReasoningFormat::Auto };
-        return params.with_reasoning_format(format).with_enable_thinking(!is_constrained);
+        let thinks = !is_constrained && request.prefill.is_empty();
+        return params.with_reasoning_format(format).with_enable_thinking(thinks);
     };
     let choice = match tools.choice {
         ToolChoice::Auto => LlamaToolChoice::Auto,

@@ -110,3 +110,44 @@ async fn more_answers_than_permits_come_all_the_same() {
         assert!(texts.iter().all(|text| *text == texts[0] && !text.is_empty()), "{}", answer.text);
     }
 }
+
+/// The answer goes on from what the client says it begins with: the same text as that of the whole answer, cut anywhere.
+#[tokio::test]
+async fn an_answer_is_continued_from_what_the_client_gives() {
+    let sarai = Sarai::start(&config());
+    let ask = |messages: Value, more: Value| {
+        let mut all = json!({ "model": "small", "messages": messages, "max_tokens": 24, "temperature": 0 });
+        all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        sarai.post("/v1/chat/completions", all.to_string())
+    };
+    let question = json!({ "role": "user", "content": "Name the colours of the rainbow." });
+    let answer = ask(json!([question]), json!({})).await;
+    let whole = texts(&answer).remove(0);
+    let prompt = answer.json()["usage"]["prompt_tokens"].as_u64().unwrap();
+    for cut in [whole.find(' ').unwrap(), whole.len() / 2] {
+        let (begun, rest) = whole.split_at(cut);
+        let messages = json!([question, { "role": "assistant", "content": begun }]);
+        let goes_on = ask(messages, json!({ "continue_final_message": true, "add_generation_prompt": false })).await;
+        let said = texts(&goes_on).remove(0);
+        assert!(said.starts_with(rest), "{begun:?} goes on with {said:?}, not with {rest:?}");
+        let usage = &goes_on.json()["usage"];
+        assert!(usage["prompt_tokens"].as_u64().unwrap() > prompt && usage["completion_tokens"] == 24, "{usage}");
+    }
+    let new_turn = json!([question, { "role": "assistant", "content": "Red" }]);
+    let told = ask(new_turn, json!({})).await.json();
+    assert!(told["usage"]["prompt_tokens"].as_u64().unwrap() > prompt + 3, "without it, a new turn begins: {told}");
+    for (messages, more, says) in [
+        (json!([question]), json!({}), "none of the assistant's text"),
+        (json!([{ "role": "assistant", "content": "a" }]), json!({ "add_generation_prompt": true }), "both true"),
+        (
+            json!([question, { "role": "assistant", "content": "a" }]),
+            json!({ "response_format": { "type": "json_object" } }),
+            "a form",
+        ),
+    ] {
+        let mut all = json!({ "continue_final_message": true });
+        all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let refused = ask(messages, all).await;
+        assert!(refused.status == 400 && refused.text.contains(says), "{}", refused.text);
+    }
+}

@@ -234,6 +234,7 @@ impl Common {
             tools: rest.tools(is_chat)?,
             logprobs: rest.logprobs()?,
             residence,
+            prefill: String::new(),
             given: String::new(),
             extras: rest.finish(),
         };

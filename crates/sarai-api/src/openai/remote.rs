@@ -407,6 +407,7 @@ mod tests {
             tools: None,
             logprobs: None,
             residence: sarai_core::Residence::default(),
+            prefill: String::new(),
             given: String::new(),
             extras: None,
         };

@@ -101,12 +101,50 @@ pub fn parse_chat(body: &[u8]) -> Result<Parsed, Error> {
     let mut rest = rest_of(body)?;
     let mut reading = Reading { rest: &mut rest, is_more: false };
     let messages = chat.messages.into_iter().enumerate();
-    let messages =
-        messages.map(|(index, Object(message))| reading.message(index, message)).collect::<Result<_, _>>()?;
-    if reading.is_more {
+    let mut messages =
+        messages.map(|(index, Object(message))| reading.message(index, message)).collect::<Result<Vec<_>, _>>()?;
+    let is_more = reading.is_more;
+    let prefill = prefill(&mut rest, &mut messages)?;
+    if is_more || prefill.is_some() {
         rest.keep("messages");
     }
-    common.finish(sampling, Prompt::Chat(messages), rest)
+    let mut parsed = common.finish(sampling, Prompt::Chat(messages), rest)?;
+    if let Some(prefill) = prefill {
+        if parsed.request.tools.is_some() || parsed.request.format.is_constrained() {
+            let message = format!("`{CONTINUE}` is set beside `tools` or a form of the answer: use one of them");
+            return Err(Error::invalid(CONTINUE, message));
+        }
+        for request in [&mut parsed.request].into_iter().chain(&mut parsed.others) {
+            request.prefill.clone_from(&prefill);
+        }
+    }
+    Ok(parsed)
+}
+
+/// As vLLM and Transformers have it.
+const CONTINUE: &str = "continue_final_message";
+
+/// Takes the last message, where the answer is to go on from it.
+fn prefill(rest: &mut Rest, messages: &mut Vec<Message>) -> Result<Option<String>, Error> {
+    match rest.field(CONTINUE) {
+        None | Some(Value::Null | Value::Bool(false)) => return Ok(None),
+        Some(Value::Bool(true)) => {}
+        Some(other) => return Err(Error::invalid(CONTINUE, format!("`{CONTINUE}` is {other}: use true or false"))),
+    }
+    if rest.field("add_generation_prompt") == Some(&Value::Bool(true)) {
+        let message = format!("`{CONTINUE}` and `add_generation_prompt` are both true: use one of them");
+        return Err(Error::invalid(CONTINUE, message));
+    }
+    let is_text = |message: &Message| {
+        message.role == Role::Assistant && message.tool_calls.is_empty() && message.media.is_empty()
+    };
+    let Some(last) = messages.pop_if(|message| is_text(message)) else {
+        let message =
+            format!("`{CONTINUE}` is true, and the last message is none of the assistant's text: end with one");
+        return Err(Error::invalid(CONTINUE, message));
+    };
+    rest.need_also(CONTINUE, format!("`{CONTINUE}` is not supported"), true);
+    Ok(Some(last.content))
 }
 
 /// Fields that are read here; all others are left to hosts.
@@ -139,7 +177,9 @@ const NEEDS: [&str; 12] = [
     "stop_token_ids",
 ];
 /// Fields that do not change the answer, or only together with others.
-const HARMLESS: [&str; 12] = [
+const HARMLESS: [&str; 14] = [
+    "add_generation_prompt",
+    "continue_final_message",
     "user",
     "metadata",
     "store",
@@ -319,6 +359,7 @@ impl Common {
             tools: rest.tools(is_chat)?,
             logprobs: rest.logprobs()?,
             residence: Residence::default(),
+            prefill: String::new(),
             given: String::new(),
             extras: rest.finish(),
         };

@@ -156,6 +156,7 @@ fn request(tag: &str) -> GenerateRequest {
         tools: None,
         logprobs: None,
         residence: Residence::default(),
+        prefill: String::new(),
         given: String::new(),
         extras: None,
     }

@@ -427,6 +427,7 @@ impl Table {
             tools: None,
             logprobs: None,
             residence: Residence::default(),
+            prefill: String::new(),
             given: String::new(),
             extras: None,
         };
