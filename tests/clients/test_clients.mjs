@@ -1,4 +1,4 @@
-// What users of the official JavaScript clients do, against the sarai at SARAI_URL with models `lfm2`, `coder` and `minilm`.
+// What users of the official JavaScript clients do, against the sarai at SARAI_URL with models `lfm2`, `coder`, `minilm` and `omni`.
 // Run by Node's own test runner from a copy beside its packages.
 
 import assert from "node:assert/strict";
@@ -15,6 +15,33 @@ const ollama = new Ollama({ host: url });
 const messages = [{ role: "user", content: "What is the weather in Oslo?" }];
 const city = { type: "object", properties: { city: { type: "string" } }, required: ["city"] };
 const tools = [{ type: "function", function: { name: "get_weather", description: "The weather of a city", parameters: city } }];
+
+
+// A picture of one colour, as a bitmap file.
+function bitmap([red, green, blue]) {
+  const file = Buffer.alloc(54 + 64 * 64 * 3);
+  file.write("BM");
+  for (const [at, value] of [[2, file.length], [10, 54], [14, 40], [18, 64], [22, 64], [34, 64 * 64 * 3]]) {
+    file.writeUInt32LE(value, at);
+  }
+  file.writeUInt16LE(1, 26);
+  file.writeUInt16LE(24, 28);
+  for (let at = 54; at < file.length; at += 3) file.set([blue, green, red], at);
+  return file;
+}
+
+test("Both: pictures", async () => {
+  for (const [name, colour] of [["red", [250, 10, 10]], ["green", [10, 250, 10]], ["blue", [10, 10, 250]]]) {
+    const data = bitmap(colour).toString("base64");
+    const content = [{ type: "text", text: "which" }, { type: "image_url", image_url: { url: `data:image/bmp;base64,${data}` } }];
+    const asked = { model: "omni", messages: [{ role: "user", content }], temperature: 0 };
+    assert.equal((await openai.chat.completions.create(asked)).choices[0].message.content, name);
+    assert.equal((await openai.chat.completions.stream(asked).finalChatCompletion()).choices[0].message.content, name);
+    const shown = [{ role: "user", content: "which", images: [new Uint8Array(bitmap(colour))] }];
+    const seen = await ollama.chat({ model: "omni", messages: shown, options: { temperature: 0 } });
+    assert.equal(seen.message.content, name);
+  }
+});
 
 test("OpenAI: a chat, and the same streamed", async () => {
   const asked = { model: "lfm2", messages, temperature: 0, max_tokens: 8 };

@@ -1,9 +1,15 @@
-"""What users of the official Python clients do, against the sarai at SARAI_URL with models `lfm2`, `coder` and `minilm`."""
+"""What users of the official Python clients do, against the sarai at SARAI_URL with models `lfm2`, `coder`, `minilm` and `omni`."""
 
 import asyncio
+import base64
+import io
 import json
+import math
 import os
+import struct
 import unittest
+import wave
+import zlib
 
 import ollama
 import openai
@@ -27,6 +33,29 @@ def get_weather(city: str) -> str:
         str: The weather
     """
     return f"It snows in {city}."
+
+
+def png(colour):
+    """A picture of one colour."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0)
+    lines = (b"\0" + bytes(colour) * 64) * 64
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def tone(hertz):
+    """Half a second of sound as a WAV file."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setparams((1, 2, 16000, 0, "NONE", ""))
+        samples = (int(12000 * math.sin(math.tau * hertz * at / 16000)) for at in range(8000))
+        sound.writeframes(b"".join(struct.pack("<h", sample) for sample in samples))
+    return file.getvalue()
+
+
+COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}
 
 
 class Answer(pydantic.BaseModel):
@@ -56,6 +85,42 @@ class OpenAI(unittest.TestCase):
         self.assertEqual(text, whole.choices[0].message.content)
         self.assertEqual(chunks[-1].usage.completion_tokens, whole.usage.completion_tokens)
         self.assertEqual(chunks[0].choices[0].delta.role, "assistant")
+
+    def test_pictures_and_sound(self):
+        def part(kind, data):
+            text = base64.b64encode(data).decode()
+            if kind == "image_url":
+                return {"type": kind, kind: {"url": f"data:image/png;base64,{text}"}}
+            return {"type": kind, kind: {"data": text, "format": "wav"}}
+
+        cases = [(name, part("image_url", png(colour))) for name, colour in COLOURS.items()]
+        cases += [(name, part("input_audio", tone(hertz))) for name, hertz in (("low", 250), ("high", 6000))]
+        for name, sensed in cases:
+            content = [{"type": "text", "text": "which"}, sensed]
+            asked = {"model": "omni", "messages": [{"role": "user", "content": content}], "temperature": 0}
+            whole = self.client.chat.completions.create(**asked)
+            self.assertEqual(whole.choices[0].message.content, name)
+            chunks = list(self.client.chat.completions.create(**asked, stream=True))
+            self.assertEqual("".join(chunk.choices[0].delta.content or "" for chunk in chunks), name)
+        with self.assertRaises(openai.BadRequestError):
+            broken = [part("image_url", b"no picture")]
+            self.client.chat.completions.create(model="omni", messages=[{"role": "user", "content": broken}])
+
+    def test_several_answers_and_one_that_goes_on(self):
+        asked = {"model": "lfm2", "messages": ASK, "temperature": 1, "seed": 5, "max_tokens": 6}
+        whole = self.client.chat.completions.create(**asked, n=3)
+        self.assertEqual([choice.index for choice in whole.choices], [0, 1, 2])
+        texts = ["", "", ""]
+        for chunk in self.client.chat.completions.create(**asked, n=3, stream=True):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+        self.assertEqual(texts, [choice.message.content for choice in whole.choices])
+        messages = [*ASK, {"role": "assistant", "content": "Red, green and"}]
+        more = {"continue_final_message": True, "add_generation_prompt": False}
+        goes_on = self.client.chat.completions.create(
+            model="lfm2", messages=messages, temperature=0, max_tokens=4, extra_body=more
+        )
+        self.assertIn("blue", goes_on.choices[0].message.content.lower())
 
     def test_content_parts_and_an_alias(self):
         parts = [{"type": "text", "text": "Say"}, {"type": "text", "text": "hello."}]
@@ -153,6 +218,17 @@ class OpenAI(unittest.TestCase):
 class Ollama(unittest.TestCase):
     def setUp(self):
         self.client = ollama.Client(host=URL)
+
+    def test_pictures(self):
+        for name, colour in COLOURS.items():
+            shown = [{"role": "user", "content": "which", "images": [png(colour)]}]
+            whole = self.client.chat("omni", messages=shown, options={"temperature": 0})
+            self.assertEqual(whole.message.content, name)
+            parts = self.client.chat("omni", messages=shown, options={"temperature": 0}, stream=True)
+            self.assertEqual("".join(part.message.content for part in parts), name)
+            answer = self.client.generate("omni", "which", images=[png(colour)], options={"temperature": 0})
+            self.assertEqual(answer.response, name)
+        self.assertEqual(self.client.show("omni").capabilities, ["completion", "vision", "audio"])
 
     def test_chat(self):
         answer = self.client.chat("lfm2", messages=ASK, options={"temperature": 0, "num_predict": 12})

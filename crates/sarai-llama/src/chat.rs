@@ -243,6 +243,12 @@ fn bare_calls(text: &str, tools: &[String]) -> Option<Vec<ReadCall>> {
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
+    use llama_cpp_4::chat::{ChatApplyParams, ChatTemplates, ReasoningFormat};
+    use llama_cpp_4::llama_backend::LlamaBackend;
+    use llama_cpp_4::model::LlamaModel;
+    use llama_cpp_4::model::params::LlamaModelParams;
+    use proptest::prelude::*;
+
     use super::*;
 
     fn tools() -> Vec<String> {
@@ -285,5 +291,99 @@ mod tests {
         for text in [r#"{"city""#, "The", "```rust\nfn", r#"{"name": "Bob"#, r#"{"name": "weather", "size""#] {
             assert!(!may_be_bare(text, &tools()), "{text} is passed on at once");
         }
+    }
+
+    /// The forms of an answer with these tools, as the template of a real model has them.
+    fn form(templates: &ChatTemplates) -> ChatParams {
+        let tool = |name: &str| serde_json::json!({ "type": "function", "function": { "name": name, "parameters": { "type": "object" } } });
+        let params = ChatApplyParams::new(serde_json::json!([{ "role": "user", "content": "Hi" }]).to_string())
+            .with_reasoning_format(ReasoningFormat::Auto)
+            .with_tools(serde_json::json!([tool("weather"), tool("time")]).to_string());
+        templates.apply(&params).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
+
+        /// Whatever a model writes, whole or cut, in whatever pieces: nothing fails, and text that is no call is passed on to its last
+        /// letter.
+        #[test]
+        fn no_word_of_an_answer_is_lost(
+            pieces in prop::collection::vec(0_usize..WORDS.len(), 0..14),
+            letters in ".{0,12}",
+            at in 0_usize..14,
+            is_cut: bool,
+        ) {
+            let form = FORM.with(Clone::clone);
+            let tools = Tools { definitions: "[]".into(), names: tools(), choice: ToolChoice::Auto, parallel: None };
+            let mut parts = Parts::new(form, HashSet::new(), Some(tools));
+            let (mut text, mut said, mut calls) = (String::new(), String::new(), Vec::new());
+            let mut take = |events: Vec<Event>| {
+                for event in events {
+                    match event {
+                        Event::Text(text) => said.push_str(&text),
+                        Event::ToolCall(part) => part.add_to(&mut calls),
+                        Event::Reasoning(text) => said.push_str(&text),
+                        other => panic!("{other:?}"),
+                    }
+                }
+            };
+            for (index, piece) in pieces.iter().enumerate() {
+                let piece = if index == at { format!("{letters}{}", WORDS[*piece]) } else { WORDS[*piece].to_owned() };
+                text.push_str(&piece);
+                take(parts.push(&piece));
+            }
+            let (events, _) = parts.finish(if is_cut { FinishReason::Length } else { FinishReason::Stop });
+            take(events);
+            if calls.is_empty() {
+                prop_assert_eq!(said.trim(), text.trim());
+            }
+            for call in &calls {
+                prop_assert!(!call.name.is_empty() || is_cut, "{:?} of {:?}", calls, text);
+            }
+        }
+    }
+
+    /// What calls are made of, and what they are not.
+    const WORDS: [&str; 24] = [
+        "<tool_call>",
+        "</tool_call>",
+        "{\"name\": \"weather\", ",
+        "\"arguments\": ",
+        "{}",
+        "{\"city\": \"Oslo\"}",
+        "}",
+        "{",
+        "[",
+        "]",
+        ",",
+        "\n",
+        "```json\n",
+        "```",
+        "<tools>",
+        "</tools>",
+        "The weather ",
+        "\"",
+        "\\",
+        "null",
+        "{\"name\":\"time\",\"arguments\":{}}",
+        "<",
+        "</",
+        "é🦙",
+    ];
+
+    thread_local! {
+        /// Read once: the file is large.
+        static FORM: ChatParams = {
+            let home = std::env::var("HOME").unwrap_or_default();
+            let folder = std::env::var("SARAI_MODELS").unwrap_or(format!("{home}/.cache/sarai/models"));
+            let path = std::path::Path::new(&folder).join("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf");
+            assert!(path.exists(), "{} is missing: run `make models`, or `make test` which does", path.display());
+            let backend = LlamaBackend::init().unwrap();
+            let only_words = LlamaModelParams::default().with_vocab_only(true);
+            let model = LlamaModel::load_from_file(&backend, path, &only_words).unwrap();
+            let templates = ChatTemplates::from_model(&model, None).unwrap();
+            form(&templates)
+        };
     }
 }
