@@ -26,6 +26,12 @@ CHATML = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As Qwen3's: reasoning stands between marks before the answer, and is left out by writing it empty.
+REASONING = CHATML.replace(
+    "{{ '<|im_start|>assistant\n' }}",
+    "{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+)
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}"
     "{{'<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n'"
@@ -144,11 +150,13 @@ class File:
         os.replace(self.path + ".part", self.path)
 
 
-def text_model(path, architecture, seed, fitted, layers=2, heads=4, head=16, forward=96):
+def text_model(path, architecture, seed, fitted, template=None, layers=2, heads=4, head=16, forward=96):
     file = File(path, architecture, seed)
     is_gemma = architecture == "gemma3"
     kv_heads = 1 if is_gemma else 2
     tokens, end, vocabulary = spm() if is_gemma else bpe()
+    if template:
+        vocabulary["tokenizer.chat_template"] = template
     keys = {
         "context_length": 32768,
         "embedding_length": WIDTH,
@@ -381,6 +389,7 @@ def main():
         gemma_projector(os.path.join(folder, "mmproj-gemma3.gguf"), arguments.seed + 1, fitted)
         qwen_projector(os.path.join(folder, "mmproj-qwen2vl.gguf"), arguments.seed + 1, fitted)
         omni_projector(os.path.join(folder, "mmproj-omni.gguf"), arguments.seed + 1, fitted)
+    text_model(os.path.join(arguments.o, "random", "reasoning.gguf"), "qwen2vl", arguments.seed, False, REASONING)
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ class OpenAI(unittest.TestCase):
         self.assertEqual("".join(chunk.choices[0].text for chunk in stream), answer.choices[0].text)
 
     def test_models(self):
-        self.assertEqual([model.id for model in self.client.models.list()], ["lfm2", "expert", "coder", "minilm"])
+        self.assertEqual([model.id for model in self.client.models.list()], ["lfm2", "expert", "coder", "minilm", "omni"])
         self.assertEqual(self.client.models.retrieve("lfm2").id, "lfm2")
         with self.assertRaises(openai.NotFoundError):
             self.client.models.retrieve("nobody")
@@ -275,7 +275,7 @@ class Ollama(unittest.TestCase):
         self.assertEqual(self.client.show("minilm").capabilities, ["embedding"])
 
     def test_lists(self):
-        self.assertEqual([model.model for model in self.client.list().models], ["lfm2", "expert", "coder", "minilm"])
+        self.assertEqual([model.model for model in self.client.list().models], ["lfm2", "expert", "coder", "minilm", "omni"])
         self.client.generate("lfm2")
         running = next(model for model in self.client.ps().models if model.model == "lfm2")
         self.assertGreater(running.size, 90 << 20)

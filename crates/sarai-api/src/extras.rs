@@ -136,6 +136,39 @@ impl Rest {
         Ok(wanted)
     }
 
+    /// Reads whether the model is to reason: Ollama's `think`, which may say how much, and what servers of OpenAI's API have for it.
+    ///
+    /// # Errors
+    /// A field holds something else.
+    pub fn think(&mut self) -> Result<Option<bool>, Error> {
+        let wrong = |param: &str, value: &Value, use_: &str| {
+            Error::invalid(param, format!("`{param}` is {value}: use {use_}"))
+        };
+        let think = match self.extras.api {
+            Api::Ollama => match self.field("think") {
+                None | Some(Value::Null) => None,
+                Some(Value::Bool(think)) => Some(*think),
+                Some(Value::String(much)) if ["low", "medium", "high", "max"].contains(&much.as_str()) => Some(true),
+                Some(other) => return Err(wrong("think", other, "true, false, \"low\", \"medium\" or \"high\"")),
+            },
+            Api::OpenAi => {
+                let of_template = match self.field("chat_template_kwargs").map(|kwargs| &kwargs["enable_thinking"]) {
+                    None | Some(Value::Null) => None,
+                    Some(Value::Bool(think)) => Some(*think),
+                    Some(other) => {
+                        return Err(wrong("chat_template_kwargs.enable_thinking", other, "true or false"));
+                    }
+                };
+                let is_none = self.field("reasoning_effort").is_some_and(|effort| effort == "none");
+                of_template.or(is_none.then_some(false))
+            }
+        };
+        if think == Some(true) && self.extras.api == Api::Ollama {
+            self.need_also("think", "`think` is not supported".into(), true);
+        }
+        Ok(think)
+    }
+
     /// Reads the calls in a message, and who may be asked with them.
     pub fn calls(&mut self, param: &str, written: &Value) -> Vec<ToolCall> {
         let calls = tools::calls(written);

@@ -41,6 +41,12 @@ pub fn are_shown_by(template: &str) -> bool {
     template.contains("tools")
 }
 
+/// Whether a chat template has the model reason before it answers.
+#[must_use]
+pub fn reasons(template: &str) -> bool {
+    template.contains("enable_thinking") || template.contains("<think>")
+}
+
 /// What may be called.
 pub enum Chosen {
     /// These, as they say.

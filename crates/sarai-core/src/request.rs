@@ -212,6 +212,9 @@ pub struct GenerateRequest {
     /// Tools that may be called.
     #[serde(default)]
     pub tools: Option<Tools>,
+    /// Whether the model reasons before it answers, where it can; `None` leaves it to its template.
+    #[serde(default)]
+    pub think: Option<bool>,
     /// Whether it is told how likely each token was, and how many others that were likely.
     #[serde(default)]
     pub logprobs: Option<u8>,

@@ -100,7 +100,7 @@ fn chat_params(messages: &[Message], mark: &str, request: &GenerateRequest) -> C
         // What must have a form of its own does not begin with reasoning.
         let is_constrained = request.format.is_constrained();
         let format = if is_constrained { ReasoningFormat::None } else { ReasoningFormat::Auto };
-        let thinks = !is_constrained && request.prefill.is_empty();
+        let thinks = !is_constrained && request.prefill.is_empty() && request.think.unwrap_or(true);
         return params.with_reasoning_format(format).with_enable_thinking(thinks);
     };
     let choice = match tools.choice {
@@ -109,6 +109,7 @@ fn chat_params(messages: &[Message], mark: &str, request: &GenerateRequest) -> C
     };
     let params = params
         .with_reasoning_format(ReasoningFormat::Auto)
+        .with_enable_thinking(request.think.unwrap_or(true))
         .with_tools(shown(tools))
         .with_tool_choice(choice)
         .with_parallel_tool_calls(tools.parallel.unwrap_or(true));

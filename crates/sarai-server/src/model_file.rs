@@ -114,6 +114,11 @@ impl ModelFile {
         sarai_api::tools::are_shown_by(self.header.text("tokenizer.chat_template").unwrap_or_default())
     }
 
+    /// Whether its chat template has it reason before it answers.
+    pub fn reasons(&self) -> bool {
+        sarai_api::tools::reasons(self.header.text("tokenizer.chat_template").unwrap_or_default())
+    }
+
     /// Whether the file still is as it was read.
     pub fn is_unchanged(&self) -> bool {
         let meta = std::fs::metadata(&self.path);

@@ -251,6 +251,9 @@ pub fn show(facts: &ModelFacts, purpose: Purpose, senses: &[MediaKind], template
         Purpose::Answers if tools::are_shown_by(template) => vec!["completion", "tools"],
         Purpose::Answers => vec!["completion"],
     };
+    if purpose == Purpose::Answers && tools::reasons(template) {
+        capabilities.push("thinking");
+    }
     capabilities.extend(senses.iter().map(|kind| kind.capability()));
     json!({
         "modelfile": format!("# served by sarai\nFROM {}\n", facts.name), "parameters": "", "template": template,

@@ -32,6 +32,9 @@ pub fn chat_request(model: &str, context_tokens: Option<u32>, request: &Generate
         _ if extras.is_some_and(|extras| extras.is_generate) => "/api/generate",
         Prompt::Chat(messages) => {
             body["messages"] = translate::ollama_messages(messages);
+            if let Some(think) = request.think {
+                body["think"] = think.into();
+            }
             translate::tool_fields(Api::Ollama, request).into_iter().for_each(|(name, value)| body[name] = value);
             "/api/chat"
         }

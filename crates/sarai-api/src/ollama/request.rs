@@ -79,7 +79,7 @@ struct AllOptions {
 const READ: [&str; 9] = ["model", "stream", "format", "options", "keep_alive", "messages", "prompt", "system", "raw"];
 const READ_OPTIONS: [&str; 2] = ["num_predict", "num_ctx"];
 /// Fields that change what is asked for.
-const NEEDS: [&str; 4] = ["suffix", "template", "context", "think"];
+const NEEDS: [&str; 3] = ["suffix", "template", "context"];
 /// Options that change the answer, if not what it is an answer to.
 const DEGRADING: [&str; 5] = ["num_keep", "mirostat", "mirostat_eta", "mirostat_tau", "tfs_z"];
 
@@ -232,6 +232,7 @@ impl Common {
             max_tokens,
             format: format_of(self.format)?,
             tools: rest.tools(is_chat)?,
+            think: rest.think()?,
             logprobs: rest.logprobs()?,
             residence,
             prefill: String::new(),

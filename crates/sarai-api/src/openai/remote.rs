@@ -18,6 +18,10 @@ pub fn request(model: &str, request: &GenerateRequest) -> (&'static str, Value) 
     let path = match &request.prompt {
         Prompt::Chat(messages) => {
             body["messages"] = translate::openai_messages(messages);
+            if request.think == Some(false) {
+                // As llama.cpp's server, vLLM and others have it.
+                body["chat_template_kwargs"] = json!({ "enable_thinking": false });
+            }
             translate::tool_fields(Api::OpenAi, request).into_iter().for_each(|(name, value)| body[name] = value);
             "/chat/completions"
         }
@@ -405,6 +409,7 @@ mod tests {
             max_tokens: Some(4),
             format: Format::Json,
             tools: None,
+            think: None,
             logprobs: None,
             residence: sarai_core::Residence::default(),
             prefill: String::new(),

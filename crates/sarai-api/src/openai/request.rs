@@ -177,7 +177,8 @@ const NEEDS: [&str; 12] = [
     "stop_token_ids",
 ];
 /// Fields that do not change the answer, or only together with others.
-const HARMLESS: [&str; 14] = [
+const HARMLESS: [&str; 15] = [
+    "chat_template_kwargs",
     "add_generation_prompt",
     "continue_final_message",
     "user",
@@ -357,6 +358,7 @@ impl Common {
             max_tokens,
             format,
             tools: rest.tools(is_chat)?,
+            think: rest.think()?,
             logprobs: rest.logprobs()?,
             residence: Residence::default(),
             prefill: String::new(),

@@ -425,6 +425,7 @@ impl Table {
             max_tokens: Some(1),
             format: sarai_core::Format::Text,
             tools: None,
+            think: None,
             logprobs: None,
             residence: Residence::default(),
             prefill: String::new(),
