@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
+use futures_util::{StreamExt, stream};
 use sarai_core::Api;
 use serde_json::json;
 
@@ -24,6 +24,8 @@ pub use verdict::{Shape, Verdict};
 
 /// How long one cell may take beyond the deadlines of a host and the load of a fallback.
 const CELL_SECONDS: u64 = 30;
+/// Most of a cell is waiting, and each has hosts of its own.
+const CELLS_AT_ONCE: usize = 4;
 
 /// What to drill.
 #[derive(Clone, Debug)]
@@ -84,22 +86,29 @@ pub async fn run(
     let serving = tokio::spawn(server.serve(async { drop(stopped.await) }));
     let client = reqwest::Client::builder().no_proxy().build()?;
     let mut outcomes = Vec::new();
-    for cell in cells {
-        let started = tokio::time::Instant::now();
-        let limit = drill.first_token + drill.gap + cell.model.deadlines.load + Duration::from_secs(CELL_SECONDS);
-        let asked = tokio::time::timeout(limit, ask(&client, &url, &cell, drill)).await;
-        let verdict = match asked {
-            Ok(seen) => judge(cell.shape, cell.fault, &cell.faulty, &seen),
-            Err(_) => Verdict::Lie(format!("no end within {} s", limit.as_secs())),
-        };
-        let outcome = Cell { fault: cell.fault, shape: cell.shape, verdict, took: started.elapsed() };
-        tell(&outcome);
-        outcomes.push(outcome);
+    {
+        let played = cells.iter().map(|cell| play(&client, &url, cell, drill));
+        let mut played = stream::iter(played).buffered(CELLS_AT_ONCE);
+        while let Some(outcome) = played.next().await {
+            tell(&outcome);
+            outcomes.push(outcome);
+        }
     }
     drop(stop);
     let _ = serving.await;
     let _ = std::fs::remove_dir_all(state_dir);
     Ok(outcomes)
+}
+
+async fn play(client: &reqwest::Client, url: &str, cell: &Staged, drill: &Drill) -> Cell {
+    let started = tokio::time::Instant::now();
+    let limit = drill.first_token + drill.gap + cell.model.deadlines.load + Duration::from_secs(CELL_SECONDS);
+    let asked = tokio::time::timeout(limit, ask(client, url, cell, drill)).await;
+    let verdict = match asked {
+        Ok(seen) => judge(cell.shape, cell.fault, &cell.faulty, &seen),
+        Err(_) => Verdict::Lie(format!("no end within {} s", limit.as_secs())),
+    };
+    Cell { fault: cell.fault, shape: cell.shape, verdict, took: started.elapsed() }
 }
 
 /// A cell that is ready to be played.
