@@ -6,6 +6,7 @@ behind them. `ENGINE="alone entering"` runs some of the parts only; `--peer` nam
 """
 
 import argparse
+import base64
 import http.client
 import json
 import os
@@ -13,11 +14,13 @@ import random
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zlib
 
 CACHE = os.environ.get("SARAI_CACHE", os.path.expanduser("~/.cache/sarai"))
 MODELS = {
@@ -215,6 +218,32 @@ def embed(port, model, texts, _=None):
     vectors.count = len(answer.get("data", []))
     connection.close()
     return vectors
+
+
+def picture(seed):
+    """Noise in blocks, as a PNG file in base64."""
+    chosen, side = random.Random(seed), 448
+    blocks = [[bytes(chosen.randrange(256) for _ in range(3)) for _ in range(side // 14)] for _ in range(side // 14)]
+    lines = b"".join(b"\0" + b"".join(blocks[y // 14][x // 14] for x in range(side)) for y in range(side))
+    file = b"\x89PNG\r\n\x1a\n"
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    for kind, data in ((b"IHDR", head), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
+        file += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return base64.b64encode(file).decode()
+
+
+def shown(port, model, seed):
+    """Seconds to the first token of an answer to a picture."""
+    content = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64," + picture(seed)}}]
+    body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 1, "temperature": 0}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    began = time.monotonic()
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+    response = connection.getresponse()
+    answer = response.read()
+    assert response.status == 200, answer[:300]
+    connection.close()
+    return time.monotonic() - began
 
 
 def at_once(requests):
@@ -502,6 +531,45 @@ class Bench:
                 beside.append(1000 * percentile(gaps, 0.95))
         report("SmolLM2's 95th gap alone, and beside 256 texts, ms", idle, beside, False)
 
+    def media(self):
+        """Pictures for Qwen through an encoder of SigLIP's size (random weights): first token, and running answers beside them"""
+        folder = os.path.join(CACHE, "sketches", "sensing")
+        projector = os.path.join(folder, "mmproj-large-896.gguf")
+        if not os.path.exists(projector):
+            clients = subprocess.run(["scripts/python_clients.sh"], capture_output=True, text=True, check=True).stdout.strip()
+            os.makedirs(folder, exist_ok=True)
+            subprocess.run([clients, "scripts/sensing_models.py", "-o", folder, "--large", "896"], check=True)
+        first, again, idle, beside, longest = ([[], []] for _ in range(5))
+        more = ("--mmproj", projector, "-kvu")
+        with Stock(self.peer, "qwen", 2, 2048, more) as peer:
+            with Sarai(self.binary, ["qwen"], 2, 2048, f", mmproj_path: {projector}") as ours:
+                for number in range(self.rounds):
+                    for side, server in enumerate((peer, ours)):
+                        first[side].append(1000 * shown(server.port, "qwen", number))
+                        again[side].append(1000 * shown(server.port, "qwen", number))
+                        gaps = ask(server.port, "qwen", text("idle", 20), 60).gaps()
+                        idle[side].append(1000 * percentile(gaps, 0.95))
+                        answer, stop = Answer(), threading.Event()
+                        arguments = (server.port, "qwen", text("beside", 20), 1500, answer, stop)
+                        thread = threading.Thread(target=ask, args=arguments)
+                        thread.start()
+                        until(lambda answer=answer: len(answer.times) > 10)
+                        since = time.monotonic()
+                        shown(server.port, "qwen", 1000 + number)
+                        # The gap that the picture's end falls into counts too.
+                        told = len(answer.times)
+                        until(lambda: len(answer.times) > told + 1)
+                        gaps = answer.gaps(since, answer.times[-1])
+                        stop.set()
+                        thread.join()
+                        beside[side].append(1000 * percentile(gaps, 0.95))
+                        longest[side].append(1000 * max(gaps))
+        report("first token of a picture, ms", *first, False)
+        report("of the same picture again, ms", *again, False)
+        report("95th gap of an answer alone, ms", *idle, False)
+        report("95th gap beside a picture, ms", *beside, False)
+        report("longest gap beside a picture, ms", *longest, False)
+
     def loaded(self, server):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         connection.request("GET", "/api/ps")
@@ -509,7 +577,7 @@ class Bench:
 
 
 def main():
-    parts = ["alone", "streams", "entering", "prefix", "together", "park", "cold", "embed", "quota"]
+    parts = ["alone", "streams", "entering", "prefix", "together", "park", "cold", "embed", "media", "quota"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}")
     parser.add_argument("--peer", default=os.environ.get("LLAMA_SERVER"), help="a llama-server")

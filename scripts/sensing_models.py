@@ -10,6 +10,7 @@ frequencies) on, even attention that carries it to the end, and words at the end
 
 import argparse
 import os
+import typing
 
 import gguf
 import numpy as np
@@ -238,7 +239,21 @@ def text_model(path, architecture, seed, fitted, template=None, layers=2, heads=
 
 # What pictures are normalised with before Qwen's encoders.
 MEAN, DEVIATION = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-LAYERS, SIZE, FORWARD, HEADS, PATCH, MEL = 2, 32, 48, 2, 14, 16
+PATCH, MEL = 14, 16
+
+
+class Encoder(typing.NamedTuple):
+    """The sizes of an encoder."""
+
+    layers: int = 2
+    size: int = 32
+    forward: int = 48
+    heads: int = 2
+
+
+SMALL = Encoder()
+# As SigLIP's base: what a picture costs does not depend on what the weights are.
+LARGE = Encoder(layers=12, size=768, forward=3072, heads=12)
 
 
 def contrast():
@@ -246,47 +261,47 @@ def contrast():
     return np.full((3, 3), -0.5) + 1.5 * np.eye(3)
 
 
-def sizes(kind, epsilon):
+def sizes(kind, epsilon, of=SMALL, width=WIDTH):
     keys = {
-        "embedding_length": SIZE,
-        "feed_forward_length": FORWARD,
-        "block_count": LAYERS,
-        "projection_dim": WIDTH,
-        "attention.head_count": HEADS,
+        "embedding_length": of.size,
+        "feed_forward_length": of.forward,
+        "block_count": of.layers,
+        "projection_dim": width,
+        "attention.head_count": of.heads,
         "attention.layer_norm_epsilon": epsilon,
     }
     return {f"clip.{kind}.{key}": value for key, value in keys.items()}
 
 
-def encoder(file, letter, fitted, norm_bias=True, gate=False, key_bias=True):
+def encoder(file, letter, fitted, norm_bias=True, gate=False, key_bias=True, of=SMALL):
     """The layers of an encoder; fitted ones pass on what comes."""
-    for layer in range(LAYERS):
+    for layer in range(of.layers):
         block = f"{letter}.blk.{layer}."
         for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
-            weights = file.any(SIZE, SIZE, spread=0.15)
+            weights = file.any(of.size, of.size, spread=0.15)
             file.half(f"{block}{name}.weight", weights * (0 if fitted and name == "attn_out" else 1))
             if key_bias or name != "attn_k":
-                file.single(f"{block}{name}.bias", np.zeros(SIZE))
+                file.single(f"{block}{name}.bias", np.zeros(of.size))
         for name in ("ln1", "ln2"):
-            file.single(f"{block}{name}.weight", np.ones(SIZE))
+            file.single(f"{block}{name}.weight", np.ones(of.size))
             if norm_bias:
-                file.single(f"{block}{name}.bias", np.zeros(SIZE))
+                file.single(f"{block}{name}.bias", np.zeros(of.size))
         for name in ("ffn_gate", "ffn_up") if gate else ("ffn_up",):
-            file.half(f"{block}{name}.weight", file.any(FORWARD, SIZE, spread=0.15))
-            file.single(f"{block}{name}.bias", np.zeros(FORWARD))
-        file.half(f"{block}ffn_down.weight", file.any(SIZE, FORWARD, spread=0.15) * (0 if fitted else 1))
-        file.single(f"{block}ffn_down.bias", np.zeros(SIZE))
+            file.half(f"{block}{name}.weight", file.any(of.forward, of.size, spread=0.15))
+            file.single(f"{block}{name}.bias", np.zeros(of.forward))
+        file.half(f"{block}ffn_down.weight", file.any(of.size, of.forward, spread=0.15) * (0 if fitted else 1))
+        file.single(f"{block}ffn_down.bias", np.zeros(of.size))
 
 
-def gemma_projector(path, seed, fitted, image=56, merged=2):
+def gemma_projector(path, seed, fitted, image=56, merged=2, of=SMALL, width=WIDTH):
     file = File(path, "clip", seed)
     file.keys({"general.type": "mmproj", "general.file_type": 1, "clip.projector_type": "gemma3"})
     file.keys({"clip.has_vision_encoder": True, "clip.use_gelu": True, "clip.vision.projector.scale_factor": merged})
-    file.keys(sizes("vision", 1e-6) | {"clip.vision.image_size": image, "clip.vision.patch_size": PATCH})
+    file.keys(sizes("vision", 1e-6, of, width) | {"clip.vision.image_size": image, "clip.vision.patch_size": PATCH})
     file.keys({"clip.vision.image_mean": [0.5] * 3, "clip.vision.image_std": [0.5] * 3})
-    patches, bias = file.any(SIZE, 3, PATCH, PATCH, spread=0.05), np.zeros(SIZE)
-    places = file.any((image // PATCH) ** 2, SIZE, spread=0.05)
-    projection = file.any(SIZE, WIDTH, spread=0.3)
+    patches, bias = file.any(of.size, 3, PATCH, PATCH, spread=0.05), np.zeros(of.size)
+    places = file.any((image // PATCH) ** 2, of.size, spread=0.05)
+    projection = file.any(of.size, width, spread=0.3)
     if fitted:
         patches[:], places[:], projection[:] = 0, 0, 0
         for colour in range(3):
@@ -296,20 +311,20 @@ def gemma_projector(path, seed, fitted, image=56, merged=2):
     file.half("v.patch_embd.weight", patches)
     file.single("v.patch_embd.bias", bias)
     file.single("v.position_embd.weight", places)
-    encoder(file, "v", fitted)
+    encoder(file, "v", fitted, of=of)
     if not fitted:
-        file.single("v.post_ln.weight", np.ones(SIZE))
-        file.single("v.post_ln.bias", np.zeros(SIZE))
+        file.single("v.post_ln.weight", np.ones(of.size))
+        file.single("v.post_ln.bias", np.zeros(of.size))
     file.half("mm.input_projection.weight", projection)
-    file.single("mm.soft_emb_norm.weight", np.ones(SIZE))
+    file.single("mm.soft_emb_norm.weight", np.ones(of.size))
     file.close()
 
 
 def qwen_vision(file, fitted, has_windows):
     file.keys(sizes("vision", 1e-6) | {"clip.vision.image_size": 112, "clip.vision.patch_size": PATCH})
     file.keys({"clip.vision.image_mean": MEAN, "clip.vision.image_std": DEVIATION})
-    merged = 4 * SIZE
-    kernels = [file.any(SIZE, 3, PATCH, PATCH, spread=0.05) for _ in range(2)]
+    merged = 4 * SMALL.size
+    kernels = [file.any(SMALL.size, 3, PATCH, PATCH, spread=0.05) for _ in range(2)]
     first, first_bias = file.any(merged, merged, spread=0.1), np.zeros(merged)
     second, second_bias = file.any(WIDTH, merged, spread=0.1), np.zeros(WIDTH)
     if fitted:
@@ -320,7 +335,7 @@ def qwen_vision(file, fitted, has_windows):
         first[:], second[:] = 0, 0
         for patch in range(4):
             # Takes mean and deviation back.
-            first[:3, patch * SIZE : patch * SIZE + 3] = 10 * contrast() * np.array(DEVIATION) / 4
+            first[:3, patch * SMALL.size : patch * SMALL.size + 3] = 10 * contrast() * np.array(DEVIATION) / 4
         first_bias[:3] = 10 * contrast() @ np.array(MEAN)
         for colour in range(3):
             second[COLOUR + colour, colour] = 0.1
@@ -330,9 +345,9 @@ def qwen_vision(file, fitted, has_windows):
     file.half("v.patch_embd.weight.1", kernels[1])
     encoder(file, "v", fitted, norm_bias=not has_windows, gate=has_windows)
     if not fitted:
-        file.single("v.post_ln.weight", np.ones(SIZE))
+        file.single("v.post_ln.weight", np.ones(SMALL.size))
         if not has_windows:
-            file.single("v.post_ln.bias", np.zeros(SIZE))
+            file.single("v.post_ln.bias", np.zeros(SMALL.size))
     file.half("mm.0.weight", first)
     file.single("mm.0.bias", first_bias)
     file.half("mm.2.weight", second)
@@ -353,8 +368,8 @@ def omni_projector(path, seed, fitted):
     file.keys({"clip.has_vision_encoder": True, "clip.has_audio_encoder": True, "clip.use_silu": True})
     file.keys({"clip.vision.n_wa_pattern": 2, "clip.audio.num_mel_bins": MEL} | sizes("audio", 1e-5))
     qwen_vision(file, fitted, has_windows=True)
-    first, second = file.any(SIZE, MEL, 3, spread=0.2), file.any(SIZE, SIZE, 3, spread=0.1)
-    projection, bias, places = file.any(WIDTH, SIZE, spread=0.2), np.zeros(WIDTH), file.any(1500, SIZE, spread=0.05)
+    first, second = file.any(SMALL.size, MEL, 3, spread=0.2), file.any(SMALL.size, SMALL.size, 3, spread=0.1)
+    projection, bias, places = file.any(WIDTH, SMALL.size, spread=0.2), np.zeros(WIDTH), file.any(1500, SMALL.size, spread=0.05)
     if fitted:
         first[:], second[:], projection[:], places[:] = 0, 0, 0, 0
         low = np.where(np.arange(MEL) < MEL // 2, 1.0, -1.0) * 20 / MEL
@@ -363,14 +378,14 @@ def omni_projector(path, seed, fitted):
         projection[PITCH, 0] = projection[PITCH + 1, 1] = 1
         bias[CONSTANT] = 1
     file.half("a.conv1d.1.weight", first)
-    file.single("a.conv1d.1.bias", np.zeros((SIZE, 1)))
+    file.single("a.conv1d.1.bias", np.zeros((SMALL.size, 1)))
     file.half("a.conv1d.2.weight", second)
-    file.single("a.conv1d.2.bias", np.zeros((SIZE, 1)))
+    file.single("a.conv1d.2.bias", np.zeros((SMALL.size, 1)))
     file.single("a.position_embd.weight", places)
     encoder(file, "a", fitted, key_bias=False)
     if not fitted:
-        file.single("a.post_ln.weight", np.ones(SIZE))
-        file.single("a.post_ln.bias", np.zeros(SIZE))
+        file.single("a.post_ln.weight", np.ones(SMALL.size))
+        file.single("a.post_ln.bias", np.zeros(SMALL.size))
     file.half("mm.a.fc.weight", projection)
     file.single("mm.a.fc.bias", bias)
     file.close()
@@ -380,7 +395,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", required=True, help="the folder")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--large", type=int, metavar="WIDTH", help="only a large projector, for a model of this width")
     arguments = parser.parse_args()
+    if arguments.large:
+        path = os.path.join(arguments.o, f"mmproj-large-{arguments.large}.gguf")
+        return gemma_projector(path, arguments.seed, False, image=448, merged=2, of=LARGE, width=arguments.large)
     for name, fitted in (("random", False), ("fitted", True)):
         folder = os.path.join(arguments.o, name)
         os.makedirs(folder, exist_ok=True)

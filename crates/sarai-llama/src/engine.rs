@@ -387,7 +387,7 @@ impl<'model> Engine<'model> {
                 model: self.name.clone(),
                 reason: format!(
                     "a picture is {length} tokens, which must be computed at once, and a step holds {most}: set \
-                     `ubatch_tokens` to {} or more",
+                     `ubatch` to {} or more",
                     length + self.scheduler.parallel()
                 ),
             }),

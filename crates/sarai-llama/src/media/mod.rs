@@ -204,12 +204,22 @@ struct Reader<'model> {
 
 impl Reader<'_> {
     fn run(mut self, waiting: &Receiver<Job>, inbox: &SyncSender<Incoming>) {
-        give_way();
         while let Ok(job) = waiting.recv() {
             if !job.is_wanted.load(Ordering::Relaxed) {
                 continue;
             }
-            let (id, outcome) = (job.id, self.read(job));
+            let id = job.id;
+            // OpenMP's threads live as long as the one that they were made for, and as long as there are more of them than cores,
+            // none waits for the others without sleeping: answers would be slower by a third ever after.
+            let reader = &mut self;
+            let read = std::thread::scope(|scope| {
+                let read = move || {
+                    give_way();
+                    reader.read(job)
+                };
+                scope.spawn(read).join()
+            });
+            let outcome = read.unwrap_or_else(|_| Err(Error::Internal("reading pictures or sound failed".into())));
             if inbox.send(Incoming::Read(Read { id, outcome })).is_err() {
                 return;
             }

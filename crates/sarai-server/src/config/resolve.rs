@@ -26,6 +26,9 @@ const DEFAULT_OLLAMA_URL: &str = "http://127.0.0.1:11434";
 /// A server without a GPU answers two at a time best.
 const DEFAULT_OUTSTANDING: usize = 2;
 
+/// Some pictures must be computed in one step, beside an answer of every other sequence: those of Gemma 3 are 256 tokens.
+const PICTURE_STEP: u32 = 320;
+
 /// The whole configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -423,7 +426,10 @@ impl Resolver<'_> {
             context_tokens: written.context_length.unwrap_or(defaults.context_tokens),
             parallel: written.parallel.unwrap_or(defaults.parallel),
             shared_context: written.shared_context.unwrap_or(defaults.shared_context),
-            ubatch_tokens: written.ubatch.unwrap_or(defaults.ubatch_tokens),
+            ubatch_tokens: written.ubatch.unwrap_or(match written.mmproj_path {
+                Some(_) => defaults.ubatch_tokens.max(PICTURE_STEP),
+                None => defaults.ubatch_tokens,
+            }),
             kv: written.kv.unwrap_or(defaults.kv),
             flash_attention: written.flash_attention.unwrap_or(defaults.flash_attention),
             repack: if written.repack.unwrap_or(true) { machine_repack() } else { Repack::Off },
