@@ -9,7 +9,7 @@ export SARAI_MODELS = $(SARAI_CACHE)/models
 # One profile for all: llama.cpp is built once.
 CARGO_FLAGS = --release --locked
 
-.PHONY: run test lint unit bench bench-memory bench-cage bench-gateway bench-failover bench-engine soak fuzz test-transformers deps models demo-models sketches ollama clients build
+.PHONY: run test lint unit bench bench-memory bench-cage bench-gateway bench-failover bench-engine soak fuzz abilities test-transformers deps models demo-models sketches ollama clients build
 
 run: build demo-models
 	@exec $(CARGO_TARGET_DIR)/release/sarai serve --config config/demo.yaml
@@ -64,6 +64,10 @@ soak: build models
 fuzz: build models sketches
 	python3 scripts/fuzz.py $(CARGO_TARGET_DIR)/release/sarai $(SARAI_CACHE)/sketches/sensing \
 		$(SARAI_MODELS)/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf $(FUZZ)
+
+# The table of what each model does in each API, asked anew.
+abilities: build models sketches
+	python3 scripts/abilities.py $(CARGO_TARGET_DIR)/release/sarai > docs/abilities-table.md
 
 # A tiny Qwen2.5-Omni by PyTorch behind sarai: images, sound and video in, speech out. Installs 1.8 GB; not part of `make test`.
 test-transformers: build
