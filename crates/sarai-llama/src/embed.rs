@@ -239,7 +239,7 @@ impl Reader<'_> {
         // What a pair is framed by is seen by what an empty text is.
         let frame = self.tokens("", AddBos::Always, Special::Tokenize)?;
         let mut tokens = self.tokens(query, AddBos::Always, Special::Plaintext)?;
-        if self.model.add_eos_token() && self.model.get_add_sep() {
+        if self.model.add_eos_token() && self.model.get_vocab().get_add_sep() {
             // RoBERTa's pairs have an end and a separator between them.
             tokens.push(self.model.token_sep());
         }
