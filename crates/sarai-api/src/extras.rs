@@ -141,9 +141,8 @@ impl Rest {
     /// # Errors
     /// A field holds something else.
     pub fn think(&mut self) -> Result<Option<bool>, Error> {
-        let wrong = |param: &str, value: &Value, use_: &str| {
-            Error::invalid(param, format!("`{param}` is {value}: use {use_}"))
-        };
+        let wrong =
+            |param: &str, value: &Value, use_: &str| Error::invalid(param, format!("`{param}` is {value}: use {use_}"));
         let think = match self.extras.api {
             Api::Ollama => match self.field("think") {
                 None | Some(Value::Null) => None,

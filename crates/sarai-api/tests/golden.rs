@@ -181,7 +181,7 @@ fn a_request_to_an_ollama_host_sets_only_what_was_asked_for() {
         format: sarai_core::Format::Text,
         tools: None,
         think: None,
-            logprobs: None,
+        logprobs: None,
         residence: sarai_core::Residence::default(),
         prefill: String::new(),
         given: String::new(),

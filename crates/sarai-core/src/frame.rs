@@ -134,6 +134,8 @@ pub enum ToWorker {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromWorker {
+    /// So many of a hundred parts of the model are loaded.
+    Loading(u8),
     /// The model is loaded.
     Loaded(LoadedInfo),
     /// It cannot be loaded; the worker ends.

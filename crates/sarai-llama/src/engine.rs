@@ -96,7 +96,11 @@ impl Writer {
 pub fn run(spec: &LoadSpec, inbox: &Inbox, frames: &mut FrameWriter) -> Result<(), String> {
     log::capture_llama();
     let backend = LlamaBackend::init().map_err(|error| error.to_string())?;
-    let loaded = model::load(spec, Allocation::Real)?;
+    let tell = |percent| {
+        // Whoever is not there any more need not be told.
+        let _ = frames.send(&FromWorker::Loading(percent));
+    };
+    let loaded = model::load(spec, Allocation::Real, tell)?;
     let templates = ChatTemplates::from_model(&loaded, None).map_err(|error| error.to_string())?;
     // What sees and hears reads the model, on a thread of its own.
     std::thread::scope(|scope| {

@@ -32,7 +32,7 @@ pub enum Allocation {
 /// # Errors
 /// llama.cpp cannot; its own log says why.
 #[expect(unsafe_code, reason = "llama.cpp's C functions")]
-pub fn load(spec: &LoadSpec, allocation: Allocation) -> Result<LlamaModel, String> {
+pub fn load(spec: &LoadSpec, allocation: Allocation, mut tell: impl FnMut(u8)) -> Result<LlamaModel, String> {
     let failed = || format!("llama.cpp cannot load {}", spec.path.display());
     let path = CString::new(spec.path.as_os_str().as_bytes()).map_err(|_| failed())?;
     if !dry_run(allocation) {
@@ -44,11 +44,33 @@ pub fn load(spec: &LoadSpec, allocation: Allocation) -> Result<LlamaModel, Strin
     params.no_alloc = dry;
     params.load_mode = if dry { llama_cpp_sys_4::LLAMA_LOAD_MODE_NONE } else { llama_cpp_sys_4::LLAMA_LOAD_MODE_MMAP };
     params.use_extra_bufts = spec.repack;
-    // SAFETY: the path is a C string that outlives the call, and the parameters hold no pointers but defaults.
+    let mut told = 0;
+    let mut progress = |part: f32| {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is within 0 and 100")]
+        let percent = (100.0 * part.clamp(0.0, 1.0)) as u8;
+        if percent > told {
+            told = percent;
+            tell(percent);
+        }
+    };
+    let mut progress: &mut dyn FnMut(f32) = &mut progress;
+    params.progress_callback = Some(on_progress);
+    params.progress_callback_user_data = std::ptr::from_mut(&mut progress).cast();
+    // SAFETY: the path is a C string that outlives the call, and so does what is told of the progress; the other pointers
+    // among the parameters are defaults.
     let model = unsafe { llama_cpp_sys_4::llama_model_load_from_file(path.as_ptr(), params) };
     let model = NonNull::new(model).ok_or_else(failed)?;
     // SAFETY: `LlamaModel` is `repr(transparent)` over this pointer, whose only owner is here.
     Ok(unsafe { std::mem::transmute::<NonNull<llama_cpp_sys_4::llama_model>, LlamaModel>(model) })
+}
+
+/// Tells of a load's progress; llama.cpp calls it while it loads, on the same thread.
+#[expect(unsafe_code, reason = "llama.cpp's callback")]
+unsafe extern "C" fn on_progress(part: f32, data: *mut std::ffi::c_void) -> bool {
+    // SAFETY: `load` hands in this pointer, to what lives as long as its call.
+    let tell = unsafe { &mut *data.cast::<&mut dyn FnMut(f32)>() };
+    tell(part);
+    true
 }
 
 fn dry_run(allocation: Allocation) -> bool {

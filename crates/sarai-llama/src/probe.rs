@@ -31,7 +31,7 @@ pub fn run_probe(socket: OwnedFd) -> anyhow::Result<()> {
 fn probe(spec: &LoadSpec) -> Result<LoadedInfo, String> {
     log::capture_llama();
     let backend = LlamaBackend::init().map_err(|error| error.to_string())?;
-    let model = model::load(spec, Allocation::DryRun)?;
+    let model = model::load(spec, Allocation::DryRun, |_| {})?;
     let context = model::context(spec, &backend, &model)?;
     Ok(model::info(spec, &context))
 }

@@ -93,6 +93,22 @@ impl Gateway {
         Ok((served, embedded))
     }
 
+    /// How far a load has come that an answer of this model may wait for, in parts of a hundred; `None` if nothing is being loaded
+    /// for it.
+    pub async fn loading(&self, name: &str) -> Option<u8> {
+        let catalog = self.catalog();
+        let model = catalog.find(name).ok()?;
+        let others = model.fallback_models.iter().filter_map(|name| catalog.find(name).ok());
+        let engines: Vec<_> = [model]
+            .into_iter()
+            .chain(others)
+            .flat_map(|model| &model.deployments)
+            .filter_map(|deployment| Some(deployment.engine()?.0))
+            .collect();
+        let loading = self.dispatch.pool.snapshot().await?.loading;
+        engines.iter().filter_map(|engine| loading.get(engine)).max().copied()
+    }
+
     /// Has a model loaded, where its first deployment that can is.
     ///
     /// # Errors

@@ -126,6 +126,7 @@ impl Server {
             gateway: self.gateway.clone(),
             max_body_bytes: self.config.server.max_body_bytes,
             stall: self.config.server.stall,
+            heartbeat: self.config.server.heartbeat,
         };
         let resident = tokio::spawn(load_residents(self.gateway.clone(), self.config.clone()));
         let drain = self.config.server.drain;

@@ -67,7 +67,8 @@ async fn reasoning_is_switched_by_the_fields_of_both_apis() {
 #[tokio::test]
 async fn a_host_of_the_other_api_is_told_in_its_words() {
     let host = Host::start(|_, _| ollama(&["done"]));
-    let sarai = Sarai::start(&format!("models:\n  solar: {{ backend: ollama_http, url: \"{}\", model_name: m }}\n", host.url));
+    let sarai =
+        Sarai::start(&format!("models:\n  solar: {{ backend: ollama_http, url: \"{}\", model_name: m }}\n", host.url));
     for (think, more) in [(Value::Null, json!({})), (json!(false), json!({ "reasoning_effort": "none" }))] {
         let mut body = json!({ "model": "solar", "messages": [{ "role": "user", "content": "Hi" }] });
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());

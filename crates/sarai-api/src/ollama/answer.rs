@@ -27,6 +27,14 @@ pub struct LineWriter {
 }
 
 impl LineWriter {
+    /// A line that says only how far the load has come that is waited for.
+    #[must_use]
+    pub fn loading(&self, now: SystemTime, percent: Option<u8>) -> Value {
+        let mut line = self.text(now, "");
+        line["sarai"] = json!({ "loading_percent": percent });
+        line
+    }
+
     /// A line of text.
     #[must_use]
     pub fn text(&self, now: SystemTime, text: &str) -> Value {

@@ -23,6 +23,7 @@ pub struct File {
     pub queue: Option<Duration>,
     pub drain: Option<Duration>,
     pub stall: Option<Duration>,
+    pub heartbeat: Option<Duration>,
     pub state_dir: Option<String>,
     pub max_ram_gb: Option<f64>,
     pub max_concurrent_llms: Option<u32>,
@@ -150,6 +151,7 @@ fn read_server(file: &mut File, mut server: Section<'_>, environment: &Environme
     file.queue = server.seconds("queue_seconds", mistakes);
     file.drain = server.seconds("drain_seconds", mistakes);
     file.stall = server.seconds("stall_seconds", mistakes);
+    file.heartbeat = server.seconds("heartbeat_seconds", mistakes);
     file.state_dir = server.text("state_dir", mistakes).map(|path| environment.expand(&path));
     server.finish(mistakes);
 }

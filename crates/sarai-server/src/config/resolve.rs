@@ -63,6 +63,8 @@ pub struct ServerConfig {
     pub drain: Duration,
     /// How long a client may leave its answer unread.
     pub stall: Duration,
+    /// How often a client is told of a load that its stream waits for, and how long it waits before that.
+    pub heartbeat: Duration,
     /// Where what was learned is kept.
     pub state_dir: PathBuf,
 }
@@ -116,6 +118,7 @@ pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &
         queue: file.queue.unwrap_or(Duration::from_secs(300)),
         drain: file.drain.unwrap_or(Duration::from_secs(15)),
         stall: file.stall.unwrap_or(Duration::from_secs(60)),
+        heartbeat: file.heartbeat.unwrap_or(Duration::from_secs(10)),
         state_dir: state_dir(environment, file.state_dir, folder),
     };
     let max_concurrent_llms = env_number(environment, "MAX_CONCURRENT_LLMS", mistakes);

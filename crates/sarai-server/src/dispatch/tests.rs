@@ -155,7 +155,7 @@ fn request(tag: &str) -> GenerateRequest {
         format: sarai_core::Format::Text,
         tools: None,
         think: None,
-            logprobs: None,
+        logprobs: None,
         residence: Residence::default(),
         prefill: String::new(),
         given: String::new(),

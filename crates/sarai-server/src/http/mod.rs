@@ -8,6 +8,7 @@ mod ollama;
 mod openai;
 mod pool;
 mod stream;
+mod waiting;
 
 use std::time::Duration;
 
@@ -31,6 +32,8 @@ pub struct App {
     pub max_body_bytes: usize,
     /// How long a client may leave its answer unread.
     pub stall: Duration,
+    /// How often a client is told of a load that its stream waits for.
+    pub heartbeat: Duration,
 }
 
 /// Every URL.

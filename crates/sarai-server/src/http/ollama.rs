@@ -1,16 +1,19 @@
 //! Ollama's endpoints.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
+use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use sarai_api::ollama::{self, End, Kind, LineWriter, OllamaRequest};
 use sarai_api::{Parsed, Served};
 use sarai_core::{Error, Event, MediaKind, TokenLogprob, ToolCall};
 use serde_json::{Map, Value, json};
 
 use super::error::{Failure, ollama_body};
+use super::waiting::{self, Begun, Step, Waiting};
 use super::{App, body, is_strict, json_response, served_headers, stream};
 use crate::config::Deployment;
 
@@ -97,17 +100,45 @@ async fn answer(
 async fn generated(app: App, kind: Kind, parsed: Parsed, strict: bool) -> Result<Response, Error> {
     let delivery = parsed.delivery;
     let writer = LineWriter { kind, model: parsed.model.clone() };
-    let answer = app.gateway.answer(parsed, strict).await?;
-    let mut headers = served_headers(&answer.served);
     if !delivery.stream {
+        let answer = app.gateway.answer(parsed, strict).await?;
+        let headers = served_headers(&answer.served);
         let whole = stream::collect(answer.events).await?;
         return Ok(json_response(headers, &writer.whole(SystemTime::now(), whole, &answer.served)));
     }
-    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/x-ndjson"));
-    let mut under_way = UnderWay { served: answer.served, calls: Vec::new(), logprobs: Vec::new() };
+    let stall = app.stall;
+    let answer = match waiting::begin(app, parsed, strict).await? {
+        Begun::Answer(answer) => answer,
+        Begun::Loading(waiting) => return Ok(told_of_its_load(waiting, writer, stall)),
+    };
+    let headers = served_headers(&answer.served);
+    let mut under_way = UnderWay::of(answer.served);
     let encode = move |event| encode(&writer, &mut under_way, event).into();
-    let body = stream::body(answer.events, app.stall, None, encode);
-    Ok((headers, body).into_response())
+    Ok(lines(headers, stream::body(answer.events, stall, None, encode)))
+}
+
+/// A stream whose first lines have no text, and tell of the load that it waits for.
+fn told_of_its_load(waiting: Waiting, writer: LineWriter, stall: Duration) -> Response {
+    let mut under_way = None;
+    let encode = move |what| -> Bytes {
+        match (what, &mut under_way) {
+            (Step::Waits(percent), _) => format!("{}\n", writer.loading(SystemTime::now(), percent)).into(),
+            (Step::Begins(served), under_way) => {
+                *under_way = Some(UnderWay::of(*served));
+                Bytes::new()
+            }
+            (Step::Says(event), Some(under_way)) => encode(&writer, under_way, event).into(),
+            (Step::Says(event), None) => {
+                event.err().map(|error| format!("{}\n", ollama_body(&error))).unwrap_or_default().into()
+            }
+        }
+    };
+    lines(HeaderMap::new(), stream::body(waiting.steps(), stall, None, encode))
+}
+
+fn lines(mut headers: HeaderMap, body: Body) -> Response {
+    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/x-ndjson"));
+    (headers, body).into_response()
 }
 
 /// What later lines say.
@@ -117,6 +148,12 @@ struct UnderWay {
     calls: Vec<ToolCall>,
     /// Of the text that comes next.
     logprobs: Vec<TokenLogprob>,
+}
+
+impl UnderWay {
+    fn of(served: Served) -> Self {
+        Self { served, calls: Vec::new(), logprobs: Vec::new() }
+    }
 }
 
 fn encode(writer: &LineWriter, under_way: &mut UnderWay, event: Result<Event, Error>) -> String {

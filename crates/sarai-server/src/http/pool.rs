@@ -42,6 +42,7 @@ fn ledger_body(app: &App, snapshot: &Snapshot) -> Value {
             "planned_bytes": row.planned, "planned": row.parts, "claimed_bytes": row.claimed,
             "anonymous_bytes": row.measured.anonymous, "file_bytes": row.measured.file,
             "expires_in_ms": row.expires_at.map(|at| at.saturating_sub(snapshot.now)),
+            "loading_percent": snapshot.loading.get(&row.engine),
             "failure": snapshot.failures.get(&row.engine),
         })
     });

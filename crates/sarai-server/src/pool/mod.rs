@@ -76,6 +76,8 @@ pub struct Snapshot {
     pub now: u64,
     /// Workers whose model is loaded.
     pub workers: HashMap<EngineId, Worker>,
+    /// How far loads have come that are under way, in parts of a hundred.
+    pub loading: HashMap<EngineId, u8>,
     /// Why the last worker of an engine ended, if it was not asked to.
     pub failures: HashMap<EngineId, String>,
 }

@@ -5,6 +5,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use sarai_core::frame::{LoadSpec, ToWorker};
@@ -48,6 +49,8 @@ pub(super) struct Slot {
     pub most: Bytes,
     threads: Option<u32>,
     load_began: Option<Instant>,
+    /// How far the load has come, in parts of a hundred.
+    progress: Arc<AtomicU8>,
     resize_began: Option<Instant>,
     deaths: Vec<Instant>,
     failure: Option<String>,
@@ -385,9 +388,11 @@ impl Owner {
             }
         };
         let (executable, label) = (self.executable.clone(), config.label.clone());
-        let start = Start { executable, label, load, load_deadline: config.load_deadline };
-        let (stop, on_stop) = oneshot::channel();
+        let progress = Arc::default();
         let slot = &mut self.workers[engine.0];
+        slot.progress = Arc::clone(&progress);
+        let start = Start { executable, label, load, load_deadline: config.load_deadline, progress };
+        let (stop, on_stop) = oneshot::channel();
         slot.stop = Some(stop);
         slot.load_began = Some(Instant::now());
         slot.source = source;
@@ -444,6 +449,10 @@ impl Owner {
             is_pressed: self.ledger.is_pressed(),
             now: self.now(),
             workers: slots().filter_map(|(id, slot)| Some((id, slot.worker.clone()?))).collect(),
+            loading: slots()
+                .filter(|(_, slot)| slot.load_began.is_some())
+                .map(|(id, slot)| (id, slot.progress.load(Ordering::Relaxed)))
+                .collect(),
             failures: slots().filter_map(|(id, slot)| Some((id, slot.failure.clone()?))).collect(),
         }
     }

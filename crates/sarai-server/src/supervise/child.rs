@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use sarai_core::Error;
@@ -123,6 +123,8 @@ pub struct Start {
     pub load: Load,
     /// How long that may take.
     pub load_deadline: Duration,
+    /// How far it has come, in parts of a hundred.
+    pub progress: Arc<AtomicU8>,
 }
 
 /// Runs a worker until it ends, or until `stop` is dropped or sent; reports what happens, `Exited` last.
@@ -212,7 +214,8 @@ async fn run(
     let last_words = tokio::spawn(read_log(launched.child.stderr.take(), start.label.clone(), Level::DEBUG));
     let writing = tokio::spawn(write_frames(launched.writer, to_write));
     let (resized, mut on_resized) = mpsc::unbounded_channel();
-    let mut reading = tokio::spawn(read_frames(launched.reader, routes.clone(), loaded, resized));
+    let mut reading =
+        tokio::spawn(read_frames(launched.reader, routes.clone(), loaded, resized, Arc::clone(&start.progress)));
     let _ = commands.send(ToWorker::Load(spec.clone()));
 
     let mut is_loaded = false;
@@ -330,11 +333,13 @@ async fn read_frames(
     routes: Routes,
     loaded: mpsc::Sender<Result<LoadedInfo, String>>,
     resized: mpsc::UnboundedSender<(LoadedInfo, Option<String>)>,
+    progress: Arc<AtomicU8>,
 ) {
     while let Some(frame) = next_frame(&mut socket).await {
         match frame {
             FromWorker::Event { id, event } => routes.pass(id, Ok(event)),
             FromWorker::Failed { id, error } => routes.pass(id, Err(error)),
+            FromWorker::Loading(percent) => progress.store(percent, Ordering::Relaxed),
             FromWorker::Loaded(info) => drop(loaded.try_send(Ok(info))),
             FromWorker::LoadFailed(reason) => drop(loaded.try_send(Err(reason))),
             FromWorker::Resized(info, failure) => drop(resized.send((info, failure))),

@@ -61,6 +61,9 @@ async fn answer(server: &Server, model: &str, messages: &mut Vec<Value>, prompt:
                 log::print("\n");
                 return Err(Failure::failed(anyhow::anyhow!(error.to_owned())));
             }
+            if let Some(percent) = line["sarai"]["loading_percent"].as_u64() {
+                log::complain(&format!("loading, {percent} %"));
+            }
             let text = line["message"]["content"].as_str().unwrap_or_default();
             answer.push_str(text);
             if !log::print(text) {

@@ -3,7 +3,7 @@
 mod several;
 
 use std::fmt::{Display, Write};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
@@ -16,6 +16,7 @@ use sarai_core::{Api, Error, Event, TokenLogprob, Usage};
 use serde_json::Value;
 
 use super::error::{Failure, openai_body};
+use super::waiting::{self, Begun, Step, Waiting};
 use super::{App, body, is_strict, json_response, served_headers, stream};
 
 /// `POST /v1/chat/completions`.
@@ -62,13 +63,19 @@ async fn answer(
     if !parsed.others.is_empty() {
         return several::answer(app, parsed, writer, strict).await;
     }
-    let answer = app.gateway.answer(parsed, strict).await?;
-    let headers = served_headers(&answer.served);
     if !delivery.stream {
+        let answer = app.gateway.answer(parsed, strict).await?;
+        let headers = served_headers(&answer.served);
         let whole = stream::collect(answer.events).await?;
         let body = writer.whole(whole, &answer.served);
         return Ok(json_response(headers, &body));
     }
+    let stall = app.stall;
+    let answer = match waiting::begin(app, parsed, strict).await? {
+        Begun::Answer(answer) => answer,
+        Begun::Loading(waiting) => return Ok(told_of_its_load(waiting, writer, stall)),
+    };
+    let headers = served_headers(&answer.served);
     let first = writer.role().map(|chunk| Bytes::from(sse(&chunk)));
     let around = writer.around_text();
     let mut end = End::of(answer.served);
@@ -76,7 +83,25 @@ async fn answer(
         Ok(Event::Text(text)) if end.logprobs.is_empty() => sse(&around.with(text)).into(),
         event => encode(&writer, &mut end, event).into(),
     };
-    Ok(event_stream(headers, stream::body(answer.events, app.stall, first, encode)))
+    Ok(event_stream(headers, stream::body(answer.events, stall, first, encode)))
+}
+
+/// A stream whose first words are comments about the load that it waits for.
+fn told_of_its_load(waiting: Waiting, writer: ChunkWriter, stall: Duration) -> Response {
+    let mut end = None;
+    let encode = move |what| -> Bytes {
+        match (what, &mut end) {
+            (Step::Waits(Some(percent)), _) => format!(": loading, {percent} %\n\n").into(),
+            (Step::Waits(None), _) => ": waiting\n\n".into(),
+            (Step::Begins(served), end) => {
+                *end = Some(End::of(*served));
+                writer.role().map(|chunk| sse(&chunk)).unwrap_or_default().into()
+            }
+            (Step::Says(event), Some(end)) => encode(&writer, end, event).into(),
+            (Step::Says(event), None) => event.err().map(|error| sse(&openai_body(&error))).unwrap_or_default().into(),
+        }
+    };
+    event_stream(HeaderMap::new(), stream::body(waiting.steps(), stall, None, encode))
 }
 
 fn event_stream(mut headers: HeaderMap, body: Body) -> Response {
