@@ -8,6 +8,7 @@ behind them. `ENGINE="alone entering"` runs some of the parts only; `--peer` nam
 import argparse
 import base64
 import http.client
+import inspect
 import json
 import os
 import random
@@ -244,6 +245,18 @@ def shown(port, model, seed):
     assert response.status == 200, answer[:300]
     connection.close()
     return time.monotonic() - began
+
+
+def chat(port, model, prompt, tokens):
+    """A whole chat, and its decoding speed as the server measured it."""
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens, "temperature": 0}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+    answer = json.loads(connection.getresponse().read())
+    connection.close()
+    seconds = answer["sarai"]["timings_ms"]["decode"] / 1000
+    answer["sarai"]["tokens_per_second"] = (answer["usage"]["completion_tokens"] - 1) / seconds
+    return answer
 
 
 def at_once(requests):
@@ -570,6 +583,28 @@ class Bench:
         report("95th gap beside a picture, ms", *beside, False)
         report("longest gap beside a picture, ms", *longest, False)
 
+    def guess(self):
+        """Guessing from repeated text (`draft_tokens`), Qwen: rewriting code, and prose where nothing repeats; without and with it"""
+        code = "\n".join(inspect.getsource(part) for part in (Quota, Answer))
+        edit = f"Write this code again with `self.times` renamed to `self.moments`, and change nothing else.\n```python\n{code}\n```"
+        prose = "Write a long story about a lighthouse keeper who finds a bottle with a letter in it."
+        for draft in (4, 8):
+            figures = {name: ([], []) for name in ("edit", "prose")}
+            same = {name: [] for name in figures}
+            with Sarai(self.binary, ["qwen"], 1, 4096) as plain:
+                with Sarai(self.binary, ["qwen"], 1, 4096, f", draft_tokens: {draft}") as ours:
+                    for _ in range(self.rounds):
+                        for name, prompt in (("edit", edit), ("prose", prose)):
+                            texts = []
+                            for side, server in enumerate((plain, ours)):
+                                said = chat(server.port, "qwen", prompt, 300)
+                                figures[name][side].append(said["sarai"]["tokens_per_second"])
+                                texts.append(said["choices"][0]["message"]["content"])
+                            same[name].append(texts[0] == texts[1])
+            for name, (without, with_it) in figures.items():
+                alike = "the same text" if all(same[name]) else f"another text in {same[name].count(False)} of {len(same[name])}"
+                report(f"{name}, {draft} tokens, tokens/s ({alike})", without, with_it)
+
     def loaded(self, server):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         connection.request("GET", "/api/ps")
@@ -577,7 +612,7 @@ class Bench:
 
 
 def main():
-    parts = ["alone", "streams", "entering", "prefix", "together", "park", "cold", "embed", "media", "quota"]
+    parts = ["alone", "streams", "entering", "prefix", "together", "park", "cold", "embed", "media", "guess", "quota"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}")
     parser.add_argument("--peer", default=os.environ.get("LLAMA_SERVER"), help="a llama-server")

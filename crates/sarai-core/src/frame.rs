@@ -53,6 +53,9 @@ pub struct LoadSpec {
     pub shared_context: bool,
     /// Tokens of a prompt that one step computes at most.
     pub ubatch_tokens: u32,
+    /// Tokens of an answer that are guessed in advance at most, where its text repeats.
+    #[serde(default)]
+    pub draft_tokens: u32,
     /// Threads when the worker is alone.
     pub threads: u32,
     /// Type of the KV cache.

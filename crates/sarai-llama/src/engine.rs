@@ -212,6 +212,7 @@ impl<'model> Engine<'model> {
             parallel: spec.parallel as usize,
             cells: context.n_ctx() as usize,
             step_tokens: model::step_tokens(spec) as usize,
+            draft_tokens: spec.draft_tokens as usize,
             sharing: Sharing::of(model),
             seconds_per_foreign_cell: FOREIGN_CELL_SECONDS * f64::from(model.n_head()) * f64::from(model.n_layer())
                 / f64::from(spec.threads.max(1)),
@@ -507,29 +508,64 @@ impl<'model> Engine<'model> {
         Ok(())
     }
 
-    /// Samples the next token of one sequence, sends its text, and ends the generation where it ends.
+    /// Goes on with one sequence by the tokens that this step has brought: one, and those of its guesses that were right.
     fn advance(&mut self, index: usize, frames: &mut FrameWriter) -> anyhow::Result<()> {
+        let sequence = &self.scheduler.sequences[index];
+        let Some(generation) = &sequence.generation else { return Ok(()) };
+        let Some(first) = generation.output_row else { return Ok(()) };
+        let guessed = generation.guessed;
+        let guesses = sequence.cached[sequence.cached.len() - guessed..].to_vec();
+        let mut right = 0;
+        loop {
+            let row = first + i32::try_from(right)?;
+            let token = self.advance_by_one(index, row, guessed - right, frames)?;
+            match (token, guesses.get(right)) {
+                (Some(token), Some(guess)) if guess.text() == Some(token) => right += 1,
+                _ => break,
+            }
+        }
+        let mut cells = cells(&mut self.context, self.model, &mut self.parking);
+        self.scheduler.take_back(index, guessed - right, &mut cells);
+        let most = self.scheduler.may_guess(index);
         let sequence = &mut self.scheduler.sequences[index];
-        let in_cache = sequence.cached.len();
-        let Some(generation) = &mut sequence.generation else { return Ok(()) };
-        let Some(row) = generation.output_row else { return Ok(()) };
+        if let Some(generation) = &mut sequence.generation
+            && let Some(next) = generation.next
+        {
+            generation.luck.learn(right, guessed);
+            generation.guesses = generation.luck.guess(&sequence.cached, next, most);
+        }
+        Ok(())
+    }
+
+    /// Samples the next token of one sequence, sends its text, and ends the generation where it ends; `ahead` guesses are in the cache
+    /// that may be wrong. Returns the token if it goes on.
+    fn advance_by_one(
+        &mut self,
+        index: usize,
+        row: i32,
+        ahead: usize,
+        frames: &mut FrameWriter,
+    ) -> anyhow::Result<Option<LlamaToken>> {
+        let sequence = &mut self.scheduler.sequences[index];
+        let in_cache = sequence.cached.len() - ahead;
+        let Some(generation) = &mut sequence.generation else { return Ok(None) };
         generation.first_token.get_or_insert_with(Instant::now);
         generation.asked.writer.pieces = Pieces::new();
         if let Some(finish) = generation.limit(0).filter(|_| generation.generated == 0) {
             // No token is wanted, or all that are were given elsewhere.
-            return self.end(index, finish, frames);
+            return self.end(index, finish, frames).map(|()| None);
         }
         let token = match generation.asked.writer.sampler.choose(self.model, &mut self.context, row) {
             Ok(token) => token,
             Err(error) => {
                 let id = generation.asked.id;
                 sequence.generation = None;
-                return frames.queue(&FromWorker::Failed { id, error });
+                return frames.queue(&FromWorker::Failed { id, error }).map(|()| None);
             }
         };
         generation.generated += 1;
         if self.model.is_eog_token(token) {
-            return self.end(index, FinishReason::Stop, frames);
+            return self.end(index, FinishReason::Stop, frames).map(|()| None);
         }
         if let Some((alternatives, waiting)) = &mut generation.asked.writer.likely {
             let logits = self.context.get_logits_ith(row);
@@ -538,7 +574,9 @@ impl<'model> Engine<'model> {
         let shown = generation.asked.writer.shown(token);
         let piece = self.model.token_to_raw_bytes(token, shown).unwrap_or_default();
         match generation.asked.writer.answer.push(&piece) {
-            Pushed::Stopped(text) => return self.end_with(index, FinishReason::Stop, text, frames),
+            Pushed::Stopped(text) => {
+                return self.end_with(index, FinishReason::Stop, text, frames).map(|()| None);
+            }
             Pushed::Text(text) => {
                 for event in generation.asked.writer.events(text) {
                     frames.queue(&FromWorker::Event { id: generation.asked.id, event })?;
@@ -548,8 +586,8 @@ impl<'model> Engine<'model> {
         generation.next = Some(token);
         let is_complete = generation.asked.writer.parts.as_ref().is_some_and(Parts::is_complete);
         match is_complete.then_some(FinishReason::Stop).or_else(|| generation.limit(in_cache)) {
-            Some(finish) => self.end(index, finish, frames),
-            None => Ok(()),
+            Some(finish) => self.end(index, finish, frames).map(|()| None),
+            None => Ok(Some(token)),
         }
     }
 

@@ -8,6 +8,7 @@ mod answer;
 mod cells;
 mod channel;
 mod chat;
+mod draft;
 mod embed;
 mod engine;
 mod log;

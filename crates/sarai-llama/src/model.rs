@@ -165,7 +165,7 @@ fn context_params(spec: &LoadSpec, model: &LlamaModel) -> LlamaContextParams {
         .with_n_batch(step_tokens(spec))
         .with_n_ubatch(step_tokens(spec))
         // Of a text that is read whole, each token is put out.
-        .with_n_outputs_max(if embeds { 0 } else { spec.parallel })
+        .with_n_outputs_max(if embeds { 0 } else { spec.parallel * (1 + spec.draft_tokens) })
         .with_swa_full(false)
         // One pool of cells in any case, so that sequences can share what they begin with.
         .with_kv_unified(true)

@@ -37,6 +37,8 @@ pub struct Limits {
     pub cells: usize,
     /// Tokens that one step can hold.
     pub step_tokens: usize,
+    /// Tokens that an answer may guess at most.
+    pub draft_tokens: usize,
     /// How sequences may share.
     pub sharing: Sharing,
     /// Seconds that each token of a step takes longer for each cell that another sequence holds.
@@ -331,14 +333,40 @@ impl<W> Scheduler<W> {
     fn add_answers(&mut self, step: &mut Step) {
         for (index, sequence) in self.sequences.iter_mut().enumerate() {
             let Some(generation) = &mut sequence.generation else { continue };
-            generation.output_row = None;
+            (generation.output_row, generation.guessed) = (None, 0);
             if let Some(token) = generation.next.take() {
                 generation.output_row = i32::try_from(step.rows.len()).ok();
+                let guesses = std::mem::take(&mut generation.guesses);
+                generation.guessed = guesses.len();
                 let position = positions(&sequence.cached);
-                step.rows.push(Row { unit: token.into(), position, sequence: index, has_output: true });
-                sequence.cached.push(token.into());
-                step.answers += 1;
+                for (ahead, token) in [token].into_iter().chain(guesses).enumerate() {
+                    let position = position + ahead;
+                    step.rows.push(Row { unit: token.into(), position, sequence: index, has_output: true });
+                    sequence.cached.push(token.into());
+                    step.answers += 1;
+                }
             }
+        }
+    }
+
+    /// How many tokens an answer may guess for the next step: no more than it is granted, than fit beside the other answers, and than it
+    /// may become long.
+    pub fn may_guess(&self, index: usize) -> usize {
+        let Some(generation) = &self.sequences[index].generation else { return 0 };
+        let left = |most: usize, done: usize| most.saturating_sub(done + 2);
+        let in_context = left(generation.asked.context_tokens, self.sequences[index].cached.len());
+        let in_answer = left(generation.asked.max_tokens as usize, generation.usage().completion_tokens as usize);
+        let beside = (self.limits.step_tokens / 4 / self.limits.parallel).saturating_sub(1);
+        let granted = if self.limits.sharing == Sharing::Prefixes { self.limits.draft_tokens } else { 0 };
+        granted.min(beside).min(in_context).min(in_answer)
+    }
+
+    /// Takes back the last guesses of a step, which were wrong.
+    pub fn take_back(&mut self, index: usize, wrong: usize, cells: &mut impl Cells) {
+        let sequence = &mut self.sequences[index];
+        sequence.cached.truncate(sequence.cached.len() - wrong);
+        if wrong > 0 {
+            cells.cut(index, positions(&sequence.cached));
         }
     }
 
@@ -396,7 +424,7 @@ impl<W> Scheduler<W> {
             let done = sequence.cached.len();
             // What is not computed yet cannot be shared: an answer's token of this very step is the last one there.
             let grown = |other: &Sequence<W>| {
-                let computed = other.cached.len() - usize::from(other.is_in_step());
+                let computed = other.cached.len() - other.in_step();
                 common(&other.cached[..computed], prompt).min(prompt.len() - 1)
             };
             let others = self.sequences.iter().enumerate().filter(|(other, _)| *other != index);

@@ -5,6 +5,7 @@ use std::time::Instant;
 use llama_cpp_4::token::LlamaToken;
 use sarai_core::{FinishReason, Timings, Usage};
 
+use crate::draft::Luck;
 use crate::unit::{Unit, positions};
 
 /// A generation that has not begun.
@@ -43,8 +44,14 @@ pub struct Generation<W> {
     pub generated: u32,
     /// The token that the next step computes, once the prompt is done.
     pub next: Option<LlamaToken>,
-    /// Row of this step's batch that holds its logits.
+    /// What may follow it: guesses.
+    pub guesses: Vec<LlamaToken>,
+    /// Row of this step's batch that holds its logits; those of its guesses follow.
     pub output_row: Option<i32>,
+    /// Guesses that this step computes.
+    pub guessed: usize,
+    /// How well guessing has gone.
+    pub luck: Luck,
     /// When the first token was there.
     pub first_token: Option<Instant>,
 }
@@ -52,7 +59,17 @@ pub struct Generation<W> {
 impl<W> Generation<W> {
     /// A generation of which nothing is computed but what the cache has.
     pub fn new(asked: Waiting<W>, cached: usize) -> Self {
-        Self { asked, cached, generated: 0, next: None, output_row: None, first_token: None }
+        Self {
+            asked,
+            cached,
+            generated: 0,
+            next: None,
+            guesses: Vec::new(),
+            output_row: None,
+            guessed: 0,
+            luck: Luck::default(),
+            first_token: None,
+        }
     }
 
     /// What it took in tokens.
@@ -109,9 +126,10 @@ impl<W> Sequence<W> {
         generation.map_or(0, |generation| generation.asked.prompt.len().saturating_sub(self.cached.len()))
     }
 
-    /// Whether the last of its tokens is an answer's that the step that is being filled computes.
-    pub fn is_in_step(&self) -> bool {
-        self.generation.as_ref().is_some_and(|generation| generation.output_row.is_some())
+    /// How many of the last of its tokens are an answer's that the step that is being filled computes.
+    pub fn in_step(&self) -> usize {
+        let generation = self.generation.as_ref().filter(|generation| generation.output_row.is_some());
+        generation.map_or(0, |generation| 1 + generation.guessed)
     }
 
     /// When the running generation came, as a number that grows.

@@ -35,6 +35,8 @@ pub struct Settings {
     pub shared_context: bool,
     /// Tokens that one step computes at most.
     pub ubatch_tokens: u32,
+    /// Tokens of an answer that are guessed in advance at most.
+    pub draft_tokens: u32,
     /// Type of the KV cache.
     pub kv: KvType,
     /// Whether attention is computed without its full matrix.
@@ -52,6 +54,7 @@ impl Default for Settings {
             parallel: 1,
             shared_context: false,
             ubatch_tokens: 256,
+            draft_tokens: 0,
             kv: KvType::F16,
             flash_attention: true,
             repack: Repack::default(),
@@ -261,7 +264,7 @@ fn output(header: &Header, settings: Settings) -> Bytes {
         let width = header.arch_size("embedding_length").unwrap_or(0);
         return Bytes(4) * width * (settings.step() + u64::from(settings.parallel));
     }
-    Bytes(4 + 12) * header.vocabulary() * u64::from(settings.parallel)
+    Bytes(4 + 12) * header.vocabulary() * u64::from(settings.parallel) * u64::from(1 + settings.draft_tokens)
 }
 
 /// Tables of the tokenizer: about 144 bytes a token and, for byte pairs, 104 a merge, and the longer strings.

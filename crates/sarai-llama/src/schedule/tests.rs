@@ -131,8 +131,14 @@ struct Case {
 
 impl Case {
     fn new(parallel: usize, cells: usize, step_tokens: usize) -> Self {
-        let limits =
-            Limits { parallel, cells, step_tokens, sharing: Sharing::Prefixes, seconds_per_foreign_cell: 1e-12 };
+        let limits = Limits {
+            parallel,
+            cells,
+            step_tokens,
+            draft_tokens: 4,
+            sharing: Sharing::Prefixes,
+            seconds_per_foreign_cell: 1e-12,
+        };
         Self { scheduler: Scheduler::new(limits), pool: Pool::new(cells), ended: Vec::new() }
     }
 
@@ -169,16 +175,44 @@ impl Case {
         for index in 0..self.scheduler.sequences.len() {
             let sequence = &mut self.scheduler.sequences[index];
             assert_eq!(self.pool.units(index), sequence.cached, "sequence {index}");
-            let in_cache = sequence.cached.len();
             let Some(generation) = sequence.generation.as_mut().filter(|one| one.output_row.is_some()) else {
                 continue;
             };
-            generation.generated += 1;
-            generation.next = Some(next_token(&sequence.cached));
-            if generation.limit(in_cache).is_some() {
-                let generation = sequence.generation.take().unwrap();
-                self.ended.push((generation.asked.id, sequence.cached.clone(), generation.cached));
+            let (mut right, guessed) = (0, generation.guessed);
+            let known = sequence.cached.len() - guessed;
+            loop {
+                let Some(generation) = &mut sequence.generation else { break };
+                generation.generated += 1;
+                let next = next_token(&sequence.cached[..known + right]);
+                generation.next = Some(next);
+                if generation.limit(known + right).is_some() {
+                    let generation = sequence.generation.take().unwrap();
+                    self.ended.push((
+                        generation.asked.id,
+                        sequence.cached[..known + right].to_vec(),
+                        generation.cached,
+                    ));
+                } else if right < guessed && sequence.cached[known + right] == next.into() {
+                    right += 1;
+                } else {
+                    break;
+                }
             }
+            self.scheduler.take_back(index, guessed - right, &mut self.pool);
+            let most = self.scheduler.may_guess(index);
+            let sequence = &mut self.scheduler.sequences[index];
+            let Some(generation) = &mut sequence.generation else { continue };
+            // Of its guesses, some are right: how many changes from answer to answer and from step to step.
+            let mut ahead = sequence.cached.clone();
+            ahead.extend(generation.next.map(Unit::Text));
+            let wrong_from = (generation.asked.id as usize + ahead.len()) % 6;
+            generation.guesses = (0..most)
+                .map(|at| {
+                    let token = if at < wrong_from { next_token(&ahead) } else { LlamaToken(9999) };
+                    ahead.push(token.into());
+                    token
+                })
+                .collect();
         }
         true
     }
@@ -279,8 +313,14 @@ fn a_prompt_that_waits_for_another_one_goes_on_alone_when_that_is_cancelled() {
 
 #[test]
 fn a_state_that_cannot_be_cut_is_continued_and_never_shared() {
-    let limits =
-        Limits { parallel: 2, cells: 2048, step_tokens: 64, sharing: Sharing::Whole, seconds_per_foreign_cell: 1e-12 };
+    let limits = Limits {
+        parallel: 2,
+        cells: 2048,
+        step_tokens: 64,
+        draft_tokens: 4,
+        sharing: Sharing::Whole,
+        seconds_per_foreign_cell: 1e-12,
+    };
     let mut case = Case { scheduler: Scheduler::new(limits), pool: Pool::new(2048), ended: Vec::new() };
     case.ask(1, &numbers(0, 100), 1, 1024);
     while case.step() {}

@@ -433,6 +433,7 @@ impl Resolver<'_> {
                 Some(_) => defaults.ubatch_tokens.max(PICTURE_STEP),
                 None => defaults.ubatch_tokens,
             }),
+            draft_tokens: written.draft_tokens.unwrap_or(defaults.draft_tokens),
             kv: written.kv.unwrap_or(defaults.kv),
             flash_attention: written.flash_attention.unwrap_or(defaults.flash_attention),
             repack: if written.repack.unwrap_or(true) { machine_repack() } else { Repack::Off },
@@ -453,6 +454,7 @@ impl Resolver<'_> {
             engine.settings.parallel += settings.parallel;
             engine.settings.shared_context |= settings.shared_context;
             engine.settings.ubatch_tokens = engine.settings.ubatch_tokens.max(settings.ubatch_tokens);
+            engine.settings.draft_tokens = engine.settings.draft_tokens.max(settings.draft_tokens);
             // Of two types, the one that loses less.
             engine.settings.kv = engine.settings.kv.min(settings.kv);
             engine.settings.flash_attention |= settings.flash_attention;

@@ -524,6 +524,7 @@ pub(super) fn load_spec(
         parallel: settings.parallel,
         shared_context: settings.shared_context,
         ubatch_tokens: settings.ubatch_tokens,
+        draft_tokens: settings.draft_tokens,
         threads,
         kv: settings.kv,
         flash_attention: settings.flash_attention,
