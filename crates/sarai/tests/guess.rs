@@ -25,7 +25,7 @@ const CODE: &str = "Write this code again, and change nothing.\n```python\ndef a
 async fn guessed_tokens_change_nothing_but_the_pace() {
     let (plain, guessing) = (sarai(0), sarai(8));
     let ask = async |more: Value| {
-        let mut all = json!({ "temperature": 0, "max_tokens": 120 });
+        let mut all = json!({ "temperature": 0, "max_tokens": 70 });
         all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let body = chat("coder", CODE, all);
         let (one, other) = tokio::join!(plain.post("/v1/chat/completions", body.clone()), guessing.post("/v1/chat/completions", body));
@@ -35,16 +35,15 @@ async fn guessed_tokens_change_nothing_but_the_pace() {
         other
     };
     let whole = ask(json!({})).await;
-    assert!(whole["choices"][0]["message"]["content"].as_str().unwrap().contains("return 2 * (width + height)"));
-    ask(json!({})).await;
+    assert!(whole["choices"][0]["message"]["content"].as_str().unwrap().contains("return width * height"));
     ask(json!({ "stop": ["ValueError('neg"] })).await;
-    for max_tokens in [1, 2, 3, 7, 30] {
+    for max_tokens in [1, 2, 9] {
         let answer = ask(json!({ "max_tokens": max_tokens })).await;
         assert_eq!(answer["usage"]["completion_tokens"], max_tokens);
     }
-    ask(json!({ "grammar": "root ::= \"```python\\n\" [^`]+ \"```\"" })).await;
-    let body = chat("coder", CODE, json!({ "temperature": 0, "max_tokens": 60, "n": 2 }));
-    let together = join_all((0..3).map(|_| guessing.post("/v1/chat/completions", body.clone()))).await;
+    ask(json!({ "grammar": "root ::= \"```python\\n\" [^`]+ \"```\"", "max_tokens": 30 })).await;
+    let body = chat("coder", CODE, json!({ "temperature": 0, "max_tokens": 30, "n": 2 }));
+    let together = join_all((0..2).map(|_| guessing.post("/v1/chat/completions", body.clone()))).await;
     let begins = whole["choices"][0]["message"]["content"].as_str().unwrap();
     for answer in together {
         for choice in answer.json()["choices"].as_array().unwrap() {
