@@ -57,7 +57,7 @@ bench-failover: build models ollama
 	SARAI_OLLAMA=$$(scripts/build_ollama.sh) python3 scripts/bench_failover.py $(CARGO_TARGET_DIR)/release/sarai
 
 # Half an hour of everything at once: memory and descriptors stay as they are. `MINUTES=5` is shorter.
-soak: build models
+soak: build models sketches
 	python3 scripts/soak.py $(CARGO_TARGET_DIR)/release/sarai
 
 # Broken pictures, sounds, schemas, grammars and tools against the real server. `FUZZ="--minutes 60 --seed 7"` goes on for longer.

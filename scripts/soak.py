@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Half an hour of everything at once on real models, with flat memory and file descriptors: `make soak`.
 
-Clients chat, stream, leave in mid-stream, ask for forms and calls, make vectors, send garbage. Memory and descriptors of the server
+Clients chat, stream, leave in mid-stream, ask for forms and calls, make vectors, show pictures and sounds, send garbage. Memory and descriptors of the server
 and of each worker are sampled; those of the last fifth must be those of the second, but for a little. `MINUTES=5` is shorter.
 """
 
+import base64
+import io
 import json
 import os
 import random
@@ -15,8 +17,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import wave
 
-from bench_engine import CACHE, MODELS, Process, free_port, text, until
+from bench_engine import CACHE, MODELS, Process, free_port, picture, text, until
 
 GROWTH_MIB, GROWTH_FILES = 8, 3
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}}]
@@ -33,7 +36,7 @@ class Client(threading.Thread):
 
     def run(self):
         while not self.ended.is_set():
-            what = self.random.choice([self.chat, self.stream, self.leave, self.form, self.call, self.vectors, self.garbage])
+            what = self.random.choice([self.chat, self.stream, self.leave, self.form, self.call, self.vectors, self.sense, self.garbage])
             try:
                 outcome = what()
             except urllib.error.HTTPError as error:
@@ -80,6 +83,21 @@ class Client(threading.Thread):
         with self.post("/v1/embeddings", {"model": "minilm", "input": texts}) as answer:
             return len(json.load(answer)["data"]) == len(texts)
 
+    def sense(self):
+        if self.random.random() < 0.5:
+            data = picture(self.random.randrange(40))
+            part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+        else:
+            file = io.BytesIO()
+            with wave.open(file, "wb") as sound:
+                sound.setparams((1, 2, 16000, 0, "NONE", ""))
+                sound.writeframes(self.random.randbytes(2 * self.random.randint(1, 30000)))
+            part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(file.getvalue()).decode(), "format": "wav"}}
+        content = [{"type": "text", "text": text(self.random.random(), 5)}, part]
+        asked = {"model": "omni", "messages": [{"role": "user", "content": content}], "max_tokens": 5}
+        with self.post("/v1/chat/completions", asked) as answer:
+            return json.load(answer)["choices"][0]["finish_reason"] in ("stop", "length")
+
     def garbage(self):
         with self.post(self.random.choice(["/v1/chat/completions", "/api/chat", "/v1/embeddings"]), self.random.randbytes(200)) as answer:
             return answer.status
@@ -99,6 +117,9 @@ def main():
             for model, parallel in (("smollm2", 4), ("qwen", 2), ("minilm", 1)):
                 role = ", role: embedding" if model == "minilm" else ""
                 config.write(f"  {model}: {{ backend: gguf_native, gguf_path: {file_of(model)}, context_length: 2048, parallel: {parallel}{role} }}\n")
+            fitted = os.path.join(CACHE, "sketches", "sensing", "fitted")
+            files = f"gguf_path: {fitted}/qwen2vl.gguf, mmproj_path: {fitted}/mmproj-omni.gguf"
+            config.write(f"  omni: {{ backend: gguf_native, {files}, context_length: 4096, parallel: 2 }}\n")
         command = [sys.argv[1], "serve", "--listen", f"127.0.0.1:{port}", "--config", f"{folder}/sarai.yaml"]
         sarai.start(command, {"SARAI_STATE_DIR": f"{folder}/state"})
         url = f"http://127.0.0.1:{port}"
@@ -108,7 +129,7 @@ def main():
         clients = [Client(url, seed, ended) for seed in range(6)]
         # All workers are there from the beginning.
         first = clients[0]
-        for what in (first.chat, first.call, first.vectors):
+        for what in (first.chat, first.call, first.vectors, first.sense):
             what()
         for client in clients:
             client.start()
