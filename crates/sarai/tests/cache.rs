@@ -65,6 +65,41 @@ async fn requests_that_arrive_together_compute_a_common_beginning_once_and_answe
     }
 }
 
+/// Clients that leave while prompts are being shared and computed, and while answers run, change nothing for those that stay.
+#[tokio::test]
+async fn answers_beside_clients_that_leave_are_those_given_alone() {
+    let sarai = Sarai::start(&config(&smollm2(), 3, ""));
+    let shared = words(0, 30);
+    let count = |n: usize| (10 * n..10 * n + 6).map(|n| format!("{n}, ")).collect::<String>();
+    let prompts: Vec<_> = (1..9).map(|n| format!("{shared} We count: {}", count(n).trim_end())).collect();
+    let asked = prompts.iter().enumerate().map(|(n, prompt)| {
+        let sarai = &sarai;
+        async move {
+            if n % 2 == 0 {
+                return Some(complete(sarai, prompt, 10).await.0);
+            }
+            // It leaves before the first token, or after a few.
+            let body = json!({ "model": "m", "prompt": prompt, "max_tokens": 500, "temperature": 0, "stream": true });
+            let asked = sarai.client.post(format!("{}/v1/completions", sarai.url)).body(body.to_string()).send();
+            let leaves_within = std::time::Duration::from_millis(150 * n as u64);
+            let read = async { drop(asked.await.unwrap().bytes().await) };
+            let _ = tokio::time::timeout(leaves_within, read).await;
+            None
+        }
+    });
+    let answers = join_all(asked).await;
+    let alone = Sarai::start(&config(&smollm2(), 1, ""));
+    for (prompt, text) in prompts.iter().zip(answers) {
+        if let Some(text) = text {
+            assert_eq!(complete(&alone, prompt, 10).await.0, text);
+        }
+    }
+    sarai.until("all places are free", |ps| ps["requests"]["in_flight"] == 0).await;
+    for prompt in &prompts[..4] {
+        assert_eq!(complete(&sarai, prompt, 10).await.0, complete(&alone, prompt, 10).await.0, "what they left in the cache is right");
+    }
+}
+
 #[tokio::test]
 async fn more_conversations_than_places_go_on_without_computing_their_past_again() {
     let sarai = Sarai::start(&config(&smollm2(), 2, ""));
