@@ -60,14 +60,15 @@ bench-failover: build models ollama
 soak: build models sketches
 	python3 scripts/soak.py $(CARGO_TARGET_DIR)/release/sarai
 
-# Broken pictures, sounds, schemas, grammars and tools against the real server. `FUZZ="--minutes 60 --seed 7"` goes on for longer.
+# Five minutes of broken pictures, sounds, schemas, grammars and tools against the real server. `FUZZ="--minutes 60 --seed 7"` goes on for longer.
 fuzz: build models sketches
 	python3 scripts/fuzz.py $(CARGO_TARGET_DIR)/release/sarai $(SARAI_CACHE)/sketches/sensing \
 		$(SARAI_MODELS)/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf $(FUZZ)
 
 # The table of what each model does in each API, asked anew.
 abilities: build models sketches
-	python3 scripts/abilities.py $(CARGO_TARGET_DIR)/release/sarai > docs/abilities-table.md
+	python3 scripts/abilities.py $(CARGO_TARGET_DIR)/release/sarai > docs/abilities-table.new
+	mv docs/abilities-table.new docs/abilities-table.md
 
 # A tiny Qwen2.5-Omni by PyTorch behind sarai: images, sound and video in, speech out. Installs 1.8 GB; not part of `make test`.
 test-transformers: build

@@ -88,7 +88,7 @@ ABILITIES = {
     ),
     "several answers": ({"n": 2}, None, lambda body: [choice["index"] for choice in body["choices"]] == [0, 1]),
     "going on from a beginning": ({"continue_final_message": True}, None, lambda body: text_of(body) != ""),
-    "reasoning on request": ({"chat_template_kwargs": {"enable_thinking": False}}, {"think": True}, lambda body: True),
+    "reasoning on request": ({"chat_template_kwargs": {"enable_thinking": False}}, {"think": True}, None),
     "pictures": ([image()], {"images": [png()]}, lambda body: text_of(body) == "red"),
     "sound": ([audio()], None, lambda body: text_of(body) == "high"),
     "vectors": ("embeddings", "embed", lambda body: len((body.get("data") or [{"embedding": body["embeddings"][0]}])[0]["embedding"]) == 384),
@@ -130,6 +130,8 @@ def cell(url, api, model, ability):
     if asked is None:
         return "-"
     status, body = ask(url, *asked)
+    if ABILITIES[ability][2] is None and status == 200:
+        return "yes" if switches(url, api, asked) else "no effect"
     if status == 400:
         return "refused"
     if status != 200:
@@ -138,6 +140,14 @@ def cell(url, api, model, ability):
         return "yes" if ABILITIES[ability][2](body) else "another answer"
     except (KeyError, IndexError, TypeError, ValueError):
         return "another answer"
+
+
+def switches(url, api, asked):
+    """Whether the prompt differs with reasoning and without."""
+    path, body = asked
+    other = {"think": False} if api == "Ollama" else {"chat_template_kwargs": {"enable_thinking": True}}
+    count = lambda body: body.get("prompt_eval_count") or body["usage"]["prompt_tokens"]
+    return count(ask(url, path, body)[1]) != count(ask(url, path, body | other)[1])
 
 
 def main():

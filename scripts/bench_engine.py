@@ -583,8 +583,8 @@ class Bench:
         report("95th gap beside a picture, ms", *beside, False)
         report("longest gap beside a picture, ms", *longest, False)
 
-    def guess(self):
-        """Guessing from repeated text (`draft_tokens`), Qwen: rewriting code, and prose where nothing repeats; without and with it"""
+    def draft(self):
+        """Drafting from repeated text (`draft_tokens`), Qwen: rewriting code, and prose where nothing repeats; without and with it"""
         code = "\n".join(inspect.getsource(part) for part in (Quota, Answer))
         edit = f"Write this code again with `self.times` renamed to `self.moments`, and change nothing else.\n```python\n{code}\n```"
         prose = "Write a long story about a lighthouse keeper who finds a bottle with a letter in it."
@@ -612,7 +612,7 @@ class Bench:
 
 
 def main():
-    parts = ["alone", "streams", "entering", "prefix", "together", "park", "cold", "embed", "media", "guess", "quota"]
+    parts = ["alone", "streams", "entering", "prefix", "together", "park", "cold", "embed", "media", "draft", "quota"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}")
     parser.add_argument("--peer", default=os.environ.get("LLAMA_SERVER"), help="a llama-server")

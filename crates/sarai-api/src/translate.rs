@@ -15,7 +15,7 @@ use crate::tools;
 pub fn can_be_asked(api: Api, request: &GenerateRequest) -> bool {
     let is_understood = request.needs().iter().all(|need| need.at_worker);
     let has_words = match api {
-        // It has no field for a call that must be made, none for sound, and none for a grammar.
+        // It has no field for a call that must be made, for sound, and for pictures that are only named.
         Api::Ollama => {
             request.tools.as_ref().is_none_or(|tools| tools.choice == ToolChoice::Auto)
                 && request.media().all(|media| media.kind == MediaKind::Image)

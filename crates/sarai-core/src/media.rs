@@ -5,6 +5,14 @@ use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use serde::{Deserialize, Serialize};
 
+/// Pixels of a picture at most: 4096 x 3072, as telephones make them. The plan of memory counts on this limit and the next ones.
+pub const MOST_PIXELS: u64 = 4096 * 3072;
+/// What a picture may become where a model takes pictures in their own size. One that is up to 200 times as long as it is wide stays
+/// below, since a single line of tokens is the least.
+pub const MOST_PICTURE_TOKENS: u64 = 1024;
+/// What a worker keeps of encoded pictures and sound.
+pub const KEPT_BYTES: u64 = 32 << 20;
+
 /// Which sense a model needs for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -192,7 +192,7 @@ pub struct Need {
     pub param: String,
     /// In words that begin a sentence: "`tools` is not supported".
     pub lack: String,
-    /// Whether a worker of this server can.
+    /// Whether it is in core's words: a worker that has the ability can, and hosts of the other API are told in theirs.
     pub at_worker: bool,
 }
 
@@ -264,7 +264,7 @@ impl GenerateRequest {
         messages.iter().flat_map(|message| &message.media)
     }
 
-    /// What must be followed, and only hosts of the client's API can.
+    /// What must be followed, or the answer would be a wrong one.
     #[must_use]
     pub fn needs(&self) -> &[Need] {
         self.extras.as_ref().map_or(&[], |extras| &extras.needs)

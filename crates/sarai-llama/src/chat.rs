@@ -241,7 +241,7 @@ fn bare_calls(text: &str, tools: &[String]) -> Option<Vec<ReadCall>> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#[expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 mod tests {
     use llama_cpp_4::chat::{ChatApplyParams, ChatTemplates, ReasoningFormat};
     use llama_cpp_4::llama_backend::LlamaBackend;
@@ -336,7 +336,9 @@ mod tests {
             let (events, _) = parts.finish(if is_cut { FinishReason::Length } else { FinishReason::Stop });
             take(events);
             if calls.is_empty() {
-                prop_assert_eq!(said.trim(), text.trim());
+                // A mark of a call that is none may be lost with it.
+                let words = |text: &str| text.replace("<tool_call>", "").replace("</tool_call>", "").split_whitespace().collect::<String>();
+                prop_assert_eq!(words(&said), words(&text));
             }
             for call in &calls {
                 prop_assert!(!call.name.is_empty() || is_cut, "{:?} of {:?}", calls, text);

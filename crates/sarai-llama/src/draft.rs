@@ -10,42 +10,42 @@ use crate::unit::Unit;
 const ALIKE: u16 = 3;
 /// How much the newest step counts.
 const NEWEST: f32 = 0.3;
-/// Below this share of guesses that were right, none are made for a while.
-const UNLUCKY: f32 = 0.3;
+/// Below this share of accepted tokens, nothing is drafted for a while.
+const FEWEST: f32 = 0.3;
 /// For so many tokens.
 const PAUSE: u32 = 24;
 
-/// How well guessing has gone in one answer.
+/// How much of what was drafted was accepted in one answer.
 #[derive(Clone, Copy, Debug)]
-pub struct Luck {
-    /// Share of the guesses that were right, lately.
-    right: f32,
+pub struct Acceptance {
+    /// Share of the drafted tokens that were accepted, lately.
+    accepted: f32,
     /// Tokens until it is tried again.
     pause: u32,
 }
 
-impl Default for Luck {
+impl Default for Acceptance {
     fn default() -> Self {
-        Self { right: 0.6, pause: 0 }
+        Self { accepted: 0.6, pause: 0 }
     }
 }
 
-impl Luck {
-    /// Learns how many guesses were right.
+impl Acceptance {
+    /// Learns how many of the drafted tokens were accepted.
     #[expect(clippy::cast_precision_loss, reason = "a few tokens")]
-    pub fn learn(&mut self, right: usize, guessed: usize) {
-        if guessed == 0 {
+    pub fn learn(&mut self, accepted: usize, drafted: usize) {
+        if drafted == 0 {
             return;
         }
-        self.right += NEWEST * (right as f32 / guessed as f32 - self.right);
-        if self.right < UNLUCKY {
+        self.accepted += NEWEST * (accepted as f32 / drafted as f32 - self.accepted);
+        if self.accepted < FEWEST {
             // Afterwards it has another chance.
             *self = Self { pause: PAUSE, ..Self::default() };
         }
     }
 
     /// Guesses what follows, at most so many tokens; nothing if they did not stand there before.
-    pub fn guess(&mut self, before: &[Unit], next: LlamaToken, most: usize) -> Vec<LlamaToken> {
+    pub fn draft(&mut self, before: &[Unit], next: LlamaToken, most: usize) -> Vec<LlamaToken> {
         self.pause = self.pause.saturating_sub(1);
         if self.pause > 0 || most == 0 {
             return Vec::new();
@@ -67,21 +67,21 @@ mod tests {
     }
 
     #[test]
-    fn what_followed_before_is_guessed() {
+    fn what_followed_before_is_drafted() {
         let before = units(&[9, 1, 2, 3, 4, 5, 6, 7, 8, 20, 21, 1, 2]);
-        let guessed = Luck::default().guess(&before, LlamaToken(3), 4);
-        assert_eq!(guessed, [4, 5, 6, 7].map(LlamaToken));
-        assert!(Luck::default().guess(&before, LlamaToken(30), 4).is_empty());
+        let drafted = Acceptance::default().draft(&before, LlamaToken(3), 4);
+        assert_eq!(drafted, [4, 5, 6, 7].map(LlamaToken));
+        assert!(Acceptance::default().draft(&before, LlamaToken(30), 4).is_empty());
     }
 
     #[test]
     fn who_is_wrong_too_often_pauses_and_tries_again() {
         let before = units(&[9, 1, 2, 3, 4, 5, 6, 7, 8, 20, 21, 1, 2]);
-        let mut luck = Luck::default();
-        while !luck.guess(&before, LlamaToken(3), 4).is_empty() {
-            luck.learn(0, 4);
+        let mut acceptance = Acceptance::default();
+        while !acceptance.draft(&before, LlamaToken(3), 4).is_empty() {
+            acceptance.learn(0, 4);
         }
-        let paused = (0..100).take_while(|_| luck.guess(&before, LlamaToken(3), 4).is_empty()).count();
+        let paused = (0..100).take_while(|_| acceptance.draft(&before, LlamaToken(3), 4).is_empty()).count();
         assert!((20..30).contains(&paused), "{paused}");
     }
 }

@@ -385,7 +385,7 @@ impl<'model> Engine<'model> {
     /// What attends to itself both ways is computed in one step, beside an answer of every other sequence.
     fn refuse_what_no_step_holds(&self, pieces: &Pieces) -> Result<(), Error> {
         let most = self.scheduler.step_tokens() - self.scheduler.parallel();
-        let whole = pieces.values().filter(|piece| piece.is_whole()).map(|piece| piece.len());
+        let whole = pieces.values().filter(|piece| piece.is_non_causal()).map(|piece| piece.len());
         match whole.max().filter(|length| *length > most) {
             None => Ok(()),
             Some(length) => Err(Error::Unavailable {
@@ -445,7 +445,7 @@ impl<'model> Engine<'model> {
             true => self.fill_batch(step).map_err(|error| error.to_string())?,
             false => self.fill_mixed(step).map_err(|error| error.to_string())?,
         }
-        if step.is_whole {
+        if step.is_non_causal {
             self.context.set_causal_attn(false);
         }
         let outcome = loop {
@@ -464,7 +464,7 @@ impl<'model> Engine<'model> {
                 break outcome;
             }
         };
-        if step.is_whole {
+        if step.is_non_causal {
             self.context.set_causal_attn(true);
         }
         outcome
@@ -508,37 +508,37 @@ impl<'model> Engine<'model> {
         Ok(())
     }
 
-    /// Goes on with one sequence by the tokens that this step has brought: one, and those of its guesses that were right.
+    /// Goes on with one sequence by the tokens that this step has brought: one, and those of its draft that were right.
     fn advance(&mut self, index: usize, frames: &mut FrameWriter) -> anyhow::Result<()> {
         let sequence = &self.scheduler.sequences[index];
         let Some(generation) = &sequence.generation else { return Ok(()) };
         let Some(first) = generation.output_row else { return Ok(()) };
-        let guessed = generation.guessed;
-        let guesses = sequence.cached[sequence.cached.len() - guessed..].to_vec();
-        let mut right = 0;
+        let drafted = generation.drafted;
+        let draft = sequence.cached[sequence.cached.len() - drafted..].to_vec();
+        let mut accepted = 0;
         loop {
-            let row = first + i32::try_from(right)?;
-            let token = self.advance_by_one(index, row, guessed - right, frames)?;
-            match (token, guesses.get(right)) {
-                (Some(token), Some(guess)) if guess.text() == Some(token) => right += 1,
+            let row = first + i32::try_from(accepted)?;
+            let token = self.advance_by_one(index, row, drafted - accepted, frames)?;
+            match (token, draft.get(accepted)) {
+                (Some(token), Some(token_of_draft)) if token_of_draft.text() == Some(token) => accepted += 1,
                 _ => break,
             }
         }
         let mut cells = cells(&mut self.context, self.model, &mut self.parking);
-        self.scheduler.take_back(index, guessed - right, &mut cells);
-        let most = self.scheduler.may_guess(index);
+        self.scheduler.reject(index, drafted - accepted, &mut cells);
+        let most = self.scheduler.draft_room(index);
         let sequence = &mut self.scheduler.sequences[index];
         if let Some(generation) = &mut sequence.generation
             && let Some(next) = generation.next
         {
-            generation.luck.learn(right, guessed);
-            generation.guesses = generation.luck.guess(&sequence.cached, next, most);
+            generation.acceptance.learn(accepted, drafted);
+            generation.draft = generation.acceptance.draft(&sequence.cached, next, most);
         }
         Ok(())
     }
 
-    /// Samples the next token of one sequence, sends its text, and ends the generation where it ends; `ahead` guesses are in the cache
-    /// that may be wrong. Returns the token if it goes on.
+    /// Samples the next token of one sequence, sends its text, and ends the generation where it ends; `ahead` drafted tokens are in the
+    /// cache that may be wrong. Returns the token if it goes on.
     fn advance_by_one(
         &mut self,
         index: usize,

@@ -56,8 +56,8 @@ pub fn load(spec: &LoadSpec, allocation: Allocation, mut tell: impl FnMut(u8)) -
     let mut progress: &mut dyn FnMut(f32) = &mut progress;
     params.progress_callback = Some(on_progress);
     params.progress_callback_user_data = std::ptr::from_mut(&mut progress).cast();
-    // SAFETY: the path is a C string that outlives the call, and so does what is told of the progress; the other pointers
-    // among the parameters are defaults.
+    // SAFETY: the path is a C string that outlives the call, and so does what is told of the progress, which
+    // nobody else uses meanwhile; the other pointers among the parameters are defaults.
     let model = unsafe { llama_cpp_sys_4::llama_model_load_from_file(path.as_ptr(), params) };
     let model = NonNull::new(model).ok_or_else(failed)?;
     // SAFETY: `LlamaModel` is `repr(transparent)` over this pointer, whose only owner is here.

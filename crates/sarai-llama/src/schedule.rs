@@ -37,7 +37,7 @@ pub struct Limits {
     pub cells: usize,
     /// Tokens that one step can hold.
     pub step_tokens: usize,
-    /// Tokens that an answer may guess at most.
+    /// Tokens that an answer may draft at most.
     pub draft_tokens: usize,
     /// How sequences may share.
     pub sharing: Sharing,
@@ -66,7 +66,7 @@ pub struct Step {
     /// How many of them are the answers'.
     pub answers: usize,
     /// Whether it computes a piece of media whose parts attend to each other both ways: beside answers, that is all of it.
-    pub is_whole: bool,
+    pub is_non_causal: bool,
 }
 
 /// The generations of one context. `W` is what writes an answer.
@@ -331,15 +331,19 @@ impl<W> Scheduler<W> {
     }
 
     fn add_answers(&mut self, step: &mut Step) {
+        // Beside what attends to itself both ways, a draft would see what follows it.
+        let may_draft =
+            !self.sequences.iter().any(|sequence| sequence.next_of_prompt().is_some_and(Unit::is_non_causal));
         for (index, sequence) in self.sequences.iter_mut().enumerate() {
             let Some(generation) = &mut sequence.generation else { continue };
-            (generation.output_row, generation.guessed) = (None, 0);
+            (generation.output_row, generation.drafted) = (None, 0);
             if let Some(token) = generation.next.take() {
                 generation.output_row = i32::try_from(step.rows.len()).ok();
-                let guesses = std::mem::take(&mut generation.guesses);
-                generation.guessed = guesses.len();
+                let mut draft = std::mem::take(&mut generation.draft);
+                draft.truncate(if may_draft { draft.len() } else { 0 });
+                generation.drafted = draft.len();
                 let position = positions(&sequence.cached);
-                for (ahead, token) in [token].into_iter().chain(guesses).enumerate() {
+                for (ahead, token) in [token].into_iter().chain(draft).enumerate() {
                     let position = position + ahead;
                     step.rows.push(Row { unit: token.into(), position, sequence: index, has_output: true });
                     sequence.cached.push(token.into());
@@ -349,9 +353,9 @@ impl<W> Scheduler<W> {
         }
     }
 
-    /// How many tokens an answer may guess for the next step: no more than it is granted, than fit beside the other answers, and than it
+    /// How many tokens an answer may draft for the next step: no more than it is granted, than fit beside the other answers, and than it
     /// may become long.
-    pub fn may_guess(&self, index: usize) -> usize {
+    pub fn draft_room(&self, index: usize) -> usize {
         let Some(generation) = &self.sequences[index].generation else { return 0 };
         let left = |most: usize, done: usize| most.saturating_sub(done + 2);
         let in_context = left(generation.asked.context_tokens, self.sequences[index].cached.len());
@@ -361,8 +365,8 @@ impl<W> Scheduler<W> {
         granted.min(beside).min(in_context).min(in_answer)
     }
 
-    /// Takes back the last guesses of a step, which were wrong.
-    pub fn take_back(&mut self, index: usize, wrong: usize, cells: &mut impl Cells) {
+    /// Takes back the last tokens of a draft, which were wrong.
+    pub fn reject(&mut self, index: usize, wrong: usize, cells: &mut impl Cells) {
         let sequence = &mut self.sequences[index];
         sequence.cached.truncate(sequence.cached.len() - wrong);
         if wrong > 0 {
@@ -377,17 +381,16 @@ impl<W> Scheduler<W> {
         let prompt = &generation.asked.prompt;
         let done = sequence.cached.len();
         let ahead = &prompt[done..];
-        let is_of_whole = |unit: &&Unit| matches!(unit, Unit::Media { is_whole: true, .. });
         let added = match ahead.first() {
-            _ if step.is_whole => 0,
-            Some(Unit::Media { is_whole: true, .. }) => {
+            _ if step.is_non_causal => 0,
+            Some(unit) if unit.is_non_causal() => {
                 let is_of_it =
                     |(at, unit): &(usize, &Unit)| matches!(unit, Unit::Media { index, .. } if *index as usize == *at);
                 let length = ahead.iter().enumerate().take_while(is_of_it).count();
-                step.is_whole = step.rows.len() == step.answers;
-                if step.is_whole { length } else { 0 }
+                step.is_non_causal = step.rows.len() == step.answers;
+                if step.is_non_causal { length } else { 0 }
             }
-            _ => ahead.iter().take(room).take_while(|unit| !is_of_whole(unit)).count(),
+            _ => ahead.iter().take(room).take_while(|unit| !unit.is_non_causal()).count(),
         };
         let until = done + added;
         // Within a piece of media, positions are counted from where it begins.

@@ -5,7 +5,7 @@ use std::time::Instant;
 use llama_cpp_4::token::LlamaToken;
 use sarai_core::{FinishReason, Timings, Usage};
 
-use crate::draft::Luck;
+use crate::draft::Acceptance;
 use crate::unit::{Unit, positions};
 
 /// A generation that has not begun.
@@ -44,14 +44,14 @@ pub struct Generation<W> {
     pub generated: u32,
     /// The token that the next step computes, once the prompt is done.
     pub next: Option<LlamaToken>,
-    /// What may follow it: guesses.
-    pub guesses: Vec<LlamaToken>,
-    /// Row of this step's batch that holds its logits; those of its guesses follow.
+    /// What may follow it.
+    pub draft: Vec<LlamaToken>,
+    /// Row of this step's batch that holds its logits; those of its draft follow.
     pub output_row: Option<i32>,
     /// Guesses that this step computes.
-    pub guessed: usize,
-    /// How well guessing has gone.
-    pub luck: Luck,
+    pub drafted: usize,
+    /// How much of its drafts was accepted.
+    pub acceptance: Acceptance,
     /// When the first token was there.
     pub first_token: Option<Instant>,
 }
@@ -64,10 +64,10 @@ impl<W> Generation<W> {
             cached,
             generated: 0,
             next: None,
-            guesses: Vec::new(),
+            draft: Vec::new(),
             output_row: None,
-            guessed: 0,
-            luck: Luck::default(),
+            drafted: 0,
+            acceptance: Acceptance::default(),
             first_token: None,
         }
     }
@@ -126,10 +126,15 @@ impl<W> Sequence<W> {
         generation.map_or(0, |generation| generation.asked.prompt.len().saturating_sub(self.cached.len()))
     }
 
+    /// What of the running generation's prompt is computed next.
+    pub fn next_of_prompt(&self) -> Option<Unit> {
+        self.generation.as_ref()?.asked.prompt.get(self.cached.len()).copied()
+    }
+
     /// How many of the last of its tokens are an answer's that the step that is being filled computes.
     pub fn in_step(&self) -> usize {
         let generation = self.generation.as_ref().filter(|generation| generation.output_row.is_some());
-        generation.map_or(0, |generation| 1 + generation.guessed)
+        generation.map_or(0, |generation| 1 + generation.drafted)
     }
 
     /// When the running generation came, as a number that grows.

@@ -16,7 +16,7 @@ pub enum Unit {
         /// By how much the positions go on behind it: a picture may stand at one position with all its parts.
         advance: u32,
         /// Whether its parts attend to each other both ways: then they are computed in one step.
-        is_whole: bool,
+        is_non_causal: bool,
     },
 }
 
@@ -27,6 +27,11 @@ impl Unit {
             Self::Text(token) => Some(token),
             Self::Media { .. } => None,
         }
+    }
+
+    /// Whether it is of a piece that is computed in one step.
+    pub fn is_non_causal(self) -> bool {
+        matches!(self, Self::Media { is_non_causal: true, .. })
     }
 
     /// Whether it cannot be told from what is before it: a piece of media is shared or cut only as a whole.
@@ -70,7 +75,7 @@ mod tests {
     /// A picture of four parts that takes two positions.
     fn picture(piece: u32) -> Vec<Unit> {
         (0..4)
-            .map(|index| Unit::Media { piece, index, advance: if index == 3 { 2 } else { 0 }, is_whole: false })
+            .map(|index| Unit::Media { piece, index, advance: if index == 3 { 2 } else { 0 }, is_non_causal: false })
             .collect()
     }
 

@@ -1,23 +1,17 @@
 //! What an encoder for pictures or sound takes besides the model's own plan: weights, scratch, and what is in flight.
 //!
 //! The scratch is a formula over the activations that llama.cpp's graphs keep at once, checked against its own figures for SigLIP, Qwen's
-//! and Whisper's encoders (docs/abilities.md).
+//! and Whisper's encoders (docs/memory.md).
 
+use sarai_core::media::{KEPT_BYTES, MOST_PICTURE_TOKENS, MOST_PIXELS};
 use sarai_core::{Bytes, MediaKind};
 
 use crate::gguf::Header;
 
-/// Tokens of a picture at most, where the model takes pictures in their own size; the worker sees to it. One that is up to 200 times
-/// as long as it is wide stays below, since a single line of tokens is the least.
-const PICTURE_TOKENS: u64 = 1024;
 /// Patches that Qwen's encoders make one token of.
 const PATCHES_PER_TOKEN: u64 = 4;
 /// Frames of 30 seconds of sound after the convolutions.
 const SOUND_TOKENS: u64 = 1500;
-/// The largest picture in memory while it is decoded, and its copy; shorter than that is the longest sound.
-const DECODING: Bytes = Bytes(9 * 4096 * 3072);
-/// What is kept of encoded pieces, and as much again for what is being computed.
-const ENCODED: Bytes = Bytes::mib(64);
 
 /// Whether a model sees, or hears, through it: what the file says of itself.
 #[must_use]
@@ -51,7 +45,9 @@ pub fn compute(header: &Header) -> Bytes {
 /// Pixels and samples while they are decoded, and what they were encoded to.
 #[must_use]
 pub fn in_flight() -> Bytes {
-    DECODING + ENCODED
+    // Twelve bytes a pixel: sixteen bits of four colours and their eight, or two copies and what a decoder needs. The longest sound is
+    // smaller. What is kept of encoded pieces, and as much again for what is being computed.
+    Bytes(12 * MOST_PIXELS) + Bytes(2 * KEPT_BYTES)
 }
 
 fn size(header: &Header, kind: &str, key: &str) -> Option<u64> {
@@ -70,7 +66,7 @@ fn vision(header: &Header) -> Option<Bytes> {
         let patches = side * side;
         return Some(Bytes(4 * patches * (5 * embedding).max(3 * embedding + forward)));
     }
-    let patches = PATCHES_PER_TOKEN * PICTURE_TOKENS;
+    let patches = PATCHES_PER_TOKEN * MOST_PICTURE_TOKENS;
     // Those with windows have gates, and masks over all patches, in several copies.
     let has_windows = kind != "qwen2vl_merger";
     let (forwards, mask) = if has_windows { (3, 8 * patches * patches) } else { (1, 0) };

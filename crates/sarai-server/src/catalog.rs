@@ -100,6 +100,12 @@ impl Catalog {
         })
     }
 
+    /// A model, and those that it falls back to.
+    pub fn with_fallbacks<'a>(&'a self, model: &'a Model) -> impl Iterator<Item = &'a Model> {
+        let others = model.fallback_models.iter().filter_map(|name| self.find(name).ok());
+        [model].into_iter().chain(others.map(|other| &**other))
+    }
+
     /// Every deployment on a host, with its model.
     pub fn remotes(&self) -> impl Iterator<Item = (&Arc<Model>, &Remote)> {
         self.models.iter().flat_map(|model| {

@@ -11,11 +11,18 @@ use reqwest::{Client, Url};
 use sarai_core::media::to_base64;
 use sarai_core::{Error, GenerateRequest, Media, MediaSource, Message, Prompt};
 use tokio::io::AsyncReadExt;
+use tokio::time::{Instant, timeout_at};
 
 use crate::config::MediaConfig;
 
 /// How often a server may say that it is elsewhere.
 const REDIRECTS: usize = 3;
+
+/// What is left for the pictures of one request.
+struct Room {
+    bytes: usize,
+    until: Instant,
+}
 
 /// Fetches pictures.
 #[derive(Clone)]
@@ -66,10 +73,11 @@ impl Fetcher {
     /// It is not allowed, not there, too large or too slow; the text says which, and what to do.
     pub async fn bring(&self, request: &mut GenerateRequest) -> Result<(), Error> {
         let Prompt::Chat(messages) = &mut request.prompt else { return Ok(()) };
+        let mut room = Room { bytes: self.config.max_bytes, until: Instant::now() + self.config.limit };
         for media in messages.iter_mut().flat_map(|Message { media, .. }| media) {
             let Media { source, param, .. } = media;
             let MediaSource::Url(url) = source else { continue };
-            let fetched = self.fetch(url).await.map_err(|why| {
+            let fetched = self.fetch(url, &mut room).await.map_err(|why| {
                 let url: String = url.chars().take(200).collect();
                 Error::invalid(param, format!("`{url}` of `{param}` {why}"))
             })?;
@@ -78,17 +86,19 @@ impl Fetcher {
         Ok(())
     }
 
-    async fn fetch(&self, url: &str) -> Result<Vec<u8>, String> {
+    async fn fetch(&self, url: &str, room: &mut Room) -> Result<Vec<u8>, String> {
         let url = Url::parse(url).map_err(|error| format!("is no URL ({error}): use a data URL in base64"))?;
-        let limit = self.config.limit;
         let fetched = match url.scheme() {
-            "file" => tokio::time::timeout(limit, self.read(&url)).await,
-            _ => tokio::time::timeout(limit, self.download(&url)).await,
+            "file" => timeout_at(room.until, self.read(&url, room.bytes)).await,
+            _ => timeout_at(room.until, self.download(&url, room.bytes)).await,
         };
-        fetched.map_err(|_| format!("is not there within {} s (media.seconds)", limit.as_secs()))?
+        let late = |_| format!("is not there within {} s (media.seconds)", self.config.limit.as_secs());
+        let fetched = fetched.map_err(late)??;
+        room.bytes -= fetched.len();
+        Ok(fetched)
     }
 
-    async fn read(&self, url: &Url) -> Result<Vec<u8>, String> {
+    async fn read(&self, url: &Url, most: usize) -> Result<Vec<u8>, String> {
         const REFUSED: &str =
             "is in no folder that may be read: name the folder in `media.folders`, or send a data URL in base64";
         let path = url.to_file_path().map_err(|()| "is no path of this machine: use file:///…".to_owned())?;
@@ -97,7 +107,6 @@ impl Fetcher {
         if !self.config.folders.iter().any(|folder| is_below(&path, folder)) {
             return Err(REFUSED.to_owned());
         }
-        let most = self.config.max_bytes;
         let file = tokio::fs::File::open(&path).await.map_err(|error| format!("cannot be read ({error})"))?;
         if !file.metadata().await.is_ok_and(|meta| meta.is_file()) {
             return Err("is no file: name one".to_owned());
@@ -108,7 +117,7 @@ impl Fetcher {
         if bytes.len() > most { Err(self.too_large()) } else { Ok(bytes) }
     }
 
-    async fn download(&self, url: &Url) -> Result<Vec<u8>, String> {
+    async fn download(&self, url: &Url, most: usize) -> Result<Vec<u8>, String> {
         let refused = || "is not fetched here: send a data URL in base64, or set `media.http: true`".to_owned();
         let client = self.client.as_ref().ok_or_else(refused)?;
         check_url(url, self.may_ask)?;
@@ -119,7 +128,7 @@ impl Fetcher {
         }
         let mut bytes = Vec::new();
         while let Some(piece) = answer.chunk().await.map_err(failed)? {
-            if bytes.len() + piece.len() > self.config.max_bytes {
+            if bytes.len() + piece.len() > most {
                 return Err(self.too_large());
             }
             bytes.extend_from_slice(&piece);
@@ -128,7 +137,8 @@ impl Fetcher {
     }
 
     fn too_large(&self) -> String {
-        format!("is larger than {} MiB (media.max_mb): send a smaller one", self.config.max_bytes >> 20)
+        let most = self.config.max_bytes >> 20;
+        format!("is larger than {most} MiB, with those before it (media.max_mb): send smaller ones")
     }
 }
 
@@ -229,7 +239,7 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#[expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 mod tests {
     use std::path::PathBuf;
     use std::time::Duration;

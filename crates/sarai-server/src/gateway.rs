@@ -61,10 +61,9 @@ impl Gateway {
             return Ok(());
         }
         let catalog = self.catalog();
-        let others = model.fallback_models.iter().filter_map(|name| catalog.find(name).ok());
-        let (workers, hosts): (Vec<_>, Vec<_>) = others
-            .flat_map(|other| &other.deployments)
-            .chain(&model.deployments)
+        let (workers, hosts): (Vec<_>, Vec<_>) = catalog
+            .with_fallbacks(model)
+            .flat_map(|model| &model.deployments)
             .partition(|deployment| matches!(deployment, Deployment::Local { .. }));
         if workers.is_empty() {
             return Ok(());
@@ -98,10 +97,8 @@ impl Gateway {
     pub async fn loading(&self, name: &str) -> Option<u8> {
         let catalog = self.catalog();
         let model = catalog.find(name).ok()?;
-        let others = model.fallback_models.iter().filter_map(|name| catalog.find(name).ok());
-        let engines: Vec<_> = [model]
-            .into_iter()
-            .chain(others)
+        let engines: Vec<_> = catalog
+            .with_fallbacks(model)
             .flat_map(|model| &model.deployments)
             .filter_map(|deployment| Some(deployment.engine()?.0))
             .collect();

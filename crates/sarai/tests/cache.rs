@@ -96,7 +96,11 @@ async fn answers_beside_clients_that_leave_are_those_given_alone() {
     }
     sarai.until("all places are free", |ps| ps["requests"]["in_flight"] == 0).await;
     for prompt in &prompts[..4] {
-        assert_eq!(complete(&sarai, prompt, 10).await.0, complete(&alone, prompt, 10).await.0, "what they left in the cache is right");
+        assert_eq!(
+            complete(&sarai, prompt, 10).await.0,
+            complete(&alone, prompt, 10).await.0,
+            "what they left in the cache is right"
+        );
     }
 }
 

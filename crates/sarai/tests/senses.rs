@@ -121,15 +121,16 @@ async fn answers_are_those_of_llama_cpps_server_alone_in_company_and_out_of_the_
         check(case, &ask(case).await.json(), "alone");
     }
     for case in &cases {
+        ask(case).await;
         let answer = ask(case).await.json();
         check(case, &answer, "again");
         let (cached, prompt) = (&answer["usage"]["prompt_tokens_details"]["cached_tokens"], &case["prompt_tokens"]);
-        // All but what a sliding window has lost, or another conversation has taken the place of.
-        if case["model"] == "omni" {
+        // But for its last token; Gemma's window keeps no more than it covers.
+        if case["model"] != "gemma3" {
             assert_eq!(cached.as_u64().unwrap() + 1, prompt.as_u64().unwrap(), "{answer}");
         }
     }
-    let answers = join_all(cases.iter().map(|case| ask(case))).await;
+    let answers = join_all(cases.iter().map(ask)).await;
     for (case, answer) in cases.iter().zip(answers) {
         check(case, &answer.json(), "in company");
     }
@@ -139,7 +140,7 @@ async fn answers_are_those_of_llama_cpps_server_alone_in_company_and_out_of_the_
 async fn what_cannot_be_read_is_refused_with_its_field_and_hurts_nobody() {
     let sarai = Sarai::start(&models("fitted", ""));
     let red = image_part(&png(64, 64, RED));
-    assert_eq!(text(&answer(&sarai, "omni", &[red.clone()]).await), "red");
+    assert_eq!(text(&answer(&sarai, "omni", std::slice::from_ref(&red)).await), "red");
     let workers = sarai.worker_pids().await;
     let good = png(64, 64, RED);
     let mut claims = good.clone();
@@ -198,7 +199,7 @@ async fn a_model_that_lacks_the_sense_is_never_asked() {
     let sarai = Sarai::start(&format!("{}{more}", models("fitted", "")));
     let (red, low) = (image_part(&png(64, 64, RED)), audio_part(&wav(200.0, 0.3, 16_000)));
     for (model, part) in [("blind", &red), ("blind", &low), ("gemma3", &low), ("qwen2vl", &low)] {
-        let refused = sarai.post("/v1/chat/completions", body(model, &[part.clone()], json!({}))).await;
+        let refused = sarai.post("/v1/chat/completions", body(model, std::slice::from_ref(part), json!({}))).await;
         let error = &refused.json()["error"];
         assert_eq!(
             (refused.status, &error["param"]),

@@ -220,22 +220,18 @@ fn put(into: &mut Value, fields: Map<String, Value>) {
     fields.into_iter().for_each(|(name, value)| into[name] = value);
 }
 
-/// Puts one of several answers to the others: choices side by side, its tokens to theirs. `prompt` says whether its prompt is
-/// another one.
-pub fn join(all: &mut Value, mut other: Value, prompt: bool) {
+/// Puts one of several answers to the others, with what all of them took. Who served it stands in its own choice, where that was not
+/// who served the first.
+pub fn join(all: &mut Value, mut other: Value, usage: &Usage) {
+    let by = |sarai: &Value| [&sarai["served_by"], &sarai["fallback_reason"], &sarai["degraded"]].map(Clone::clone);
+    if by(&all["sarai"]) != by(&other["sarai"]) {
+        other["choices"][0]["sarai"] = other["sarai"].take();
+    }
     if let (Some(choices), Value::Array(more)) = (all["choices"].as_array_mut(), other["choices"].take()) {
         choices.extend(more);
     }
-    let of = |usage: &Value, key: &str| usage[key].as_u64().unwrap_or(0);
-    let prompt_tokens = if prompt { of(&other["usage"], "prompt_tokens") } else { 0 };
-    let completion_tokens = of(&other["usage"], "completion_tokens");
-    for (key, more) in [
-        ("prompt_tokens", prompt_tokens),
-        ("completion_tokens", completion_tokens),
-        ("total_tokens", prompt_tokens + completion_tokens),
-    ] {
-        all["usage"][key] = (of(&all["usage"], key) + more).into();
-    }
+    let Value::Object(counts) = usage_of(usage) else { return };
+    add_details(&mut all["usage"], &counts.into());
 }
 
 /// Adds what a host says of its usage beyond the counts.

@@ -7,6 +7,7 @@ use image::error::{ImageError, LimitErrorKind};
 use image::{ImageReader, Limits, RgbImage};
 use rubato::audioadapter_buffers::direct::InterleavedSlice;
 use rubato::{Async, FixedAsync, Resampler, SincInterpolationParameters, WindowFunction};
+use sarai_core::media::MOST_PIXELS;
 use symphonia::core::codecs::audio::AudioDecoderOptions;
 use symphonia::core::errors::Error as SoundError;
 use symphonia::core::formats::probe::Hint;
@@ -14,14 +15,12 @@ use symphonia::core::formats::{FormatOptions, TrackType};
 use symphonia::core::io::MediaSourceStream;
 use symphonia::core::meta::MetadataOptions;
 
-/// Pixels of a picture at most: 4096 x 3072, as telephones make them.
-pub const MOST_PIXELS: u64 = 4096 * 3072;
 /// Pixels that each side must have.
 pub const FEWEST_PIXELS: u32 = 2;
 /// How much longer than the other one a side may be: what Qwen's own code allows.
 pub const LONGEST_SIDE: u32 = 200;
 /// What a decoder may take for itself beside the pixels.
-const DECODER_BYTES: u64 = 9 * MOST_PIXELS;
+const DECODER_BYTES: u64 = 12 * MOST_PIXELS;
 
 /// Length of a piece of sound at most.
 pub const MOST_SECONDS: u32 = 300;

@@ -20,6 +20,7 @@ use llama_cpp_4::mtmd::{
 };
 use llama_cpp_4::token::LlamaToken;
 use sarai_core::frame::LoadSpec;
+use sarai_core::media::{KEPT_BYTES, MOST_PICTURE_TOKENS};
 use sarai_core::{Error, Media, MediaKind, MediaSource};
 use sha2::{Digest, Sha256};
 
@@ -28,13 +29,8 @@ use crate::log;
 use crate::prompt::internal;
 use crate::unit::Unit;
 
-/// What may be kept of encoded pieces.
-const KEPT_BYTES: usize = 32 << 20;
-/// What a picture may become where the model takes it in its own size; the plan counts on it
-/// (`sarai_plan::projector`).
-const MOST_PICTURE_TOKENS: i32 = 1024;
 /// How much the thread gives way to those that compute answers.
-const NICENESS: libc::c_int = 10;
+const NICENESS: i32 = 10;
 
 /// A part of a prompt that a template has made.
 pub enum Part {
@@ -55,7 +51,7 @@ pub struct Piece {
     /// By how much the positions go on behind it.
     advance: u32,
     /// Whether its parts attend to each other both ways.
-    is_whole: bool,
+    is_non_causal: bool,
 }
 
 impl Piece {
@@ -71,8 +67,8 @@ impl Piece {
     }
 
     /// Whether its parts attend to each other both ways.
-    pub fn is_whole(&self) -> bool {
-        self.is_whole
+    pub fn is_non_causal(&self) -> bool {
+        self.is_non_causal
     }
 
     fn units(&self) -> impl Iterator<Item = Unit> + '_ {
@@ -87,7 +83,7 @@ impl Piece {
                 false if index == last => self.advance,
                 false => 0,
             },
-            is_whole: self.is_whole,
+            is_non_causal: self.is_non_causal,
         })
     }
 
@@ -141,7 +137,7 @@ impl Senses {
         let params = MtmdContextParams::default()
             .use_gpu(false)
             .print_timings(false)
-            .image_max_tokens(MOST_PICTURE_TOKENS)
+            .image_max_tokens(i32::try_from(MOST_PICTURE_TOKENS).unwrap_or(i32::MAX))
             .n_threads(i32::try_from(spec.threads).unwrap_or(1));
         let context = MtmdContext::init_from_file(path, model, params)
             .map_err(|_| format!("llama.cpp cannot load the projector {} for this model", path.display()))?;
@@ -331,7 +327,7 @@ impl Reader<'_> {
             embedding,
             places: places(chunk),
             advance: u32::try_from(chunk.n_pos()).unwrap_or_default(),
-            is_whole: self.context.decode_use_non_causal(chunk),
+            is_non_causal: self.context.decode_use_non_causal(chunk),
         });
         self.keep(key, Arc::clone(&piece));
         Ok(piece)
@@ -339,7 +335,7 @@ impl Reader<'_> {
 
     /// Keeps a piece; those that were not used for longest go.
     fn keep(&mut self, key: Key, piece: Arc<Piece>) {
-        let mut room = KEPT_BYTES;
+        let mut room = usize::try_from(KEPT_BYTES).unwrap_or(usize::MAX);
         self.kept.push((key, piece));
         let fits = |(_, piece): &&(Key, Arc<Piece>)| {
             let bytes = piece.bytes();
@@ -365,10 +361,9 @@ fn places(chunk: &MtmdInputChunk<'_>) -> Vec<[i32; 4]> {
 }
 
 /// Lets those that compute answers have the cores when both want them. The threads that encode inherit it.
-#[expect(unsafe_code, reason = "libc's setpriority")]
 fn give_way() {
-    // SAFETY: takes numbers; 0 is the calling thread on Linux.
-    if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) } != 0 {
-        log::warn("pictures are encoded at the priority of answers");
+    // On Linux, none is the calling thread.
+    if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
+        log::warn(&format!("pictures are encoded at the priority of answers: {error}"));
     }
 }

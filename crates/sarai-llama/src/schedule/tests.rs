@@ -108,9 +108,9 @@ const PICTURES: i32 = 100_000;
 /// Tokens, and pictures of five parts each: even ones stand at two positions and are computed as it comes, odd ones at five and at once.
 fn units(numbers: &[i32]) -> Vec<Unit> {
     let part = |number: i32, index: u32| {
-        let is_whole = number % 2 == 1;
-        let advance = if is_whole { 1 } else { 2 * u32::from(index == 4) };
-        Unit::Media { piece: u32::try_from(number).unwrap(), index, advance, is_whole }
+        let is_non_causal = number % 2 == 1;
+        let advance = if is_non_causal { 1 } else { 2 * u32::from(index == 4) };
+        Unit::Media { piece: u32::try_from(number).unwrap(), index, advance, is_non_causal }
     };
     let all = numbers.iter().map(|&number| match number {
         PICTURES.. => (0..5).map(|index| part(number, index)).collect(),
@@ -156,7 +156,7 @@ impl Case {
         assert!(running <= self.scheduler.limits.parallel);
         let step = self.scheduler.fill(&mut self.pool);
         assert!(step.rows.len() <= self.scheduler.limits.step_tokens);
-        if step.is_whole {
+        if step.is_non_causal {
             let prompts: HashSet<_> = step.rows[step.answers..].iter().map(|row| row.sequence).collect();
             assert_eq!(
                 (prompts.len(), step.rows.len() - step.answers),
@@ -178,35 +178,34 @@ impl Case {
             let Some(generation) = sequence.generation.as_mut().filter(|one| one.output_row.is_some()) else {
                 continue;
             };
-            let (mut right, guessed) = (0, generation.guessed);
-            let known = sequence.cached.len() - guessed;
-            loop {
-                let Some(generation) = &mut sequence.generation else { break };
+            let (mut accepted, drafted) = (0, generation.drafted);
+            let known = sequence.cached.len() - drafted;
+            while let Some(generation) = &mut sequence.generation {
                 generation.generated += 1;
-                let next = next_token(&sequence.cached[..known + right]);
+                let next = next_token(&sequence.cached[..known + accepted]);
                 generation.next = Some(next);
-                if generation.limit(known + right).is_some() {
+                if generation.limit(known + accepted).is_some() {
                     let generation = sequence.generation.take().unwrap();
                     self.ended.push((
                         generation.asked.id,
-                        sequence.cached[..known + right].to_vec(),
+                        sequence.cached[..known + accepted].to_vec(),
                         generation.cached,
                     ));
-                } else if right < guessed && sequence.cached[known + right] == next.into() {
-                    right += 1;
+                } else if accepted < drafted && sequence.cached[known + accepted] == next.into() {
+                    accepted += 1;
                 } else {
                     break;
                 }
             }
-            self.scheduler.take_back(index, guessed - right, &mut self.pool);
-            let most = self.scheduler.may_guess(index);
+            self.scheduler.reject(index, drafted - accepted, &mut self.pool);
+            let most = self.scheduler.draft_room(index);
             let sequence = &mut self.scheduler.sequences[index];
             let Some(generation) = &mut sequence.generation else { continue };
-            // Of its guesses, some are right: how many changes from answer to answer and from step to step.
+            // Of its draft, some are right: how many changes from answer to answer and from step to step.
             let mut ahead = sequence.cached.clone();
             ahead.extend(generation.next.map(Unit::Text));
             let wrong_from = (generation.asked.id as usize + ahead.len()) % 6;
-            generation.guesses = (0..most)
+            generation.draft = (0..most)
                 .map(|at| {
                     let token = if at < wrong_from { next_token(&ahead) } else { LlamaToken(9999) };
                     ahead.push(token.into());

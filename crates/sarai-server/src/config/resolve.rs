@@ -87,9 +87,9 @@ pub struct MediaConfig {
     pub http: bool,
     /// Files below these are read.
     pub folders: Vec<PathBuf>,
-    /// The largest picture.
+    /// All that is fetched for one request.
     pub max_bytes: usize,
-    /// How long it may take.
+    /// How long that may take.
     pub limit: Duration,
 }
 
@@ -118,7 +118,8 @@ pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &
         queue: file.queue.unwrap_or(Duration::from_secs(300)),
         drain: file.drain.unwrap_or(Duration::from_secs(15)),
         stall: file.stall.unwrap_or(Duration::from_secs(60)),
-        heartbeat: file.heartbeat.unwrap_or(Duration::from_secs(10)),
+        // More often, nobody needs to hear of it.
+        heartbeat: file.heartbeat.unwrap_or(Duration::from_secs(10)).max(Duration::from_millis(50)),
         state_dir: state_dir(environment, file.state_dir, folder),
     };
     let max_concurrent_llms = env_number(environment, "MAX_CONCURRENT_LLMS", mistakes);

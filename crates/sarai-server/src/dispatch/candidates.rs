@@ -160,7 +160,7 @@ fn is_able(catalog: &Catalog, deployment: &Deployment, request: &GenerateRequest
                 // A file that cannot be read says so when it is asked.
                 && catalog.known_file(*engine).is_none_or(|file| {
                     (request.tools.is_none() || file.knows_tools())
-                        && (request.think != Some(true) || request.needs().is_empty() || file.reasons())
+                        && (!request.needs().iter().any(|need| need.param == "think") || file.reasons())
                         && request.media().all(|media| file.senses(media.kind))
                 })
         }

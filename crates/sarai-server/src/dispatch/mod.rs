@@ -134,9 +134,8 @@ impl Dispatch {
     /// Has the headers of a model's files read, aside, so that what they can do is known.
     async fn read_files(&self, model: &Arc<Model>) {
         let catalog = self.catalogs.now();
-        let others = model.fallback_models.iter().filter_map(|name| catalog.find(name).ok());
-        let unread: Vec<_> = [model].into_iter().chain(others).flat_map(|model| &model.deployments).collect();
-        let unread = unread.into_iter().filter_map(|deployment| match deployment {
+        let deployments = catalog.with_fallbacks(model).flat_map(|model| &model.deployments);
+        let unread = deployments.filter_map(|deployment| match deployment {
             Deployment::Local { engine, .. } if catalog.known_file(*engine).is_none() => Some(*engine),
             _ => None,
         });

@@ -4,7 +4,6 @@
 //! give up on a server that says nothing for long.
 
 use std::pin::Pin;
-use std::time::Duration;
 
 use futures_util::stream::{self, BoxStream, StreamExt};
 use sarai_api::{Parsed, Served};
@@ -49,7 +48,7 @@ pub async fn begin(app: App, parsed: Parsed, strict: bool) -> Result<Begun, Erro
     let (gateway, model) = (app.gateway.clone(), parsed.model.clone());
     let mut coming: Coming = Box::pin(async move { gateway.answer(parsed, strict).await });
     loop {
-        let answer = tokio::time::timeout(app.heartbeat.max(SHORTEST), &mut coming).await;
+        let answer = tokio::time::timeout(app.heartbeat, &mut coming).await;
         match answer {
             Ok(answer) => return answer.map(Begun::Answer),
             Err(_) if app.gateway.loading(&model).await.is_some() => {
@@ -60,15 +59,12 @@ pub async fn begin(app: App, parsed: Parsed, strict: bool) -> Result<Begun, Erro
     }
 }
 
-/// More often, nobody needs to hear of it.
-const SHORTEST: Duration = Duration::from_millis(50);
-
 impl Waiting {
     /// All that comes, the first word of the load at once.
     pub fn steps(self) -> BoxStream<'static, Step> {
         let words = stream::unfold((Some(self), true), |(waiting, is_first)| async move {
             let Waiting { app, model, mut coming } = waiting?;
-            if !is_first && let Ok(answer) = tokio::time::timeout(app.heartbeat.max(SHORTEST), &mut coming).await {
+            if !is_first && let Ok(answer) = tokio::time::timeout(app.heartbeat, &mut coming).await {
                 return Some((answered(answer), (None, false)));
             }
             let percent = app.gateway.loading(&model).await;
@@ -79,7 +75,8 @@ impl Waiting {
     }
 }
 
-fn answered(answer: Result<Answer, Error>) -> BoxStream<'static, Step> {
+/// An answer that has begun, or why it has not, step by step.
+pub fn answered(answer: Result<Answer, Error>) -> BoxStream<'static, Step> {
     match answer {
         Ok(Answer { served, events }) => {
             stream::iter([Step::Begins(Box::new(served))]).chain(events.map(Step::Says)).boxed()

@@ -90,16 +90,15 @@ async fn answer(
 fn told_of_its_load(waiting: Waiting, writer: ChunkWriter, stall: Duration) -> Response {
     let mut end = None;
     let encode = move |what| -> Bytes {
-        match (what, &mut end) {
-            (Step::Waits(Some(percent)), _) => format!(": loading, {percent} %\n\n").into(),
-            (Step::Waits(None), _) => ": waiting\n\n".into(),
-            (Step::Begins(served), end) => {
-                *end = Some(End::of(*served));
-                writer.role().map(|chunk| sse(&chunk)).unwrap_or_default().into()
-            }
-            (Step::Says(event), Some(end)) => encode(&writer, end, event).into(),
-            (Step::Says(event), None) => event.err().map(|error| sse(&openai_body(&error))).unwrap_or_default().into(),
+        let done = match &what {
+            Step::Says(Ok(Event::Done { usage, .. })) => Some(*usage),
+            _ => None,
+        };
+        let mut text = write_step(&writer, &mut end, what);
+        if let (Some(usage), Some(end)) = (done, &end) {
+            text.push_str(&last(&writer, &usage, &end.usage_details));
         }
+        text.into()
     };
     event_stream(HeaderMap::new(), stream::body(waiting.steps(), stall, None, encode))
 }
@@ -124,6 +123,20 @@ struct End {
 impl End {
     fn of(served: Served) -> Self {
         Self { served, usage_details: Value::Null, logprobs: Vec::new(), said: 0 }
+    }
+}
+
+/// A step of an answer, which may not have begun.
+fn write_step(writer: &ChunkWriter, end: &mut Option<End>, what: Step) -> String {
+    match (what, end) {
+        (Step::Waits(Some(percent)), _) => format!(": loading, {percent} %\n\n"),
+        (Step::Waits(None), _) => ": waiting\n\n".into(),
+        (Step::Begins(served), end) => {
+            *end = Some(End::of(*served));
+            writer.role().map(|chunk| sse(&chunk)).unwrap_or_default()
+        }
+        (Step::Says(event), Some(end)) => step(writer, end, event),
+        (Step::Says(event), None) => event.err().map(|error| sse(&openai_body(&error))).unwrap_or_default(),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Tokens that are guessed from repeated text (`draft_tokens`), on a real model.
+//! Tokens that are drafted from repeated text (`draft_tokens`), on a real model.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
@@ -22,13 +22,14 @@ const CODE: &str = "Write this code again, and change nothing.\n```python\ndef a
 /// Copying leaves no doubt about what is next, so the text is the same; limits, stop texts, grammars and what goes on in the cache
 /// afterwards are as without.
 #[tokio::test]
-async fn guessed_tokens_change_nothing_but_the_pace() {
-    let (plain, guessing) = (sarai(0), sarai(8));
+async fn drafted_tokens_change_nothing_but_the_pace() {
+    let (plain, drafting) = (sarai(0), sarai(8));
     let ask = async |more: Value| {
         let mut all = json!({ "temperature": 0, "max_tokens": 70 });
         all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let body = chat("coder", CODE, all);
-        let (one, other) = tokio::join!(plain.post("/v1/chat/completions", body.clone()), guessing.post("/v1/chat/completions", body));
+        let (one, other) =
+            tokio::join!(plain.post("/v1/chat/completions", body.clone()), drafting.post("/v1/chat/completions", body));
         let (one, other) = (one.json(), other.json());
         assert_eq!(one["choices"], other["choices"], "{more}");
         assert_eq!(one["usage"]["completion_tokens"], other["usage"]["completion_tokens"], "{more}");
@@ -43,7 +44,7 @@ async fn guessed_tokens_change_nothing_but_the_pace() {
     }
     ask(json!({ "grammar": "root ::= \"```python\\n\" [^`]+ \"```\"", "max_tokens": 30 })).await;
     let body = chat("coder", CODE, json!({ "temperature": 0, "max_tokens": 30, "n": 2 }));
-    let together = join_all((0..2).map(|_| guessing.post("/v1/chat/completions", body.clone()))).await;
+    let together = join_all((0..2).map(|_| drafting.post("/v1/chat/completions", body.clone()))).await;
     let begins = whole["choices"][0]["message"]["content"].as_str().unwrap();
     for answer in together {
         for choice in answer.json()["choices"].as_array().unwrap() {
