@@ -129,7 +129,13 @@ impl Parts {
         if is_cut && has_calls(&partial) {
             return partial.unwrap_or_default();
         }
-        if let Some(whole) = whole {
+        // It may read a call that is none, and forget it.
+        let forgets = |whole: &Read| {
+            let rest = self.text.trim_start().strip_prefix(whole.content.trim_start()).map(str::trim);
+            let is_text = whole.tool_calls.is_empty() && whole.reasoning_content.is_empty();
+            is_text && rest.is_some_and(|rest| !rest.is_empty() && !rest.starts_with("</"))
+        };
+        if let Some(whole) = whole.filter(|whole| !forgets(whole)) {
             return whole;
         }
         if has_calls(&partial) || !self.called.is_empty() {
