@@ -27,6 +27,7 @@ import torch
 from transformers import Qwen2_5OmniForConditionalGeneration, Qwen2_5OmniProcessor, TextStreamer
 
 FRAMES_PER_SECOND = 2.0  # of a video, as the model was trained
+MOST_FRAMES, MOST_SIDE = 768, 768  # of a video: all of them are in memory at once
 SPEECH_RATE, SPEECH_TOKENS_PER_SECOND = 24000, 50  # of what the vocoder makes, and what it makes it from
 # The system message that the published model was trained to speak with.
 SPEAKER = """You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, \
@@ -57,7 +58,11 @@ def read_video(data, rate):
         has_sound = bool(file.streams.audio)
         for frame in file.decode(video=0):
             if frame.time >= len(frames) / FRAMES_PER_SECOND:
-                frames.append(frame.to_ndarray(format="rgb24"))
+                if len(frames) == MOST_FRAMES:
+                    raise ValueError(f"a video has {MOST_FRAMES / FRAMES_PER_SECOND:.0f} seconds at most")
+                scale = min(1, MOST_SIDE / max(frame.width, frame.height))
+                size = [max(2, int(side * scale)) for side in (frame.width, frame.height)]
+                frames.append(frame.reformat(*size, format="rgb24").to_ndarray())
     return np.stack(frames), read_audio(data, rate) if has_sound else None
 
 

@@ -156,6 +156,8 @@ pub(crate) fn tool_fields(api: Api, request: &GenerateRequest) -> Map<String, Va
 pub struct Translator {
     /// Calls that were begun.
     calls: usize,
+    /// What an OpenAI host calls them: their numbers and ids.
+    numbers: Vec<(Option<u64>, String)>,
 }
 
 impl Translator {
@@ -208,25 +210,32 @@ impl Translator {
         Some(ToolCallPart { index, call })
     }
 
-    /// OpenAI's grow: the first piece has the id and the name.
+    /// OpenAI's grow: the first piece has the id and the name. Some servers give every call the same number, and some none.
     fn piece_of_call(&mut self, written: &Value) -> Option<ToolCallPart> {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        let next = if written["id"].is_string() { self.calls } else { self.calls.saturating_sub(1) };
-        let index = written["index"].as_u64().and_then(|index| usize::try_from(index).ok()).unwrap_or(next);
         let call = ToolCall {
             id: text(&written["id"]),
             name: text(&written["function"]["name"]),
             arguments: text(&written["function"]["arguments"]),
         };
-        if index >= self.calls {
-            if call.name.is_empty() {
-                return None;
-            }
-            self.calls = index + 1;
+        let number = written["index"].as_u64();
+        let known = self.numbers.iter().rposition(|(of, _)| number.is_none() || *of == number);
+        let is_new =
+            known.is_none_or(|at| !call.id.is_empty() && !call.name.is_empty() && self.numbers[at].1 != call.id);
+        if !is_new {
+            return known.map(|index| ToolCallPart { index, call });
         }
-        Some(ToolCallPart { index, call })
+        if call.name.is_empty() || self.numbers.len() >= MOST_CALLS {
+            return None;
+        }
+        self.numbers.push((number, call.id.clone()));
+        self.calls = self.numbers.len();
+        Some(ToolCallPart { index: self.calls - 1, call })
     }
 }
+
+/// Of one answer; further ones are no sense.
+const MOST_CALLS: usize = 256;
 
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -346,6 +355,8 @@ mod tests {
             json!({ "tool_calls": [{ "index": 0, "function": { "arguments": "{}" } }] }),
             json!({ "tool_calls": [{ "id": "b", "function": { "name": "g", "arguments": "{}" } }] }),
             json!({ "reasoning_content": "so" }),
+            json!({ "tool_calls": [{ "index": 0, "id": "c", "function": { "name": "h", "arguments": "[]" } }] }),
+            json!({ "tool_calls": [{ "index": u64::MAX, "id": "d", "function": { "name": "i", "arguments": "{}" } }] }),
         ] {
             for event in translator.translate(extra(Api::OpenAi, piece)) {
                 match event {
@@ -355,6 +366,6 @@ mod tests {
             }
         }
         let names: Vec<_> = grown.iter().map(|call| (call.name.as_str(), call.arguments.as_str())).collect();
-        assert_eq!(names, [("f", "{}"), ("g", "{}")]);
+        assert_eq!(names, [("f", "{}"), ("g", "{}"), ("h", "[]"), ("i", "{}")], "whatever their numbers are");
     }
 }

@@ -43,7 +43,7 @@ pub struct LoadSpec {
     pub path: PathBuf,
     /// The projector that it sees or hears through.
     #[serde(default)]
-    pub projector: Option<PathBuf>,
+    pub projector: Option<Projector>,
     /// Tokens that one sequence can hold.
     pub context_tokens: u32,
     /// Sequences that are computed at the same time.
@@ -73,6 +73,17 @@ pub struct LoadSpec {
     /// Where what was computed is kept when the worker goes, if it is.
     #[serde(default)]
     pub park: Option<Park>,
+}
+
+/// What a model sees or hears through.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Projector {
+    /// Its GGUF file.
+    pub path: PathBuf,
+    /// Tokens of a picture at most, where the model takes pictures in their own size and its own limit is beyond what is planned.
+    pub most_tokens: Option<u32>,
+    /// What is kept of encoded pictures and sound.
+    pub kept: Bytes,
 }
 
 /// Room on disk for sequences of a worker that is gone.

@@ -9,9 +9,7 @@ use serde::{Deserialize, Serialize};
 pub const MOST_PIXELS: u64 = 4096 * 3072;
 /// What a picture may become where a model takes pictures in their own size. One that is up to 200 times as long as it is wide stays
 /// below, since a single line of tokens is the least.
-pub const MOST_PICTURE_TOKENS: u64 = 1024;
-/// What a worker keeps of encoded pictures and sound.
-pub const KEPT_BYTES: u64 = 32 << 20;
+pub const MOST_PICTURE_TOKENS: u32 = 1024;
 
 /// Which sense a model needs for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -5,9 +5,9 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::Context as _;
@@ -20,13 +20,13 @@ use llama_cpp_4::model::{LlamaModel, Special};
 use llama_cpp_4::token::LlamaToken;
 use llama_cpp_4::{DecodeError, ProcessError};
 use sarai_core::frame::{FromWorker, LoadSpec, Purpose, ToWorker};
-use sarai_core::{Error, Event, FinishReason, GenerateRequest, TokenLogprob};
+use sarai_core::{Error, Event, FinishReason, GenerateRequest, Prompt, TokenLogprob};
 
 use crate::answer::{AnswerText, Pushed};
 use crate::cells::{Cells, ContextCells, Sharing};
 use crate::channel::{FrameWriter, Inbox, Incoming};
 use crate::chat::Parts;
-use crate::media::{Job, Pieces, Senses};
+use crate::media::{Job, Part, Pieces, Senses};
 use crate::model::{self, Allocation};
 use crate::park::Parking;
 use crate::prompt::{self, Rendered, Rendering};
@@ -104,7 +104,7 @@ pub fn run(spec: &LoadSpec, inbox: &Inbox, frames: &mut FrameWriter) -> Result<(
     let templates = ChatTemplates::from_model(&loaded, None).map_err(|error| error.to_string())?;
     // What sees and hears reads the model, on a thread of its own.
     std::thread::scope(|scope| {
-        let open = |path: &PathBuf| Senses::open(path, spec, &loaded, scope, inbox.sender.clone());
+        let open = |projector| Senses::open(projector, spec, &loaded, scope, inbox.sender.clone());
         let senses = spec.projector.as_ref().map(open).transpose()?;
         serve(spec, &backend, &loaded, &templates, senses.as_ref(), &inbox.receiver, frames)
     })
@@ -168,6 +168,8 @@ struct Asked {
     prefill: Vec<LlamaToken>,
     given: Vec<LlamaToken>,
     form: Option<ChatParams>,
+    /// Its prompt, until that is read.
+    parts: Arc<Mutex<Option<Vec<Part>>>>,
     /// Cleared when nobody wants it any more.
     is_wanted: Arc<AtomicBool>,
 }
@@ -293,6 +295,8 @@ impl<'model> Engine<'model> {
                 self.scheduler.cancel(id);
                 if let Some(asked) = self.reading.remove(&id) {
                     asked.is_wanted.store(false, Ordering::Relaxed);
+                    // What waits for its turn gives its memory back at once.
+                    asked.parts.lock().unwrap_or_else(PoisonError::into_inner).take();
                 }
                 Ok(())
             }
@@ -323,19 +327,23 @@ impl<'model> Engine<'model> {
     }
 
     /// Renders a request, and lets it wait for its turn, once its pictures and sound are read.
-    fn begin(&mut self, id: u64, context_tokens: u32, request: GenerateRequest) -> Result<(), Error> {
+    fn begin(&mut self, id: u64, context_tokens: u32, mut request: GenerateRequest) -> Result<(), Error> {
         let since = Instant::now();
         let Rendered { prompt, prefill, given, form } = prompt::render(self.model, self.templates, &request)?;
+        // It is rendered: its files are in the parts now.
+        request.prompt = Prompt::Raw(String::new());
         let context_tokens = self.context_tokens.min(context_tokens as usize);
         let is_wanted = Arc::new(AtomicBool::new(true));
-        let asked = Asked { id, context_tokens, since, request, prefill, given, form, is_wanted };
+        let asked =
+            Asked { id, context_tokens, since, request, prefill, given, form, parts: Arc::default(), is_wanted };
         match (prompt, self.senses) {
             (Rendering::Tokens(tokens), _) => {
                 self.admit(asked, tokens.into_iter().map(Unit::Text).collect(), Pieces::new())
             }
             (Rendering::Parts(parts), Some(senses)) => {
-                let (model, is_wanted) = (self.name.clone(), Arc::clone(&asked.is_wanted));
-                senses.read(Job { id, parts, most: context_tokens, model, is_wanted });
+                *asked.parts.lock().unwrap_or_else(PoisonError::into_inner) = Some(parts);
+                let (model, parts) = (self.name.clone(), Arc::clone(&asked.parts));
+                senses.read(Job { id, parts, context_tokens, model, is_wanted: Arc::clone(&asked.is_wanted) });
                 self.reading.insert(id, asked);
                 Ok(())
             }

@@ -42,7 +42,7 @@ pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateR
         }
         Prompt::Chat(messages) => {
             // Nobody can know it, so nobody writes it into a message.
-            let mark = format!("<media {:032x}>", rand::random::<u128>());
+            let mark = format!("<media {:032x} ", rand::random::<u128>());
             let chat = templates.apply(&chat_params(messages, &mark, request)).map_err(|error| {
                 let param = if request.tools.is_some() { "tools" } else { "messages" };
                 Error::invalid(param, format!("the model's chat template refuses the `{param}`: {error}"))
@@ -50,7 +50,7 @@ pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateR
             let media: Vec<_> = request.media().cloned().collect();
             let rendering = match media.is_empty() {
                 true => Rendering::Tokens(chat.tokenize_prompt(model, AddBos::Always).map_err(internal)?),
-                false => Rendering::Parts(parts_of(&chat, &mark, media)),
+                false => Rendering::Parts(parts_of(&chat, &mark, media)?),
             };
             let reasons = !chat.thinking_start_tag.is_empty() && !request.format.is_constrained();
             // What goes on in the middle of an answer is not taken apart anew.
@@ -94,7 +94,8 @@ fn given_tokens(model: &LlamaModel, given: &str) -> Result<Vec<LlamaToken>, Erro
 }
 
 fn chat_params(messages: &[Message], mark: &str, request: &GenerateRequest) -> ChatApplyParams {
-    let messages: Value = messages.iter().map(|one| message(one, mark)).collect();
+    let mut marks = 0;
+    let messages: Value = messages.iter().map(|one| message(one, mark, &mut marks)).collect();
     let params = ChatApplyParams::new(messages.to_string());
     let Some(tools) = &request.tools else {
         // What must have a form of its own does not begin with reasoning.
@@ -126,12 +127,13 @@ fn shown(tools: &Tools) -> String {
     all.into_iter().filter(|tool| tool["function"]["name"] == *wanted).collect::<Value>().to_string()
 }
 
-/// A message as templates know it, with a mark for each of its media.
-fn message(message: &Message, mark: &str) -> Value {
+/// A message as templates know it, with a numbered mark for each of its media.
+fn message(message: &Message, mark: &str, marks: &mut usize) -> Value {
     let mut content = message.content.clone();
-    for media in message.media.iter().rev() {
-        content.insert_str(media.at, mark);
+    for (number, media) in message.media.iter().enumerate().rev() {
+        content.insert_str(media.at, &format!("{mark}{}>", *marks + number));
     }
+    *marks += message.media.len();
     let mut value = json!({ "role": message.role.as_str(), "content": content });
     if !message.tool_calls.is_empty() {
         let call = |call: &sarai_core::ToolCall| json!({ "id": call.id, "type": "function", "function": { "name": call.name, "arguments": call.arguments } });

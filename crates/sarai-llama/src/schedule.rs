@@ -63,8 +63,10 @@ pub struct Row {
 pub struct Step {
     /// Its tokens.
     pub rows: Vec<Row>,
-    /// How many of them are the answers'.
+    /// How many of them are the answers', drafts included.
     pub answers: usize,
+    /// How many are drafts.
+    pub drafted: usize,
     /// Whether it computes a piece of media whose parts attend to each other both ways: beside answers, that is all of it.
     pub is_non_causal: bool,
 }
@@ -342,6 +344,7 @@ impl<W> Scheduler<W> {
                 let mut draft = std::mem::take(&mut generation.draft);
                 draft.truncate(if may_draft { draft.len() } else { 0 });
                 generation.drafted = draft.len();
+                step.drafted += draft.len();
                 let position = positions(&sequence.cached);
                 for (ahead, token) in [token].into_iter().chain(draft).enumerate() {
                     let position = position + ahead;
@@ -387,7 +390,7 @@ impl<W> Scheduler<W> {
                 let is_of_it =
                     |(at, unit): &(usize, &Unit)| matches!(unit, Unit::Media { index, .. } if *index as usize == *at);
                 let length = ahead.iter().enumerate().take_while(is_of_it).count();
-                step.is_non_causal = step.rows.len() == step.answers;
+                step.is_non_causal = step.rows.len() == step.answers && step.drafted == 0;
                 if step.is_non_causal { length } else { 0 }
             }
             _ => ahead.iter().take(room).take_while(|unit| !unit.is_non_causal()).count(),

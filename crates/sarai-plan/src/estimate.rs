@@ -161,17 +161,17 @@ impl Plan {
         parts.retain(|part| part.bytes > Bytes::ZERO);
         let mut plan = Self { parts, notes };
         if let Some(projector) = projector {
-            plan.add_projector(projector);
+            plan.add_projector(projector, header, settings);
         }
         plan
     }
 
     /// Adds what a projector takes: a copy of its weights, which is never mapped, the scratch of one picture, and the picture.
-    pub fn add_projector(&mut self, projector: &Header) {
+    fn add_projector(&mut self, projector: &Header, model: &Header, settings: Settings) {
         let name = str::to_owned;
         self.parts.push(Part { name: name("projector weights"), bytes: projector::weights(projector) });
         self.parts.push(Part { name: name("projector compute"), bytes: projector::compute(projector) });
-        self.parts.push(Part { name: name("pictures and sound"), bytes: projector::in_flight() });
+        self.parts.push(Part { name: name("pictures and sound"), bytes: projector::in_flight(model, settings) });
     }
 
     /// The sum of the parts.

@@ -3,9 +3,10 @@
 //! The scratch is a formula over the activations that llama.cpp's graphs keep at once, checked against its own figures for SigLIP, Qwen's
 //! and Whisper's encoders (docs/memory.md).
 
-use sarai_core::media::{KEPT_BYTES, MOST_PICTURE_TOKENS, MOST_PIXELS};
+use sarai_core::media::{MOST_PICTURE_TOKENS, MOST_PIXELS};
 use sarai_core::{Bytes, MediaKind};
 
+use crate::estimate::Settings;
 use crate::gguf::Header;
 
 /// Patches that Qwen's encoders make one token of.
@@ -42,12 +43,39 @@ pub fn compute(header: &Header) -> Bytes {
     }
 }
 
-/// Pixels and samples while they are decoded, and what they were encoded to.
+/// Pixels and samples while they are decoded, what prompts that wait or are computed were encoded to, and what is kept of that.
 #[must_use]
-pub fn in_flight() -> Bytes {
+pub fn in_flight(model: &Header, settings: Settings) -> Bytes {
     // Twelve bytes a pixel: sixteen bits of four colours and their eight, or two copies and what a decoder needs. The longest sound is
-    // smaller. What is kept of encoded pieces, and as much again for what is being computed.
-    Bytes(12 * MOST_PIXELS) + Bytes(2 * KEPT_BYTES)
+    // smaller. The files themselves, as they came.
+    let decoded = Bytes(12 * MOST_PIXELS) + FILES * u64::from(settings.parallel);
+    let prompts = row(model) * u64::from(settings.context_tokens) * u64::from(settings.parallel);
+    decoded + prompts + kept(model)
+}
+
+/// Room for the files of one request, in base64 and decoded.
+const FILES: Bytes = Bytes::mib(16);
+
+/// What is kept of encoded pictures and sound: a conversation has a few.
+#[must_use]
+pub fn kept(model: &Header) -> Bytes {
+    (row(model) * 6 * u64::from(MOST_PICTURE_TOKENS)).max(Bytes::mib(8))
+}
+
+/// What stands in the place of one token.
+fn row(model: &Header) -> Bytes {
+    Bytes(4 * model.arch_size("embedding_length").unwrap_or(4096))
+}
+
+/// The limit that a picture's tokens need, where the projector has a higher one of its own.
+#[must_use]
+pub fn most_tokens(header: &Header) -> Option<u32> {
+    projector_kind(header).starts_with("qwen").then_some(MOST_PICTURE_TOKENS)
+}
+
+fn projector_kind(header: &Header) -> &str {
+    let kind = header.text("clip.projector_type").or_else(|| header.text("clip.vision.projector_type"));
+    kind.unwrap_or_default()
 }
 
 fn size(header: &Header, kind: &str, key: &str) -> Option<u64> {
@@ -59,14 +87,13 @@ fn vision(header: &Header) -> Option<Bytes> {
     let embedding = of("embedding_length")?;
     let forward = of("feed_forward_length").unwrap_or(4 * embedding);
     let patch = of("patch_size").unwrap_or(14).max(1);
-    let kind = header.text("clip.projector_type").or_else(|| header.text("clip.vision.projector_type"));
-    let kind = kind.unwrap_or_default();
+    let kind = projector_kind(header);
     if !kind.starts_with("qwen") {
         let side = of("image_size").unwrap_or(1024) / patch;
         let patches = side * side;
         return Some(Bytes(4 * patches * (5 * embedding).max(3 * embedding + forward)));
     }
-    let patches = PATCHES_PER_TOKEN * MOST_PICTURE_TOKENS;
+    let patches = PATCHES_PER_TOKEN * u64::from(MOST_PICTURE_TOKENS);
     // Those with windows have gates, and masks over all patches, in several copies.
     let has_windows = kind != "qwen2vl_merger";
     let (forwards, mask) = if has_windows { (3, 8 * patches * patches) } else { (1, 0) };

@@ -107,10 +107,11 @@ impl Fetcher {
         if !self.config.folders.iter().any(|folder| is_below(&path, folder)) {
             return Err(REFUSED.to_owned());
         }
-        let file = tokio::fs::File::open(&path).await.map_err(|error| format!("cannot be read ({error})"))?;
-        if !file.metadata().await.is_ok_and(|meta| meta.is_file()) {
+        // Before it is opened: a pipe would be waited for.
+        if !tokio::fs::metadata(&path).await.is_ok_and(|meta| meta.is_file()) {
             return Err("is no file: name one".to_owned());
         }
+        let file = tokio::fs::File::open(&path).await.map_err(|error| format!("cannot be read ({error})"))?;
         let mut bytes = Vec::new();
         let read = file.take(most as u64 + 1).read_to_end(&mut bytes).await;
         read.map_err(|error| format!("cannot be read ({error})"))?;

@@ -39,9 +39,13 @@ impl Gateway {
         let queued = arrived.elapsed();
         let mut request = parsed.request;
         request.sampling = request.sampling.or(&model.sampling);
-        self.bring_media(model, &mut request).await?;
+        let missing = self.bring_media(model, &mut request).await;
         let manner = Manner { whole: !parsed.delivery.stream, strict };
-        let answer = self.dispatch.answer(model, request, manner).await?;
+        let answer = self.dispatch.answer(model, request, manner).await.map_err(|error| match (error, missing) {
+            // Nobody can answer who needs not see it: why it is not there says more.
+            (Error::InvalidRequest { .. }, Some(missing)) => missing,
+            (error, _) => error,
+        })?;
         let events = answer.events.map(move |event| {
             let _held = &permit;
             event.map(|event| match event {
@@ -55,22 +59,17 @@ impl Gateway {
         Ok(Answer { served: answer.served, events: Box::pin(events) })
     }
 
-    /// Fetches what a request only names, for workers: hosts of the client's API fetch it themselves, or not.
-    async fn bring_media(&self, model: &Model, request: &mut GenerateRequest) -> Result<(), Error> {
+    /// Fetches what a request only names, for workers: hosts of the client's API fetch it themselves, or not. Why it cannot be had, if
+    /// it cannot.
+    async fn bring_media(&self, model: &Model, request: &mut GenerateRequest) -> Option<Error> {
         if !request.media().any(|media| matches!(media.source, MediaSource::Url(_))) {
-            return Ok(());
+            return None;
         }
         let catalog = self.catalog();
-        let (workers, hosts): (Vec<_>, Vec<_>) = catalog
-            .with_fallbacks(model)
-            .flat_map(|model| &model.deployments)
-            .partition(|deployment| matches!(deployment, Deployment::Local { .. }));
-        if workers.is_empty() {
-            return Ok(());
-        }
-        match self.fetcher.bring(request).await {
-            Err(error) if hosts.is_empty() => Err(error),
-            _ => Ok(()),
+        let mut deployments = catalog.with_fallbacks(model).flat_map(|model| &model.deployments);
+        match deployments.any(|deployment| !matches!(deployment, Deployment::Remote(_))) {
+            true => self.fetcher.bring(request).await.err(),
+            false => None,
         }
     }
 

@@ -67,6 +67,14 @@ impl Source {
         }
     }
 
+    /// The file, if it is one.
+    pub fn file(&self) -> Option<&ModelFile> {
+        match self {
+            Self::File(file) => Some(file),
+            Self::Process(_) => None,
+        }
+    }
+
     /// A file's header.
     pub fn header(&self) -> Option<&Header> {
         match self {

@@ -50,6 +50,23 @@ async fn answer(sarai: &Sarai, model: &str, parts: &[Value]) -> Value {
     answer.json()
 }
 
+/// A small picture with a colour profile that is half a gigabyte of zeros.
+fn profile_bomb() -> Vec<u8> {
+    let good = png(64, 64, RED);
+    let deflated = {
+        let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
+        for _ in 0..480 {
+            std::io::Write::write_all(&mut encoder, &vec![0; 1 << 20]).unwrap();
+        }
+        encoder.finish().unwrap()
+    };
+    let content = [b"iCCPx\0\0".as_slice(), &deflated].concat();
+    let length = u32::try_from(content.len() - 4).unwrap().to_be_bytes();
+    let checksum = crc32fast::hash(&content).to_be_bytes();
+    // Behind the signature and the head.
+    [&good[..33], &length, &content, &checksum, &good[33..]].concat()
+}
+
 fn text(answer: &Value) -> &str {
     answer["choices"][0]["message"]["content"].as_str().unwrap_or_else(|| panic!("{answer}"))
 }
@@ -184,7 +201,7 @@ async fn what_cannot_be_read_is_refused_with_its_field_and_hurts_nobody() {
         assert!(refused.status == 400 && refused.text.contains("messages[0].images"), "{images}: {}", refused.text);
     }
     // The least of each is read.
-    for part in [image_part(&png(2, 2, RED)), image_part(&png(400, 2, RED)), image_part(&png(4096, 3072, RED))] {
+    for part in [image_part(&png(2, 2, RED)), image_part(&png(400, 2, RED))] {
         assert_eq!(text(&answer(&sarai, "omni", &[part]).await), "red");
     }
     answer(&sarai, "omni", &[audio_part(&wav(300.0, 0.00007, 16_000))]).await;
@@ -265,8 +282,30 @@ async fn a_real_ollama_sees_for_clients_of_both_apis_and_the_worker_when_it_is_g
         sarai.post("/v1/chat/completions", body("eyes", &[image_part(&png(84, 84, RED))], json!({}))).await
     };
     assert!(ask().await.header("x-sarai-served-by").unwrap().starts_with("eyes@ollama_http"));
+    // A URL goes to no Ollama, and why it is not fetched is said.
+    let url = json!({ "type": "image_url", "image_url": { "url": "https://example.org/a.png" } });
+    let refused = sarai.post("/v1/chat/completions", body("eyes", &[url], json!({}))).await;
+    assert!(refused.status == 400 && refused.text.contains("media.http"), "{}", refused.text);
     ollama.kill();
     assert_eq!(ask().await.header("x-sarai-served-by"), Some("eyes@gguf_native"));
+}
+
+/// Ollama itself answers blind: a model without the sense gets a mark in its text.
+#[tokio::test]
+async fn a_model_that_lacks_the_sense_on_a_real_ollama_is_never_asked() {
+    let ollama = Ollama::start();
+    let sarai = Sarai::start(&format!(
+        "{}  far: {{ backend: ollama_http, url: \"{}\", model_name: solar, fallback_models: [qwen2vl] }}\n  blinder: {{ backend: ollama_http, url: \"{1}\", model_name: solar }}\n",
+        models("fitted", ""),
+        ollama.url
+    ));
+    let image = png(84, 84, GREEN);
+    let seen = sarai.post("/v1/chat/completions", body("far", &[image_part(&image)], json!({}))).await;
+    assert_eq!((text(&seen.json()), seen.header("x-sarai-served-by")), ("green", Some("qwen2vl@gguf_native")));
+    let message = json!({ "role": "user", "content": "which", "images": [base64(&image)] });
+    let asked = json!({ "model": "blinder", "messages": [message], "stream": false });
+    let refused = sarai.post("/api/chat", asked.to_string()).await;
+    assert!(refused.status == 400 && refused.text.contains("`messages[0].images`"), "{}", refused.text);
 }
 
 #[tokio::test]
@@ -282,6 +321,28 @@ async fn pictures_in_files_are_read_where_the_configuration_allows_it() {
     assert_eq!(text(&answer(&sarai, "qwen2vl", &[url("blue.png")]).await), "blue");
     let refused = sarai.post("/v1/chat/completions", body("qwen2vl", &[url("../x.png")], json!({}))).await;
     assert_eq!((refused.status, refused.text.contains("media.folders")), (400, true), "{}", refused.text);
+}
+
+/// The largest picture, the longest sound, and a picture whose colour profile is half a gigabyte: at no moment is there more than planned.
+#[tokio::test]
+async fn the_largest_that_is_taken_stays_within_the_plan() {
+    let sarai = Sarai::start(&models("fitted", "").replace("context_length: 2048", "context_length: 9000"));
+    let largest = image::DynamicImage::from(image::RgbaImage::from_fn(4096, 3072, |x, y| {
+        image::Rgba([250, (x % 7) as u8, (y % 7) as u8, 255])
+    }));
+    let mut file = std::io::Cursor::new(Vec::new());
+    image::DynamicImage::from(largest.to_rgba16()).write_to(&mut file, ImageFormat::Png).unwrap();
+    assert_eq!(text(&answer(&sarai, "omni", &[image_part(&file.into_inner())]).await), "red");
+    assert_eq!(text(&answer(&sarai, "omni", &[image_part(&profile_bomb())]).await), "red");
+    assert_eq!(text(&answer(&sarai, "omni", &[audio_part(&wav(6000.0, 299.0, 32_000))]).await), "high");
+    let ps = sarai.ps().await;
+    let worker = &ps["workers"][0];
+    let status = std::fs::read_to_string(format!("/proc/{}/status", worker["pid"])).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    let peak = 1024 * peak.trim().trim_end_matches(" kB").parse::<u64>().unwrap();
+    // The peak counts the binary's pages whole, which others share.
+    let (planned, shared) = (worker["planned_bytes"].as_u64().unwrap(), 64 << 20);
+    assert!(peak <= planned + shared, "{peak} of {planned}: {worker}");
 }
 
 /// Beside pictures, text goes on; and what was planned is not exceeded.

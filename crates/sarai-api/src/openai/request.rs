@@ -108,6 +108,7 @@ pub fn parse_chat(body: &[u8]) -> Result<Parsed, Error> {
     if is_more || prefill.is_some() {
         rest.keep("messages");
     }
+    refuse_many_copies("n", body, common.n.unwrap_or(1) as usize)?;
     let mut parsed = common.finish(sampling, Prompt::Chat(messages), rest)?;
     if let Some(prefill) = prefill {
         if parsed.request.tools.is_some() || parsed.request.format.is_constrained() {
@@ -119,6 +120,20 @@ pub fn parse_chat(body: &[u8]) -> Result<Parsed, Error> {
         }
     }
     Ok(parsed)
+}
+
+/// What all answers to one request may hold of it together: each has its own copy.
+const MOST_COPIED_BYTES: usize = 64 << 20;
+
+fn refuse_many_copies(param: &str, body: &[u8], answers: usize) -> Result<(), Error> {
+    match body.len().saturating_mul(answers) <= MOST_COPIED_BYTES || answers == 1 {
+        true => Ok(()),
+        false => {
+            let message =
+                format!("`{param}` asks for {answers} answers to {} bytes: send several requests", body.len());
+            Err(Error::invalid(param, message))
+        }
+    }
 }
 
 /// As vLLM and Transformers have it.
@@ -226,6 +241,7 @@ pub fn parse_completion(body: &[u8]) -> Result<Parsed, Error> {
     };
     let prompts = prompts.into_iter().map(|prompt| check::text("prompt", prompt).map(Prompt::Raw));
     let mut prompts = prompts.collect::<Result<Vec<_>, _>>()?.into_iter();
+    refuse_many_copies("n", body, common.n.unwrap_or(1) as usize * prompts.len().max(1))?;
     let Some(first) = prompts.next() else {
         return Err(Error::invalid("prompt", "`prompt` is empty: send at least one prompt"));
     };

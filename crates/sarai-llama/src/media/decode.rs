@@ -22,6 +22,9 @@ pub const LONGEST_SIDE: u32 = 200;
 /// What a decoder may take for itself beside the pixels.
 const DECODER_BYTES: u64 = 12 * MOST_PIXELS;
 
+/// What it may take to find out the size.
+const HEADER_BYTES: u64 = 8 << 20;
+
 /// Length of a piece of sound at most.
 pub const MOST_SECONDS: u32 = 300;
 /// Samples per second that a piece of sound may have.
@@ -48,7 +51,15 @@ pub fn picture(bytes: &[u8]) -> Result<RgbImage, String> {
         }
         error => format!("cannot be read ({error}): {KINDS}"),
     };
-    let (width, height) = reader()?.into_dimensions().map_err(broken)?;
+    let limited = |bytes: u64| {
+        let mut reader = reader()?;
+        let mut limits = Limits::no_limits();
+        limits.max_alloc = Some(bytes);
+        reader.limits(limits);
+        Ok::<_, String>(reader)
+    };
+    // What stands before the pixels may be compressed a thousand times.
+    let (width, height) = limited(HEADER_BYTES)?.into_dimensions().map_err(broken)?;
     if u64::from(width) * u64::from(height) > MOST_PIXELS {
         return Err(format!("is {width} x {height} pixels: scale it down to {MOST_PIXELS} pixels or fewer"));
     }
@@ -61,11 +72,7 @@ pub fn picture(bytes: &[u8]) -> Result<RgbImage, String> {
             "is {width} x {height} pixels: no side may be more than {LONGEST_SIDE} times as long as the other"
         ));
     }
-    let mut reader = reader()?;
-    let mut limits = Limits::no_limits();
-    limits.max_alloc = Some(DECODER_BYTES);
-    reader.limits(limits);
-    let decoded = reader.decode().map_err(broken)?;
+    let decoded = limited(DECODER_BYTES)?.decode().map_err(broken)?;
     Ok(if decoded.color().has_alpha() { over_white(&decoded.into_rgba8()) } else { decoded.into_rgb8() })
 }
 

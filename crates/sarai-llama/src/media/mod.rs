@@ -7,10 +7,9 @@
 mod decode;
 
 use std::collections::HashMap;
-use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Scope;
 
 use llama_cpp_4::chat::ChatParams;
@@ -19,8 +18,7 @@ use llama_cpp_4::mtmd::{
     MtmdBitmap, MtmdContext, MtmdContextParams, MtmdInputChunk, MtmdInputChunkType, MtmdInputChunks, MtmdInputPart,
 };
 use llama_cpp_4::token::LlamaToken;
-use sarai_core::frame::LoadSpec;
-use sarai_core::media::{KEPT_BYTES, MOST_PICTURE_TOKENS};
+use sarai_core::frame::{LoadSpec, Projector};
 use sarai_core::{Error, Media, MediaKind, MediaSource};
 use sha2::{Digest, Sha256};
 
@@ -99,14 +97,27 @@ pub type Pieces = HashMap<u32, Arc<Piece>>;
 pub struct Job {
     /// The generation.
     pub id: u64,
-    /// The prompt.
-    pub parts: Vec<Part>,
-    /// How long it may become.
-    pub most: usize,
+    /// The prompt, unless nobody wants it any more.
+    pub parts: Arc<Mutex<Option<Vec<Part>>>>,
+    /// Tokens that it may have.
+    pub context_tokens: usize,
     /// The model's name.
     pub model: String,
     /// Cleared when nobody wants it any more.
     pub is_wanted: Arc<AtomicBool>,
+}
+
+impl Job {
+    fn refuse_beyond_context(&self, tokens: usize) -> Result<(), Error> {
+        if tokens < self.context_tokens {
+            return Ok(());
+        }
+        Err(Error::ContextOverflow {
+            model: self.model.clone(),
+            prompt_tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
+            context_tokens: u32::try_from(self.context_tokens).unwrap_or(u32::MAX),
+        })
+    }
 }
 
 /// A prompt that was read.
@@ -128,22 +139,32 @@ impl Senses {
     /// # Errors
     /// llama.cpp cannot load it, or it is not of this model.
     pub fn open<'scope>(
-        path: &Path,
+        projector: &Projector,
         spec: &LoadSpec,
         model: &'scope LlamaModel,
         scope: &'scope Scope<'scope, '_>,
         inbox: SyncSender<Incoming>,
     ) -> Result<Self, String> {
+        let Projector { path, most_tokens, kept } = projector;
         let params = MtmdContextParams::default()
             .use_gpu(false)
             .print_timings(false)
-            .image_max_tokens(i32::try_from(MOST_PICTURE_TOKENS).unwrap_or(i32::MAX))
+            // Else what the projector says itself.
+            .image_max_tokens(most_tokens.and_then(|most| i32::try_from(most).ok()).unwrap_or(-1))
             .n_threads(i32::try_from(spec.threads).unwrap_or(1));
         let context = MtmdContext::init_from_file(path, model, params)
             .map_err(|_| format!("llama.cpp cannot load the projector {} for this model", path.display()))?;
         let rate = u32::try_from(context.audio_sample_rate()).ok();
         let (jobs, waiting) = channel();
-        let reader = Reader { context, model, rate, numbers: HashMap::new(), kept: Vec::new(), width: width_of(model) };
+        let reader = Reader {
+            context,
+            model,
+            rate,
+            numbers: HashMap::new(),
+            kept: Vec::new(),
+            room: kept.0,
+            width: width_of(model),
+        };
         std::thread::Builder::new()
             .name("media".into())
             .spawn_scoped(scope, move || reader.run(&waiting, &inbox))
@@ -162,14 +183,19 @@ fn width_of(model: &LlamaModel) -> usize {
     usize::try_from(model.n_embd_inp()).unwrap_or_default().max(1)
 }
 
-/// The parts of a rendered prompt, in which `mark` stands for each of the media.
-pub fn parts_of(chat: &ChatParams, mark: &str, media: Vec<Media>) -> Vec<Part> {
-    let mut media = media.into_iter();
+/// The parts of a rendered prompt, in which a mark with its number stands for each of the media.
+///
+/// # Errors
+/// The template has left one out, or said it twice.
+pub fn parts_of(chat: &ChatParams, mark: &str, media: Vec<Media>) -> Result<Vec<Part>, Error> {
+    let mut media: Vec<_> = media.into_iter().map(Some).collect();
     let mut parts = Vec::new();
     let mut cut = |text: &str, is_input: bool| {
         for (index, text) in text.split(mark).enumerate() {
-            if index > 0 {
-                parts.extend(media.next().map(Part::Media));
+            let marked = text.split_once('>').filter(|_| index > 0);
+            let (number, text) = marked.map_or((None, text), |(number, rest)| (number.parse::<usize>().ok(), rest));
+            if let Some(media) = number.and_then(|number| media.get_mut(number)?.take()) {
+                parts.push(Part::Media(media));
             }
             if !text.is_empty() {
                 parts.push(Part::Text(text.to_owned(), is_input));
@@ -180,7 +206,14 @@ pub fn parts_of(chat: &ChatParams, mark: &str, media: Vec<Media>) -> Vec<Part> {
         [] => cut(&chat.prompt, false),
         parts => parts.iter().for_each(|part| cut(&part.text, part.is_input)),
     }
-    parts
+    match media.into_iter().flatten().next() {
+        None => Ok(parts),
+        Some(media) => {
+            let message =
+                format!("the model's chat template leaves `{}` out: put it into the last message", media.param);
+            Err(Error::invalid(&media.param, message))
+        }
+    }
 }
 
 /// What a kept piece is known by: its content, and which of the pieces it is that the content was cut into.
@@ -195,6 +228,8 @@ struct Reader<'model> {
     numbers: HashMap<Key, u32>,
     /// The one used last is the last.
     kept: Vec<(Key, Arc<Piece>)>,
+    /// Bytes that may be kept.
+    room: u64,
     width: usize,
 }
 
@@ -225,7 +260,8 @@ impl Reader<'_> {
     fn read(&mut self, job: Job) -> Result<(Vec<Unit>, Pieces), Error> {
         let (mut units, mut pieces) = (Vec::new(), Pieces::new());
         let mut bos = AddBos::Always;
-        for part in job.parts {
+        let parts = job.parts.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
+        for part in parts {
             match part {
                 Part::Text(text, is_input) => {
                     let special = if is_input { Special::Plaintext } else { Special::Tokenize };
@@ -236,17 +272,11 @@ impl Reader<'_> {
                     if bos == AddBos::Always && self.model.add_bos_token() {
                         units.push(Unit::Text(self.model.token_bos()));
                     }
-                    self.read_media(media, &mut units, &mut pieces, &job.is_wanted)?;
+                    self.read_media(media, &mut units, &mut pieces, &job)?;
                 }
             }
             bos = AddBos::Never;
-            if units.len() >= job.most {
-                return Err(Error::ContextOverflow {
-                    model: job.model,
-                    prompt_tokens: u32::try_from(units.len()).unwrap_or(u32::MAX),
-                    context_tokens: u32::try_from(job.most).unwrap_or(u32::MAX),
-                });
-            }
+            job.refuse_beyond_context(units.len())?;
         }
         match units.last() {
             Some(Unit::Text(_)) => Ok((units, pieces)),
@@ -255,13 +285,7 @@ impl Reader<'_> {
     }
 
     /// Reads one piece of media: the marks around it, and what it is cut into.
-    fn read_media(
-        &mut self,
-        media: Media,
-        units: &mut Vec<Unit>,
-        pieces: &mut Pieces,
-        is_wanted: &AtomicBool,
-    ) -> Result<(), Error> {
+    fn read_media(&mut self, media: Media, units: &mut Vec<Unit>, pieces: &mut Pieces, job: &Job) -> Result<(), Error> {
         let refused = |media: &Media, why: &str| {
             Error::invalid(&media.param, format!("the {} of `{}` {why}", media.kind.name(), media.param))
         };
@@ -288,12 +312,14 @@ impl Reader<'_> {
             .tokenize_from_parts(&[MtmdInputPart::Bitmap(&bitmap)], false, &mut chunks)
             .map_err(|error| refused(&media, &format!("cannot be read by this model ({error}): send another one")))?;
         drop(bitmap);
+        // Before any of it is encoded, which takes long.
+        job.refuse_beyond_context(units.len() + chunks.n_tokens())?;
         for (index, chunk) in chunks.iter().enumerate() {
             if let Some(tokens) = chunk.text_tokens() {
                 units.extend(tokens.iter().map(|&token| Unit::Text(LlamaToken(token))));
                 continue;
             }
-            if !is_wanted.load(Ordering::Relaxed) {
+            if !job.is_wanted.load(Ordering::Relaxed) {
                 return Err(Error::Internal("nobody wants it any more".into()));
             }
             let piece = self.piece((content, index), &chunk)?;
@@ -335,7 +361,7 @@ impl Reader<'_> {
 
     /// Keeps a piece; those that were not used for longest go.
     fn keep(&mut self, key: Key, piece: Arc<Piece>) {
-        let mut room = usize::try_from(KEPT_BYTES).unwrap_or(usize::MAX);
+        let mut room = usize::try_from(self.room).unwrap_or(usize::MAX);
         self.kept.push((key, piece));
         let fits = |(_, piece): &&(Key, Arc<Piece>)| {
             let bytes = piece.bytes();

@@ -157,6 +157,7 @@ impl Case {
         let step = self.scheduler.fill(&mut self.pool);
         assert!(step.rows.len() <= self.scheduler.limits.step_tokens);
         if step.is_non_causal {
+            assert_eq!(step.drafted, 0, "a draft beside it would see what follows it");
             let prompts: HashSet<_> = step.rows[step.answers..].iter().map(|row| row.sequence).collect();
             assert_eq!(
                 (prompts.len(), step.rows.len() - step.answers),

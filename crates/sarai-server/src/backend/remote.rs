@@ -108,6 +108,17 @@ impl Hosts {
         Ok(models.filter_map(|model| model[name].as_str()).map(str::to_owned).collect())
     }
 
+    /// What a model can do on an Ollama host, as `/api/show` lists it; `None` where the host does not say.
+    pub async fn capabilities(&self, remote: &Remote, connect: Duration) -> Option<Vec<String>> {
+        let show = with_key(self.client(connect).post(format!("{}/api/show", remote.url)), remote);
+        let body = serde_json::json!({ "model": remote.model_name }).to_string();
+        let show = show.header(CONTENT_TYPE, "application/json").body(body).timeout(SHOWN_WITHIN);
+        let response = show.send().await.ok().filter(|response| response.status().is_success())?;
+        let shown: serde_json::Value = serde_json::from_slice(&up_to(response, MAX_WHOLE_BYTES).await).ok()?;
+        let listed = shown["capabilities"].as_array()?;
+        Some(listed.iter().filter_map(|capability| capability.as_str()).map(str::to_owned).collect())
+    }
+
     /// Looks at a host: how far away it is, and what it has loaded.
     ///
     /// # Errors
@@ -229,6 +240,9 @@ impl Hosts {
         }
     }
 }
+
+/// Within so long an Ollama host says what a model can do.
+const SHOWN_WITHIN: Duration = Duration::from_secs(3);
 
 /// The events of an answer that has begun.
 fn answered(api: Api, url: &str, response: Response) -> Result<EventStream, Error> {

@@ -148,7 +148,7 @@ fn read_server(file: &mut File, mut server: Section<'_>, environment: &Environme
     file.listen = server.text("listen", mistakes).map(|listen| (listen, server.line_of("listen")));
     file.max_in_flight = server.count("max_in_flight", 1, 10_000, mistakes);
     file.max_queued = server.count("max_queued", 0, 100_000, mistakes);
-    file.max_body_mb = server.count("max_body_mb", 1, 1024, mistakes);
+    file.max_body_mb = server.count("max_body_mb", 1, 128, mistakes);
     file.queue = server.seconds("queue_seconds", mistakes);
     file.drain = server.seconds("drain_seconds", mistakes);
     file.stall = server.seconds("stall_seconds", mistakes);

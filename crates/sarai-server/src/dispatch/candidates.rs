@@ -104,12 +104,17 @@ pub type Tier = Vec<Candidate>;
 ///
 /// # Errors
 /// The request needs what none of them can do.
-pub fn tiers(catalog: &Catalog, model: &Arc<Model>, request: &GenerateRequest) -> Result<Vec<Tier>, Error> {
+pub fn tiers(
+    catalog: &Catalog,
+    health: &Health,
+    model: &Arc<Model>,
+    request: &GenerateRequest,
+) -> Result<Vec<Tier>, Error> {
     refuse_other_purposes(catalog, model)?;
-    let mut tiers = of_model(catalog, model, model, request);
+    let mut tiers = of_model(catalog, health, model, model, request);
     for name in &model.fallback_models {
         if let Ok(other) = catalog.find(name) {
-            tiers.extend(of_model(catalog, model, other, request));
+            tiers.extend(of_model(catalog, health, model, other, request));
         }
     }
     // What no worker can do is the likelier reason.
@@ -148,15 +153,20 @@ fn lacking(model: &Model, Need { param, lack, .. }: &Need) -> Error {
 
 /// Whether a deployment can do what the request needs: what only the client's own API says, only a host that speaks it
 /// understands; tools and pictures have words in both.
-fn is_able(catalog: &Catalog, deployment: &Deployment, request: &GenerateRequest) -> bool {
+fn is_able(catalog: &Catalog, health: &Health, deployment: &Deployment, request: &GenerateRequest) -> bool {
+    let is_named = || request.media().any(|media| matches!(media.source, MediaSource::Url(_)));
     match (&request.extras, deployment) {
         (Some(extras), Deployment::Remote(remote) | Deployment::Process { remote, .. }) => {
-            extras.needs.is_empty() || remote.api == extras.api || can_be_asked(remote.api, request)
+            // A command of this machine is not told where to look: what is named to it would be read by its own rules.
+            let is_told = matches!(deployment, Deployment::Remote(_)) || !is_named();
+            (extras.needs.is_empty() || remote.api == extras.api || can_be_asked(remote.api, request))
+                && is_told
+                && !request.media().any(|media| health.lacks(remote, media.kind))
         }
         (Some(extras), Deployment::Local { engine, .. }) => {
             extras.needs.iter().all(|need| need.at_worker)
                 && !(request.format.is_constrained() && must_call(request))
-                && !request.media().any(|media| matches!(media.source, MediaSource::Url(_)))
+                && !is_named()
                 // A file that cannot be read says so when it is asked.
                 && catalog.known_file(*engine).is_none_or(|file| {
                     (request.tools.is_none() || file.knows_tools())
@@ -168,10 +178,16 @@ fn is_able(catalog: &Catalog, deployment: &Deployment, request: &GenerateRequest
     }
 }
 
-fn of_model(catalog: &Catalog, asked: &Arc<Model>, model: &Arc<Model>, request: &GenerateRequest) -> Vec<Tier> {
+fn of_model(
+    catalog: &Catalog,
+    health: &Health,
+    asked: &Arc<Model>,
+    model: &Arc<Model>,
+    request: &GenerateRequest,
+) -> Vec<Tier> {
     let mut tiers: Vec<Tier> = Vec::new();
     for (index, deployment) in model.deployments.iter().enumerate() {
-        if !is_able(catalog, deployment, request) {
+        if !is_able(catalog, health, deployment, request) {
             continue;
         }
         let candidate =

@@ -105,7 +105,10 @@ impl Dispatch {
     pub async fn answer(&self, model: &Arc<Model>, request: GenerateRequest, manner: Manner) -> Result<Answer, Error> {
         let request = Arc::new(request);
         self.read_files(model).await;
-        let tiers = near_first(tiers(&self.catalogs.now(), model, &request)?, &self.health);
+        if request.media().next().is_some() {
+            self.read_capabilities(model).await;
+        }
+        let tiers = near_first(tiers(&self.catalogs.now(), &self.health, model, &request)?, &self.health);
         let is_own = |one: &&Candidate| one.model.name == model.name && one.remote().is_none();
         let worker = tiers.iter().flatten().find(is_own).cloned();
         let mut ask = Ask { model, request, manner, attempts: Vec::new(), worker, last_resort: Vec::new() };
@@ -129,6 +132,19 @@ impl Dispatch {
             }
         }
         Err(failed(model, ask.attempts))
+    }
+
+    /// Has hosts asked what their models can sense.
+    async fn read_capabilities(&self, model: &Model) {
+        let catalog = self.catalogs.now();
+        let deployments = catalog.with_fallbacks(model).flat_map(|model| &model.deployments);
+        let remotes: Vec<_> = deployments
+            .filter_map(|deployment| match deployment {
+                Deployment::Remote(remote) => Some(remote),
+                Deployment::Local { .. } | Deployment::Process { .. } => None,
+            })
+            .collect();
+        self.health.read_capabilities(&remotes, model.deadlines.connect).await;
     }
 
     /// Has the headers of a model's files read, aside, so that what they can do is known.

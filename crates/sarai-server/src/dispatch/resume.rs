@@ -140,7 +140,8 @@ impl Running {
 
     /// All others first, then who broke off; a host whose breaker is open only if there is nobody else.
     fn candidates(&self) -> Vec<Candidate> {
-        let tiers = tiers(&self.dispatch.catalogs.now(), &self.model, &self.request).unwrap_or_default();
+        let tiers =
+            tiers(&self.dispatch.catalogs.now(), &self.dispatch.health, &self.model, &self.request).unwrap_or_default();
         let all = to_resume(tiers, &self.candidate);
         let health = &self.dispatch.health;
         let may = |candidate: &Candidate| {

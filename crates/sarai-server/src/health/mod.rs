@@ -9,8 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use futures_util::future::join_all;
 use sarai_core::{
-    Api, Deadlines, Error, GenerateRequest, Message, Phase, Prompt, RemoteCause, Residence, Role, Sampling,
+    Api, Deadlines, Error, GenerateRequest, MediaKind, Message, Phase, Prompt, RemoteCause, Residence, Role, Sampling,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
@@ -83,6 +84,8 @@ struct Entries {
     deployments: HashMap<Key, Entry>,
     /// By URL.
     hosts: HashMap<String, Host>,
+    /// What models can do on Ollama hosts, and when that was asked.
+    capabilities: HashMap<Key, (Vec<String>, Instant)>,
 }
 
 /// What is known, and how to find out more. The lock is held for look-ups only.
@@ -96,6 +99,9 @@ struct Table {
     /// Counts up when a breaker opens or closes: whoever waits for a place thinks again.
     changed: watch::Sender<u64>,
 }
+
+/// For so long it counts what a model can do on a host.
+const CAPABILITIES_LAST: Duration = Duration::from_secs(300);
 
 impl std::fmt::Debug for Health {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -166,6 +172,30 @@ impl Health {
         tasks.flatten().for_each(|task| task.abort());
         self.table.tell();
         catalog.remotes().for_each(|(_, remote)| self.table.look_if_due(remote));
+    }
+
+    /// Asks Ollama hosts what their models can do, where that is not known, or has not been asked for long: they answer blind what a
+    /// model cannot sense.
+    pub async fn read_capabilities(&self, remotes: &[&Remote], connect: Duration) {
+        let is_unknown = |remote: &&&Remote| {
+            let entries = self.table.lock();
+            let known = entries.capabilities.get(&key(remote));
+            remote.api == Api::Ollama && known.is_none_or(|(_, since)| since.elapsed() > CAPABILITIES_LAST)
+        };
+        let asked: Vec<_> = remotes.iter().filter(is_unknown).collect();
+        join_all(asked.into_iter().map(|remote| async move {
+            if let Some(capabilities) = self.table.hosts.capabilities(remote, connect).await {
+                self.table.lock().capabilities.insert(key(remote), (capabilities, Instant::now()));
+            }
+        }))
+        .await;
+    }
+
+    /// Whether a host's model lacks a sense, as the host says itself.
+    pub fn lacks(&self, remote: &Remote, kind: MediaKind) -> bool {
+        let entries = self.table.lock();
+        let known = entries.capabilities.get(&key(remote));
+        known.is_some_and(|(can, _)| !can.iter().any(|capability| capability == kind.capability()))
     }
 
     /// What is known of a deployment.

@@ -140,7 +140,7 @@ impl Owner {
             if known || self.probe_takes(engine) > self.ledger.free() {
                 continue;
             }
-            let spec = load_spec(config, config.settings, 1, file.header());
+            let spec = load_spec(config, config.settings, 1, file.file());
             let (executable, pool) = (self.executable.clone(), self.pool.clone());
             // Booked before it begins, like any load.
             self.probing = Some(engine);

@@ -3,17 +3,17 @@
 //! It never waits for a load or a measure: other tasks do, and report back as messages.
 
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
-use sarai_core::frame::{LoadSpec, ToWorker};
+use sarai_core::frame::{LoadSpec, Projector, ToWorker};
 use sarai_core::{Bytes, Error};
 use sarai_plan::estimate::{Repack, Settings, idle_pieces};
 use sarai_plan::layers::purpose;
 use sarai_plan::ledger::{EngineSpec, Limits, Millis};
-use sarai_plan::{Effect, EngineId, Header, Ledger, PoolEvent, Size, Ticket, Want};
+use sarai_plan::{Effect, EngineId, Ledger, PoolEvent, Size, Ticket, Want, projector};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Busy, Message, Parts, Pool, Reply, Snapshot, WhatIf};
@@ -23,6 +23,7 @@ use crate::machine;
 use crate::machine::cgroup::Groups;
 use crate::machine::cores::Cores;
 use crate::machine::pressure::Reading;
+use crate::model_file::ModelFile;
 use crate::planner::Planner;
 use crate::source::Source;
 use crate::supervise::child::{Ended, Load, Report, Start, Stop, Worker, supervise};
@@ -383,8 +384,8 @@ impl Owner {
             Some(Source::Process(process)) => Load::Process(Arc::clone(process)),
             // Of a file that cannot be read, the worker says what is wrong with it.
             file => {
-                let header = file.as_ref().and_then(Source::header);
-                Load::File(load_spec(config, settings, self.threads_of(engine, 1, 0), header))
+                let file = file.as_ref().and_then(Source::file);
+                Load::File(load_spec(config, settings, self.threads_of(engine, 1, 0), file))
             }
         };
         let (executable, label) = (self.executable.clone(), config.label.clone());
@@ -508,18 +509,28 @@ pub(super) fn budget(memory: MemoryConfig) -> Bytes {
     of_machine.map_or(memory.max_ram, |most| memory.max_ram.min(most))
 }
 
+/// Of one that cannot be read, the worker says what is wrong with it.
+fn projector_of(path: &Path, file: Option<&ModelFile>) -> Projector {
+    Projector {
+        path: path.to_owned(),
+        most_tokens: file.and_then(ModelFile::projector_header).and_then(projector::most_tokens),
+        kept: file.map_or(Bytes::ZERO, |file| projector::kept(&file.header)),
+    }
+}
+
 /// The frame that has a worker load an engine.
 pub(super) fn load_spec(
     config: &crate::config::Engine,
     settings: Settings,
     threads: u32,
-    header: Option<&Header>,
+    file: Option<&ModelFile>,
 ) -> LoadSpec {
+    let header = file.map(|file| &file.header);
     let settings = header.map_or(settings, |header| settings.fitted(header));
     LoadSpec {
         model: config.label.clone(),
         path: config.path.clone(),
-        projector: config.projector.clone(),
+        projector: config.projector.as_deref().map(|path| projector_of(path, file)),
         context_tokens: settings.context_tokens,
         parallel: settings.parallel,
         shared_context: settings.shared_context,
