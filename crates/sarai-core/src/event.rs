@@ -187,6 +187,9 @@ pub struct Timings {
     /// Waiting for the model to be loaded; zero when it was resident.
     #[serde(with = "micros")]
     pub load: Duration,
+    /// Encoding pictures and sound; zero where that was known already.
+    #[serde(default, with = "micros")]
+    pub encode: Duration,
     /// Computing the prompt.
     #[serde(with = "micros")]
     pub prefill: Duration,

@@ -26,7 +26,7 @@ use crate::answer::{AnswerText, Pushed};
 use crate::cells::{Cells, ContextCells, Sharing};
 use crate::channel::{FrameWriter, Inbox, Incoming};
 use crate::chat::Parts;
-use crate::media::{Job, Part, Pieces, Senses};
+use crate::media::{Encoded, Job, Part, Pieces, Senses};
 use crate::model::{self, Allocation};
 use crate::park::Parking;
 use crate::prompt::{self, Rendered, Rendering};
@@ -338,7 +338,8 @@ impl<'model> Engine<'model> {
             Asked { id, context_tokens, since, request, prefill, given, form, parts: Arc::default(), is_wanted };
         match (prompt, self.senses) {
             (Rendering::Tokens(tokens), _) => {
-                self.admit(asked, tokens.into_iter().map(Unit::Text).collect(), Pieces::new())
+                let units = tokens.into_iter().map(Unit::Text).collect();
+                self.admit(asked, Encoded { units, ..Encoded::default() })
             }
             (Rendering::Parts(parts), Some(senses)) => {
                 *asked.parts.lock().unwrap_or_else(PoisonError::into_inner) = Some(parts);
@@ -356,15 +357,16 @@ impl<'model> Engine<'model> {
     fn take_read(&mut self, read: media::Read, frames: &mut FrameWriter) -> anyhow::Result<()> {
         let media::Read { id, outcome } = read;
         let Some(asked) = self.reading.remove(&id) else { return Ok(()) };
-        match outcome.and_then(|(units, pieces)| self.admit(asked, units, pieces)) {
+        match outcome.and_then(|encoded| self.admit(asked, encoded)) {
             Ok(()) => Ok(()),
             Err(error) => frames.send(&FromWorker::Failed { id, error }),
         }
     }
 
     /// Lets a generation wait for its turn.
-    fn admit(&mut self, asked: Asked, mut prompt: Vec<Unit>, pieces: Pieces) -> Result<(), Error> {
+    fn admit(&mut self, asked: Asked, encoded: Encoded) -> Result<(), Error> {
         let Asked { id, context_tokens, since, request, prefill, given, form, .. } = asked;
+        let Encoded { units: mut prompt, pieces, took: encode } = encoded;
         prompt.extend(prefill.iter().chain(&given).copied().map(Unit::Text));
         if prompt.len() >= context_tokens {
             return Err(Error::ContextOverflow {
@@ -386,7 +388,8 @@ impl<'model> Engine<'model> {
         });
         let likely = request.logprobs.map(|count| (usize::from(count), Vec::new()));
         let writer = Writer { sampler, answer, parts, pieces, likely };
-        self.scheduler.push(Waiting { id, prompt, given: given.len(), max_tokens, context_tokens, since, writer });
+        let given = given.len();
+        self.scheduler.push(Waiting { id, prompt, given, max_tokens, context_tokens, since, encode, writer });
         Ok(())
     }
 

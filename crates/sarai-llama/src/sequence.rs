@@ -1,6 +1,6 @@
 //! One sequence of the KV cache: the tokens that it holds, and the generation that runs in it, if any.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use llama_cpp_4::token::LlamaToken;
 use sarai_core::{FinishReason, Timings, Usage};
@@ -22,6 +22,8 @@ pub struct Waiting<W> {
     pub context_tokens: usize,
     /// When it came.
     pub since: Instant,
+    /// How long its pictures and sound took to be encoded.
+    pub encode: Duration,
     /// Chooses its tokens and writes its text.
     pub writer: W,
 }
@@ -86,7 +88,9 @@ impl<W> Generation<W> {
     /// What it took in time; the server adds queue and load.
     pub fn timings(&self) -> Timings {
         let first = self.first_token.unwrap_or_else(Instant::now);
-        Timings { prefill: first - self.asked.since, decode: first.elapsed(), ..Timings::default() }
+        let Waiting { since, encode, .. } = self.asked;
+        let prefill = (first - since).saturating_sub(encode);
+        Timings { encode, prefill, decode: first.elapsed(), ..Timings::default() }
     }
 
     /// Why it must end now, if it must.

@@ -193,9 +193,11 @@ async fn a_host_that_fails_to_make_vectors_is_not_to_blame_and_what_is_not_read_
         json!({ "data": [{ "index": 0, "embedding": [0.6, 0.8] }], "usage": { "prompt_tokens": 3 } }).to_string();
     let whole = move |body: &str| {
         let length = body.len();
-        format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}")
+        format!(
+            "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+        )
     };
-    let missing = "HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n";
+    let missing = "HTTP/1.1 404 No\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
     let without = Host::start(move |_, _| vec![Step::Send(missing.to_owned())]);
     let with = Host::start(move |_, _| vec![Step::Send(whole(&made))]);
     let config = format!(

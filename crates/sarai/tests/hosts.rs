@@ -175,7 +175,7 @@ async fn a_server_that_refuses_what_the_client_never_said_is_asked_without_it() 
     let chunk =
         |delta: Value, finish: Value| json!({ "choices": [{ "index": 0, "delta": delta, "finish_reason": finish }] });
     let answer = openai(&[chunk(json!({ "content": "here" }), Value::Null), chunk(json!({}), json!("stop"))]);
-    let refusal = "HTTP/1.1 422 No\r\ncontent-length: 31\r\n\r\nstream_options is not permitted";
+    let refusal = "HTTP/1.1 422 No\r\nconnection: close\r\ncontent-length: 31\r\n\r\nstream_options is not permitted";
     let host = Host::start(move |_, body| match body["stream_options"].is_null() {
         true => answer.clone(),
         false => vec![Step::Send(refusal.into())],
@@ -615,12 +615,12 @@ impl Harm {
 
 /// What comes instead of an answer, and never anything of it.
 const INSTEAD: [&str; 6] = [
-    "HTTP/1.1 500 Oops\r\ncontent-length: 0\r\n\r\n",
-    "HTTP/1.1 503 Busy\r\nretry-after: 1\r\ncontent-length: 4\r\n\r\nbusy",
-    "HTTP/1.1 404 Gone\r\ncontent-type: application/json\r\ncontent-length: 27\r\n\r\n{\"error\":\"model not found\"}",
-    "HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 15\r\n\r\n<html>Hi</html>",
-    "HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\ncontent-length: 26\r\n\r\n{\"message\":{\"content\":\"Hal",
-    "HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\ncontent-length: 0\r\n\r\n",
+    "HTTP/1.1 500 Oops\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
+    "HTTP/1.1 503 Busy\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 4\r\n\r\nbusy",
+    "HTTP/1.1 404 Gone\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 27\r\n\r\n{\"error\":\"model not found\"}",
+    "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: text/html\r\ncontent-length: 15\r\n\r\n<html>Hi</html>",
+    "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: application/x-ndjson\r\ncontent-length: 26\r\n\r\n{\"message\":{\"content\":\"Hal",
+    "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: application/x-ndjson\r\ncontent-length: 0\r\n\r\n",
 ];
 
 /// Passes bytes on to a host, and harms the answers to chats.

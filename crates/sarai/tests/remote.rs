@@ -191,8 +191,12 @@ async fn every_fault_before_the_first_token_leads_to_the_fallback_with_its_reaso
     let reported: &'static str =
         Box::leak(format!("{ndjson}{{\"error\":\"llama runner process has terminated\"}}\n").into_boxed_str());
     let cases = [
-        ("HTTP/1.1 500 Oops\r\ncontent-length: 17\r\n\r\n{\"error\":\"broken\"}", false, "status 500"),
-        ("HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n", false, "status 503"),
+        (
+            "HTTP/1.1 500 Oops\r\nconnection: close\r\ncontent-length: 17\r\n\r\n{\"error\":\"broken\"}",
+            false,
+            "status 500",
+        ),
+        ("HTTP/1.1 503 Busy\r\nconnection: close\r\ncontent-length: 0\r\n\r\n", false, "status 503"),
         (html, false, "not an answer"),
         (reported, false, "terminated"),
         (ndjson, false, "cut the stream"),
@@ -322,7 +326,7 @@ async fn connections_to_a_host_are_kept_and_used_again() {
 
 #[tokio::test]
 async fn a_prompt_too_long_for_every_deployment_is_the_clients_matter() {
-    let host = faulty_host("HTTP/1.1 500 Oops\r\ncontent-length: 0\r\n\r\n", false);
+    let host = faulty_host("HTTP/1.1 500 Oops\r\nconnection: close\r\ncontent-length: 0\r\n\r\n", false);
     let config = format!(
         "models:\n  small: {{ backend: gguf_native, fallback: ollama_http, url: \"{host}\", gguf_path: {}, context_length: 256 }}\n",
         smollm2()

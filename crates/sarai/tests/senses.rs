@@ -154,6 +154,22 @@ async fn answers_are_those_of_llama_cpps_server_alone_in_company_and_out_of_the_
 }
 
 #[tokio::test]
+async fn a_picture_that_is_known_is_not_encoded_again() {
+    let sarai = Sarai::start(&models("fitted", ""));
+    for (model, ..) in PAIRS {
+        let picture = image_part(&png(90, 60, GREEN));
+        let encoded = |answer: &Value| answer["sarai"]["timings_ms"]["encode"].as_f64();
+        let first = answer(&sarai, model, &[text_part("which"), picture.clone()]).await;
+        assert!(encoded(&first).is_some_and(|ms| ms > 0.0), "{model}: {first}");
+        // Elsewhere in the prompt, so that the prefix cache does not have it.
+        let again = answer(&sarai, model, &[text_part("tell me which"), picture]).await;
+        assert_eq!((encoded(&again), text(&again)), (None, "green"), "{model}: {again}");
+        let other = answer(&sarai, model, &[text_part("which"), image_part(&png(90, 60, BLUE))]).await;
+        assert!(encoded(&other).is_some(), "{model}: {other}");
+    }
+}
+
+#[tokio::test]
 async fn what_cannot_be_read_is_refused_with_its_field_and_hurts_nobody() {
     let sarai = Sarai::start(&models("fitted", ""));
     let red = image_part(&png(64, 64, RED));

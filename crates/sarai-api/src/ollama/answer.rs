@@ -100,7 +100,9 @@ impl LineWriter {
     pub fn done(&self, now: SystemTime, text: &str, end: &End<'_>) -> Value {
         let ns = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         let timings = end.timings;
-        let total = timings.queue + timings.load + timings.prefill + timings.decode;
+        // Ollama counts the encoding of pictures among the prompt's.
+        let prompt = timings.encode + timings.prefill;
+        let total = timings.queue + timings.load + prompt + timings.decode;
         let mut line = self.line(now, text);
         line["done"] = true.into();
         line["done_reason"] = match end.finish {
@@ -111,7 +113,7 @@ impl LineWriter {
         line["total_duration"] = ns(total).into();
         line["load_duration"] = ns(timings.load).into();
         line["prompt_eval_count"] = end.usage.prompt_tokens.into();
-        line["prompt_eval_duration"] = ns(timings.prefill).into();
+        line["prompt_eval_duration"] = ns(prompt).into();
         line["eval_count"] = end.usage.completion_tokens.into();
         line["eval_duration"] = ns(timings.decode).into();
         line["sarai"] = extension(end.served, timings);

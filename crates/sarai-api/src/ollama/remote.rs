@@ -145,6 +145,7 @@ pub fn parse_line(line: &[u8]) -> Result<RemoteLine, RemoteCause> {
         timings: Timings {
             queue: Duration::ZERO,
             load: ns(line.load_duration),
+            encode: Duration::ZERO,
             prefill: ns(line.prompt_eval_duration),
             decode: ns(line.eval_duration),
         },

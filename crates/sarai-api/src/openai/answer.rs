@@ -265,6 +265,9 @@ pub(crate) fn extension(served: &Served, timings: &Timings) -> Value {
             "prefill": ms(timings.prefill), "decode": ms(timings.decode),
         },
     });
+    if !timings.encode.is_zero() {
+        extension["timings_ms"]["encode"] = ms(timings.encode).into();
+    }
     if !served.resumed.is_empty() {
         let resumed = served.resumed.iter().map(|resumed| json!({ "by": resumed.by, "reason": resumed.reason }));
         extension["resumed"] = resumed.collect();

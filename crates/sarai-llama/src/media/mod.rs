@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Scope;
+use std::time::{Duration, Instant};
 
 use llama_cpp_4::chat::ChatParams;
 use llama_cpp_4::model::{AddBos, LlamaModel, Special};
@@ -125,7 +126,18 @@ pub struct Read {
     /// The generation.
     pub id: u64,
     /// What became of it.
-    pub outcome: Result<(Vec<Unit>, Pieces), Error>,
+    pub outcome: Result<Encoded, Error>,
+}
+
+/// A prompt as the model reads it.
+#[derive(Default)]
+pub struct Encoded {
+    /// The whole of it.
+    pub units: Vec<Unit>,
+    /// What it shows and lets hear.
+    pub pieces: Pieces,
+    /// How long that took to be encoded; nothing if it was known.
+    pub took: Duration,
 }
 
 /// Where prompts with pictures and sound are handed in.
@@ -257,8 +269,8 @@ impl Reader<'_> {
         }
     }
 
-    fn read(&mut self, job: Job) -> Result<(Vec<Unit>, Pieces), Error> {
-        let (mut units, mut pieces) = (Vec::new(), Pieces::new());
+    fn read(&mut self, job: Job) -> Result<Encoded, Error> {
+        let mut read = Encoded::default();
         let mut bos = AddBos::Always;
         let parts = job.parts.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
         for part in parts {
@@ -266,26 +278,26 @@ impl Reader<'_> {
                 Part::Text(text, is_input) => {
                     let special = if is_input { Special::Plaintext } else { Special::Tokenize };
                     let tokens = self.model.str_to_token_with_special(&text, bos, special).map_err(internal)?;
-                    units.extend(tokens.into_iter().map(Unit::Text));
+                    read.units.extend(tokens.into_iter().map(Unit::Text));
                 }
                 Part::Media(media) => {
                     if bos == AddBos::Always && self.model.add_bos_token() {
-                        units.push(Unit::Text(self.model.token_bos()));
+                        read.units.push(Unit::Text(self.model.token_bos()));
                     }
-                    self.read_media(media, &mut units, &mut pieces, &job)?;
+                    self.read_media(media, &mut read, &job)?;
                 }
             }
             bos = AddBos::Never;
-            job.refuse_beyond_context(units.len())?;
+            job.refuse_beyond_context(read.units.len())?;
         }
-        match units.last() {
-            Some(Unit::Text(_)) => Ok((units, pieces)),
+        match read.units.last() {
+            Some(Unit::Text(_)) => Ok(read),
             _ => Err(Error::invalid("messages", "the prompt ends with a picture or sound: put text behind it")),
         }
     }
 
     /// Reads one piece of media: the marks around it, and what it is cut into.
-    fn read_media(&mut self, media: Media, units: &mut Vec<Unit>, pieces: &mut Pieces, job: &Job) -> Result<(), Error> {
+    fn read_media(&mut self, media: Media, read: &mut Encoded, job: &Job) -> Result<(), Error> {
         let refused = |media: &Media, why: &str| {
             Error::invalid(&media.param, format!("the {} of `{}` {why}", media.kind.name(), media.param))
         };
@@ -313,31 +325,33 @@ impl Reader<'_> {
             .map_err(|error| refused(&media, &format!("cannot be read by this model ({error}): send another one")))?;
         drop(bitmap);
         // Before any of it is encoded, which takes long.
-        job.refuse_beyond_context(units.len() + chunks.n_tokens())?;
+        job.refuse_beyond_context(read.units.len() + chunks.n_tokens())?;
         for (index, chunk) in chunks.iter().enumerate() {
             if let Some(tokens) = chunk.text_tokens() {
-                units.extend(tokens.iter().map(|&token| Unit::Text(LlamaToken(token))));
+                read.units.extend(tokens.iter().map(|&token| Unit::Text(LlamaToken(token))));
                 continue;
             }
             if !job.is_wanted.load(Ordering::Relaxed) {
                 return Err(Error::Internal("nobody wants it any more".into()));
             }
-            let piece = self.piece((content, index), &chunk)?;
-            units.extend(piece.units());
-            pieces.insert(piece.number, piece);
+            let piece = self.piece((content, index), &chunk, &mut read.took)?;
+            read.units.extend(piece.units());
+            read.pieces.insert(piece.number, piece);
         }
         Ok(())
     }
 
-    /// A piece as it was kept, or encoded anew.
-    fn piece(&mut self, key: Key, chunk: &MtmdInputChunk<'_>) -> Result<Arc<Piece>, Error> {
+    /// A piece as it was kept, or encoded anew, and how much longer that took.
+    fn piece(&mut self, key: Key, chunk: &MtmdInputChunk<'_>, took: &mut Duration) -> Result<Arc<Piece>, Error> {
         if let Some(at) = self.kept.iter().position(|(kept, _)| *kept == key) {
             let found = self.kept.remove(at);
             let piece = Arc::clone(&found.1);
             self.kept.push(found);
             return Ok(piece);
         }
+        let since = Instant::now();
         self.context.encode_chunk(self.model, chunk).map_err(internal)?;
+        *took += since.elapsed();
         let count = chunk.n_tokens();
         let embedding = self.context.output_embd().to_vec();
         if count == 0 || embedding.len() != count * self.width {

@@ -145,7 +145,9 @@ impl Case {
     fn ask(&mut self, id: u64, prompt: &[i32], max_tokens: u32, context_tokens: usize) {
         let prompt = units(prompt);
         let since = Instant::now();
-        self.scheduler.push(Waiting { id, prompt, given: 0, max_tokens, context_tokens, since, writer: max_tokens });
+        let encode = Duration::ZERO;
+        let writer = max_tokens;
+        self.scheduler.push(Waiting { id, prompt, given: 0, max_tokens, context_tokens, since, encode, writer });
     }
 
     /// One step, as the engine does it; false if there was nothing to do.

@@ -301,8 +301,12 @@ async fn reach(url: &str) -> Option<()> {
     tokio::net::TcpStream::connect(place).await.ok().map(drop)
 }
 
+/// An idle connection is kept for less than the 5 s after which uvicorn and Node close theirs: a request that crosses such
+/// a close on its way would be lost.
+const IDLE: Duration = Duration::from_secs(4);
+
 fn make_client(connect: Duration) -> Result<Client, reqwest::Error> {
-    Client::builder().no_proxy().tcp_nodelay(true).connect_timeout(connect).build()
+    Client::builder().no_proxy().tcp_nodelay(true).pool_idle_timeout(IDLE).connect_timeout(connect).build()
 }
 
 /// Which model of which host.
