@@ -172,7 +172,8 @@ def main():
                     time.sleep(0.05)
             print("# What each model does, in each API\n")
             print("Written by `make abilities`, from what was asked and answered. `yes`: the answer was checked and right. `refused`: a 400")
-            print("that says why. `-`: that API has no field for it. Where the model decides about tools, an answer in words is right too.\n")
+            print("that says why. `-`: that API has no field for it. `no effect`: taken, and the prompt stays the same, since the template knows nothing of it.")
+            print("Where the model decides about tools, an answer in words is right too.\n")
             for api in ("OpenAI", "Ollama"):
                 abilities = [ability for ability in ABILITIES if request(api, "x", ability)]
                 print(f"## {api}'s API\n\n| model | {' | '.join(abilities)} |\n|---|{'---|' * len(abilities)}")
