@@ -302,7 +302,7 @@ async fn reach(url: &str) -> Option<()> {
 }
 
 /// An idle connection is kept for less than the 5 s after which uvicorn and Node close theirs: a request that crosses such
-/// a close on its way would be lost.
+/// a close on its way has to be asked again.
 const IDLE: Duration = Duration::from_secs(4);
 
 fn make_client(connect: Duration) -> Result<Client, reqwest::Error> {
