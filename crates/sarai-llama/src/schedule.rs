@@ -7,7 +7,7 @@
 //! The cache is a pool of cells. What ended stays in it until somebody needs the cells, the least recently used first, and
 //! whoever begins with the same tokens shares them, also while they are still being computed.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 use crate::cells::{Cells, Sharing, Wanted};
 use crate::pace::Pace;
@@ -131,6 +131,12 @@ impl<W> Scheduler<W> {
         }
     }
 
+    /// Whether a generation runs whose prompt is not computed yet.
+    pub fn reads(&self, id: u64) -> bool {
+        let reading = self.sequences.iter().filter(|sequence| sequence.prompt_left() > 0);
+        reading.filter_map(|sequence| sequence.generation.as_ref()).any(|generation| generation.asked.id == id)
+    }
+
     /// Takes all that runs, after a step that could not be computed: the cache is empty then.
     pub fn take_all(&mut self, cells: &mut impl Cells) -> Vec<Generation<W>> {
         for (index, sequence) in self.sequences.iter_mut().enumerate() {
@@ -148,8 +154,10 @@ impl<W> Scheduler<W> {
             if is_full || reserved + next.reserves() > self.limits.cells {
                 return;
             }
-            if let Some(waiting) = self.waiting.pop_front() {
+            if let Some(mut waiting) = self.waiting.pop_front() {
                 let (index, cached) = self.place(&waiting.prompt, cells);
+                let left: HashSet<_> = waiting.prompt[cached..].iter().filter_map(|unit| unit.piece()).collect();
+                waiting.lacks.retain(|piece| left.contains(piece));
                 self.sequences[index].generation = Some(Generation::new(waiting, cached));
             }
         }
@@ -315,7 +323,10 @@ impl<W> Scheduler<W> {
         if step.answers > 0 {
             room = room.min(self.pace.prompt_tokens_beside_answers());
         }
-        let is_ready = |&index: &usize| self.sequences[index].prompt_left() > 0 && !self.waits_for_another(index);
+        let is_ready = |&index: &usize| {
+            let sequence = &self.sequences[index];
+            sequence.prompt_left() > 0 && !sequence.is_stuck() && !self.waits_for_another(index)
+        };
         let mut prompts: Vec<_> = (0..self.sequences.len()).filter(is_ready).collect();
         prompts.sort_by_key(|&index| self.sequences[index].age());
         if let Some(&oldest) = prompts.first() {
@@ -335,7 +346,7 @@ impl<W> Scheduler<W> {
     fn add_answers(&mut self, step: &mut Step) {
         // Beside what attends to itself both ways, a draft would see what follows it.
         let may_draft =
-            !self.sequences.iter().any(|sequence| sequence.next_of_prompt().is_some_and(Unit::is_non_causal));
+            !self.sequences.iter().any(|one| !one.is_stuck() && one.next_of_prompt().is_some_and(Unit::is_non_causal));
         for (index, sequence) in self.sequences.iter_mut().enumerate() {
             let Some(generation) = &mut sequence.generation else { continue };
             (generation.output_row, generation.drafted) = (None, 0);
@@ -393,7 +404,10 @@ impl<W> Scheduler<W> {
                 step.is_non_causal = step.rows.len() == step.answers && step.drafted == 0;
                 if step.is_non_causal { length } else { 0 }
             }
-            _ => ahead.iter().take(room).take_while(|unit| !unit.is_non_causal()).count(),
+            _ => {
+                let is_next = |unit: &&Unit| !unit.is_non_causal() && !generation.asked.lacks(Some(**unit));
+                ahead.iter().take(room).take_while(is_next).count()
+            }
         };
         let until = done + added;
         // Within a piece of media, positions are counted from where it begins.

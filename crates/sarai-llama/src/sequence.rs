@@ -1,5 +1,6 @@
 //! One sequence of the KV cache: the tokens that it holds, and the generation that runs in it, if any.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use llama_cpp_4::token::LlamaToken;
@@ -24,6 +25,8 @@ pub struct Waiting<W> {
     pub since: Instant,
     /// How long its pictures and sound took to be encoded.
     pub encode: Duration,
+    /// Pieces of media that must be encoded before they can be computed.
+    pub lacks: HashSet<u32>,
     /// Chooses its tokens and writes its text.
     pub writer: W,
 }
@@ -33,6 +36,11 @@ impl<W> Waiting<W> {
     pub fn reserves(&self) -> usize {
         let answer = (self.max_tokens as usize).max(self.given);
         (self.prompt.len() - self.given).saturating_add(answer).min(self.context_tokens)
+    }
+
+    /// Whether a unit must be encoded first.
+    pub fn lacks(&self, unit: Option<Unit>) -> bool {
+        matches!(unit, Some(Unit::Media { piece, .. }) if self.lacks.contains(&piece))
     }
 }
 
@@ -133,6 +141,12 @@ impl<W> Sequence<W> {
     /// What of the running generation's prompt is computed next.
     pub fn next_of_prompt(&self) -> Option<Unit> {
         self.generation.as_ref()?.asked.prompt.get(self.cached.len()).copied()
+    }
+
+    /// Whether the next of the running generation's prompt must be encoded first.
+    pub fn is_stuck(&self) -> bool {
+        let lacks = |generation: &Generation<W>| generation.asked.lacks(self.next_of_prompt());
+        self.generation.as_ref().is_some_and(lacks)
     }
 
     /// How many of the last of its tokens are an answer's that the step that is being filled computes.

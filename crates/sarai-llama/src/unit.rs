@@ -29,6 +29,14 @@ impl Unit {
         }
     }
 
+    /// The piece of media that it is of.
+    pub fn piece(self) -> Option<u32> {
+        match self {
+            Self::Text(_) => None,
+            Self::Media { piece, .. } => Some(piece),
+        }
+    }
+
     /// Whether it is of a piece that is computed in one step.
     pub fn is_non_causal(self) -> bool {
         matches!(self, Self::Media { is_non_causal: true, .. })

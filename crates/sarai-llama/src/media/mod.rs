@@ -5,18 +5,18 @@
 //! equal content, so that the prefix cache knows a picture again.
 
 mod decode;
+mod piece;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use llama_cpp_4::chat::ChatParams;
 use llama_cpp_4::model::{AddBos, LlamaModel, Special};
 use llama_cpp_4::mtmd::{
-    MtmdBitmap, MtmdContext, MtmdContextParams, MtmdInputChunk, MtmdInputChunkType, MtmdInputChunks, MtmdInputPart,
+    MtmdBitmap, MtmdContext, MtmdContextParams, MtmdInputChunk, MtmdInputChunks, MtmdInputPart,
 };
 use llama_cpp_4::token::LlamaToken;
 use sarai_core::frame::{LoadSpec, Projector};
@@ -25,8 +25,11 @@ use sha2::{Digest, Sha256};
 
 use crate::channel::Incoming;
 use crate::log;
+use crate::model::pool_tokens;
 use crate::prompt::internal;
 use crate::unit::Unit;
+use piece::{Content, Cut, Piece, Shape, Store};
+pub use piece::Pieces;
 
 /// How much the thread gives way to those that compute answers.
 const NICENESS: i32 = 10;
@@ -36,79 +39,45 @@ pub enum Part {
     /// Text, and whether it is a person's, in which nothing is special.
     Text(String, bool),
     /// A piece of media.
-    Media(Media),
+    Media(Arc<Media>),
 }
 
-/// A piece of media as the model reads it.
-pub struct Piece {
-    /// What it is known by.
-    number: u32,
-    /// One after the other, what stands in the place of a token's embedding.
-    embedding: Vec<f32>,
-    /// For each of them, the positions: one, or four with a rotation that knows lines and columns. The first piece's is 0.
-    places: Vec<[i32; 4]>,
-    /// By how much the positions go on behind it.
-    advance: u32,
-    /// Whether its parts attend to each other both ways.
-    is_non_causal: bool,
-}
-
-impl Piece {
-    /// What stands in the place of a token's embedding, and its place counted from the piece's own.
-    pub fn part(&self, index: usize) -> (&[f32], [i32; 4]) {
-        let width = self.embedding.len() / self.places.len();
-        (&self.embedding[index * width..(index + 1) * width], self.places[index])
-    }
-
-    /// How many tokens' places it takes.
-    pub fn len(&self) -> usize {
-        self.places.len()
-    }
-
-    /// Whether its parts attend to each other both ways.
-    pub fn is_non_causal(&self) -> bool {
-        self.is_non_causal
-    }
-
-    fn units(&self) -> impl Iterator<Item = Unit> + '_ {
-        let last = self.places.len() - 1;
-        // What stands at positions of its own goes on by one with each part, a picture with lines and columns at its end.
-        let is_even = self.advance as usize == self.places.len();
-        (0..self.places.len()).map(move |index| Unit::Media {
-            piece: self.number,
-            index: u32::try_from(index).unwrap_or(u32::MAX),
-            advance: match is_even {
-                true => 1,
-                false if index == last => self.advance,
-                false => 0,
-            },
-            is_non_causal: self.is_non_causal,
-        })
-    }
-
-    fn bytes(&self) -> usize {
-        self.embedding.len() * size_of::<f32>()
-    }
-}
-
-/// Pieces of one prompt, by their numbers.
-pub type Pieces = HashMap<u32, Arc<Piece>>;
+/// What a prompt is read from; whoever lets go of it does not want it read any more.
+pub type Source = Arc<Mutex<Vec<Part>>>;
 
 /// A prompt that is to be read.
 pub struct Job {
     /// The generation.
     pub id: u64,
-    /// The prompt, unless nobody wants it any more.
-    pub parts: Arc<Mutex<Option<Vec<Part>>>>,
+    /// The prompt, as long as somebody wants it.
+    pub source: Weak<Mutex<Vec<Part>>>,
     /// Tokens that it may have.
     pub context_tokens: usize,
     /// The model's name.
     pub model: String,
-    /// Cleared when nobody wants it any more.
-    pub is_wanted: Arc<AtomicBool>,
+    /// What is encoded.
+    pub encode: Encode,
+}
+
+/// What of a prompt is encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encode {
+    /// What is new: of what was seen before, the cache of keys and values may have all that is needed.
+    New,
+    /// All that is not kept encoded.
+    All,
 }
 
 impl Job {
+    fn is_wanted(&self) -> bool {
+        self.source.strong_count() > 0
+    }
+
+    fn take_parts(&self) -> Vec<Part> {
+        let source = self.source.upgrade();
+        source.map(|source| std::mem::take(&mut *source.lock().unwrap_or_else(PoisonError::into_inner))).unwrap_or_default()
+    }
+
     fn refuse_beyond_context(&self, tokens: usize) -> Result<(), Error> {
         if tokens < self.context_tokens {
             return Ok(());
@@ -134,8 +103,10 @@ pub struct Read {
 pub struct Encoded {
     /// The whole of it.
     pub units: Vec<Unit>,
-    /// What it shows and lets hear.
+    /// What it shows and lets hear, as far as that is encoded.
     pub pieces: Pieces,
+    /// What the other pieces are of, by their numbers.
+    pub lacks: HashMap<u32, Arc<Media>>,
     /// How long that took to be encoded; nothing if it was known.
     pub took: Duration,
 }
@@ -172,9 +143,7 @@ impl Senses {
             context,
             model,
             rate,
-            numbers: HashMap::new(),
-            kept: Vec::new(),
-            room: kept.0,
+            store: Store::new(kept.0, pool_tokens(spec)),
             width: width_of(model),
         };
         std::thread::Builder::new()
@@ -207,7 +176,7 @@ pub fn parts_of(chat: &ChatParams, mark: &str, media: Vec<Media>) -> Result<Vec<
             let marked = text.split_once('>').filter(|_| index > 0);
             let (number, text) = marked.map_or((None, text), |(number, rest)| (number.parse::<usize>().ok(), rest));
             if let Some(media) = number.and_then(|number| media.get_mut(number)?.take()) {
-                parts.push(Part::Media(media));
+                parts.push(Part::Media(Arc::new(media)));
             }
             if !text.is_empty() {
                 parts.push(Part::Text(text.to_owned(), is_input));
@@ -228,27 +197,20 @@ pub fn parts_of(chat: &ChatParams, mark: &str, media: Vec<Media>) -> Result<Vec<
     }
 }
 
-/// What a kept piece is known by: its content, and which of the pieces it is that the content was cut into.
-type Key = ([u8; 32], usize);
-
 struct Reader<'model> {
     context: MtmdContext,
     model: &'model LlamaModel,
     /// Samples per second that it hears.
     rate: Option<u32>,
-    /// What content is known by, also when it is not kept any more: the prefix cache may have it.
-    numbers: HashMap<Key, u32>,
-    /// The one used last is the last.
-    kept: Vec<(Key, Arc<Piece>)>,
-    /// Bytes that may be kept.
-    room: u64,
+    store: Store,
+    /// Values in the place of a token's embedding.
     width: usize,
 }
 
 impl Reader<'_> {
     fn run(mut self, waiting: &Receiver<Job>, inbox: &SyncSender<Incoming>) {
         while let Ok(job) = waiting.recv() {
-            if !job.is_wanted.load(Ordering::Relaxed) {
+            if !job.is_wanted() {
                 continue;
             }
             let id = job.id;
@@ -272,8 +234,7 @@ impl Reader<'_> {
     fn read(&mut self, job: Job) -> Result<Encoded, Error> {
         let mut read = Encoded::default();
         let mut bos = AddBos::Always;
-        let parts = job.parts.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
-        for part in parts {
+        for part in job.take_parts() {
             match part {
                 Part::Text(text, is_input) => {
                     let special = if is_input { Special::Plaintext } else { Special::Tokenize };
@@ -290,114 +251,123 @@ impl Reader<'_> {
             bos = AddBos::Never;
             job.refuse_beyond_context(read.units.len())?;
         }
-        match read.units.last() {
-            Some(Unit::Text(_)) => Ok(read),
-            _ => Err(Error::invalid("messages", "the prompt ends with a picture or sound: put text behind it")),
-        }
+        Ok(read)
     }
 
     /// Reads one piece of media: the marks around it, and what it is cut into.
-    fn read_media(&mut self, media: Media, read: &mut Encoded, job: &Job) -> Result<(), Error> {
-        let refused = |media: &Media, why: &str| {
-            Error::invalid(&media.param, format!("the {} of `{}` {why}", media.kind.name(), media.param))
-        };
+    fn read_media(&mut self, media: Arc<Media>, read: &mut Encoded, job: &Job) -> Result<(), Error> {
         let MediaSource::Base64(text) = &media.source else {
             return Err(Error::Internal("a piece of media was not fetched".into()));
         };
         let bytes =
             sarai_core::media::from_base64(text).ok_or_else(|| refused(&media, "is not base64: encode the file"))?;
-        let content: [u8; 32] = Sha256::digest(&bytes).into();
+        let content = Content { kind: media.kind, sha256: Sha256::digest(&bytes).into() };
+        let known = self.store.cuts(&content);
+        let kept = known.as_deref().and_then(|cuts| self.kept(cuts));
+        let cuts = match (known, kept, job.encode) {
+            (Some(cuts), Some(pieces), _) => {
+                read.pieces.extend(pieces);
+                cuts
+            }
+            (Some(cuts), None, Encode::New) => {
+                let shapes = cuts.iter().filter_map(Cut::shape);
+                read.lacks.extend(shapes.map(|shape| (shape.number, Arc::clone(&media))));
+                cuts
+            }
+            (known, _, _) => {
+                let chunks = self.chunks(&media, bytes)?;
+                // Before any of it is encoded, which takes long.
+                job.refuse_beyond_context(read.units.len() + chunks.n_tokens())?;
+                let cuts = known.unwrap_or_else(|| self.cut(&chunks));
+                self.encode(&chunks, &cuts, read, job)?;
+                self.store.know(content, Arc::clone(&cuts));
+                cuts
+            }
+        };
+        read.units.extend(cuts.iter().flat_map(Cut::units));
+        Ok(())
+    }
+
+    /// The encoded pieces of a content, if all of them are kept.
+    fn kept(&mut self, cuts: &[Cut]) -> Option<Pieces> {
+        let numbers = cuts.iter().filter_map(Cut::shape).map(|shape| shape.number);
+        numbers.map(|number| Some((number, self.store.encoded(number)?))).collect()
+    }
+
+    /// What llama.cpp cuts a file into.
+    fn chunks(&self, media: &Media, bytes: Vec<u8>) -> Result<MtmdInputChunks, Error> {
         let bitmap = match (media.kind, self.rate) {
             (MediaKind::Image, _) if self.context.supports_vision() => {
-                let picture = decode::picture(&bytes).map_err(|why| refused(&media, &why))?;
+                let picture = decode::picture(&bytes).map_err(|why| refused(media, &why))?;
                 MtmdBitmap::from_rgb(picture.width(), picture.height(), picture.as_raw())
             }
             (MediaKind::Audio, Some(rate)) => {
-                let samples = decode::sound(bytes, rate).map_err(|why| refused(&media, &why))?;
+                let samples = decode::sound(bytes, rate).map_err(|why| refused(media, &why))?;
                 MtmdBitmap::from_audio(&samples)
             }
-            _ => return Err(refused(&media, "cannot be sensed by this model: ask another one")),
+            _ => return Err(refused(media, "cannot be sensed by this model: ask another one")),
         };
         let bitmap = bitmap.map_err(internal)?;
         let mut chunks = MtmdInputChunks::new();
         self.context
             .tokenize_from_parts(&[MtmdInputPart::Bitmap(&bitmap)], false, &mut chunks)
-            .map_err(|error| refused(&media, &format!("cannot be read by this model ({error}): send another one")))?;
-        drop(bitmap);
-        // Before any of it is encoded, which takes long.
-        job.refuse_beyond_context(read.units.len() + chunks.n_tokens())?;
-        for (index, chunk) in chunks.iter().enumerate() {
-            if let Some(tokens) = chunk.text_tokens() {
-                read.units.extend(tokens.iter().map(|&token| Unit::Text(LlamaToken(token))));
-                continue;
+            .map_err(|error| refused(media, &format!("cannot be read by this model ({error}): send another one")))?;
+        Ok(chunks)
+    }
+
+    fn cut(&mut self, chunks: &MtmdInputChunks) -> Arc<[Cut]> {
+        let mut cuts = Vec::new();
+        for chunk in chunks.iter() {
+            match chunk.text_tokens() {
+                Some(tokens) => cuts.extend(tokens.iter().map(|&token| Cut::Mark(LlamaToken(token)))),
+                None => {
+                    let is_non_causal = self.context.decode_use_non_causal(&chunk);
+                    cuts.push(Cut::Piece(Arc::new(Shape::of(&chunk, self.store.number(), is_non_causal))));
+                }
             }
-            if !job.is_wanted.load(Ordering::Relaxed) {
+        }
+        cuts.into()
+    }
+
+    /// Encodes those pieces that are not kept.
+    fn encode(&mut self, chunks: &MtmdInputChunks, cuts: &[Cut], read: &mut Encoded, job: &Job) -> Result<(), Error> {
+        let pieces = chunks.iter().filter(|chunk| chunk.text_tokens().is_none());
+        for (chunk, shape) in pieces.zip(cuts.iter().filter_map(Cut::shape)) {
+            if !job.is_wanted() {
                 return Err(Error::Internal("nobody wants it any more".into()));
             }
-            let piece = self.piece((content, index), &chunk, &mut read.took)?;
-            read.units.extend(piece.units());
-            read.pieces.insert(piece.number, piece);
+            let piece = match self.store.encoded(shape.number) {
+                Some(piece) => piece,
+                None => {
+                    let since = Instant::now();
+                    let piece = self.encode_chunk(&chunk, shape)?;
+                    read.took += since.elapsed();
+                    piece
+                }
+            };
+            read.pieces.insert(shape.number, piece);
         }
         Ok(())
     }
 
-    /// A piece as it was kept, or encoded anew, and how much longer that took.
-    fn piece(&mut self, key: Key, chunk: &MtmdInputChunk<'_>, took: &mut Duration) -> Result<Arc<Piece>, Error> {
-        if let Some(at) = self.kept.iter().position(|(kept, _)| *kept == key) {
-            let found = self.kept.remove(at);
-            let piece = Arc::clone(&found.1);
-            self.kept.push(found);
-            return Ok(piece);
-        }
-        let since = Instant::now();
+    fn encode_chunk(&mut self, chunk: &MtmdInputChunk<'_>, shape: &Arc<Shape>) -> Result<Arc<Piece>, Error> {
         self.context.encode_chunk(self.model, chunk).map_err(internal)?;
-        *took += since.elapsed();
-        let count = chunk.n_tokens();
         let embedding = self.context.output_embd().to_vec();
-        if count == 0 || embedding.len() != count * self.width {
-            return Err(Error::Internal(format!("{} values were encoded for {count} tokens", embedding.len())));
-        }
         if !embedding.iter().all(|value| value.is_finite()) {
             // In the cache it would spoil the answers of others too.
             return Err(Error::Internal("what was encoded has values that are no numbers".into()));
         }
-        let next = u32::try_from(self.numbers.len()).unwrap_or(u32::MAX);
-        let piece = Arc::new(Piece {
-            number: *self.numbers.entry(key).or_insert(next),
-            embedding,
-            places: places(chunk),
-            advance: u32::try_from(chunk.n_pos()).unwrap_or_default(),
-            is_non_causal: self.context.decode_use_non_causal(chunk),
-        });
-        self.keep(key, Arc::clone(&piece));
+        let count = embedding.len();
+        let piece = Piece::new(Arc::clone(shape), embedding, self.width)
+            .ok_or_else(|| Error::Internal(format!("{count} values were encoded for {} tokens", shape.len())))?;
+        let piece = Arc::new(piece);
+        self.store.keep(&piece);
         Ok(piece)
-    }
-
-    /// Keeps a piece; those that were not used for longest go.
-    fn keep(&mut self, key: Key, piece: Arc<Piece>) {
-        let mut room = usize::try_from(self.room).unwrap_or(usize::MAX);
-        self.kept.push((key, piece));
-        let fits = |(_, piece): &&(Key, Arc<Piece>)| {
-            let bytes = piece.bytes();
-            let has_room = bytes <= room;
-            room = room.saturating_sub(bytes);
-            has_room
-        };
-        let stay = self.kept.iter().rev().take_while(fits).count();
-        self.kept.drain(..self.kept.len() - stay);
     }
 }
 
-/// Of a picture, lines and columns; sound goes on by one in all of them.
-fn places(chunk: &MtmdInputChunk<'_>) -> Vec<[i32; 4]> {
-    let number = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
-    match chunk.image_tokens().filter(|_| chunk.chunk_type() == MtmdInputChunkType::Image) {
-        Some(image) => {
-            let positions = image.decoder_positions(0);
-            positions.into_iter().map(|at| [number(at.t), number(at.y), number(at.x), number(at.z)]).collect()
-        }
-        None => (0..chunk.n_tokens()).map(|index| [i32::try_from(index).unwrap_or(i32::MAX); 4]).collect(),
-    }
+fn refused(media: &Media, why: &str) -> Error {
+    Error::invalid(&media.param, format!("the {} of `{}` {why}", media.kind.name(), media.param))
 }
 
 /// Lets those that compute answers have the cores when both want them. The threads that encode inherit it.

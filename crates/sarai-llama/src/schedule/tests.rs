@@ -147,7 +147,16 @@ impl Case {
         let since = Instant::now();
         let encode = Duration::ZERO;
         let writer = max_tokens;
-        self.scheduler.push(Waiting { id, prompt, given: 0, max_tokens, context_tokens, since, encode, writer });
+        // As with pictures that were seen before, and are not kept encoded.
+        let lacks = prompt.iter().filter_map(|unit| unit.piece()).filter(|piece| piece % 3 > 0).collect();
+        self.scheduler.push(Waiting { id, prompt, given: 0, max_tokens, context_tokens, since, encode, lacks, writer });
+    }
+
+    /// Has something encoded that a generation waits for; false if none does.
+    fn supply(&mut self) -> bool {
+        let stuck = self.scheduler.sequences.iter_mut().find(|sequence| sequence.is_stuck());
+        let generation = stuck.and_then(|sequence| sequence.generation.as_mut());
+        generation.map(|generation| generation.asked.lacks.clear()).is_some()
     }
 
     /// One step, as the engine does it; false if there was nothing to do.
@@ -167,9 +176,13 @@ impl Case {
                 "a picture that is computed at once is alone"
             );
         }
+        for row in &step.rows {
+            let generation = self.scheduler.sequences[row.sequence].generation.as_ref().unwrap();
+            assert!(!generation.asked.lacks(Some(row.unit)), "it is not encoded");
+        }
         if step.rows.is_empty() {
-            assert!(self.scheduler.is_idle(), "something waits, and nothing is computed");
-            return false;
+            assert!(self.scheduler.is_idle() || self.supply(), "something waits, and nothing is computed");
+            return !self.scheduler.is_idle();
         }
         while !self.pool.decode(&step) {
             assert!(self.scheduler.evict(&mut self.pool), "what runs must have room for all that it may need");
