@@ -7,6 +7,7 @@ behind them. `ENGINE="alone entering"` runs some of the parts only; `--peer` nam
 
 import argparse
 import base64
+import concurrent.futures
 import http.client
 import inspect
 import json
@@ -257,6 +258,31 @@ def chat(port, model, prompt, tokens):
     seconds = answer["sarai"]["timings_ms"]["decode"] / 1000
     answer["sarai"]["tokens_per_second"] = (answer["usage"]["completion_tokens"] - 1) / seconds
     return answer
+
+
+def listed(port, model, prompt, tokens, form):
+    """A chat that follows a form, if any: its tokens, and how long it took."""
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens, "temperature": 0}
+    body |= {"response_format": form} if form else {}
+    began = time.monotonic()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+    response = connection.getresponse()
+    answer = response.read()
+    assert response.status == 200, answer[:300]
+    connection.close()
+    return json.loads(answer)["usage"]["completion_tokens"], time.monotonic() - began
+
+
+def likely(port, model, prompt):
+    """The tokens of a greedy answer, and how likely they and others were."""
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": 60, "temperature": 0}
+    body |= {"logprobs": True, "top_logprobs": 5}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+    answer = json.loads(connection.getresponse().read())
+    connection.close()
+    return answer["choices"][0]["logprobs"]["content"]
 
 
 def at_once(requests):
@@ -583,6 +609,56 @@ class Bench:
         report("95th gap beside a picture, ms", *beside, False)
         report("longest gap beside a picture, ms", *longest, False)
 
+    def same(self):
+        """Greedy text alone and beside 15 others: how many of 16 are the same, and how far behind the chosen token the other one was where they part"""
+        words = "sea dog stars war cheese love cars trees music rain gold moon bread ships kings sleep".split()
+        prompts = [f"Write about {word}. {'It is long ago, ' * n}" for n, word in enumerate(words)]
+        for model in ("smollm2", "qwen"):
+            with self.stock(model, parallel=8) as peer, self.sarai([model], parallel=8) as ours:
+                for name, server in (("stock", peer), ("sarai", ours)):
+                    alone = [likely(server.port, model, prompt) for prompt in prompts]
+                    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+                        company = list(pool.map(lambda prompt: likely(server.port, model, prompt), prompts))
+                    behind = []
+                    for one, other in zip(alone, company):
+                        parts = next(((a, b) for a, b in zip(one, other) if a["token"] != b["token"]), None)
+                        if parts:
+                            known = {token["token"]: token["logprob"] for token in parts[0]["top_logprobs"]}
+                            behind.append(parts[0]["logprob"] - known.get(parts[1]["token"], -99))
+                    furthest = f"others part where the other token is {max(behind):.2f} or less behind" if behind else ""
+                    print(f"{model}: {name} {len(words) - len(behind)} of {len(words)} the same; {furthest}", flush=True)
+
+    def forms(self):
+        """Running answers beside one that follows a schema, and beside a plain one, Qwen: gaps, and what those beside it get"""
+        word = {"type": "object", "properties": {"word": {"type": "string"}, "letters": {"type": "integer"}}, "required": ["word", "letters"]}
+        schema = {"type": "json_schema", "json_schema": {"name": "words", "schema": {"type": "array", "items": word, "minItems": 40}}}
+        idle, plain, bound, longest, speed = ([[], []] for _ in range(5))
+        with self.stock("qwen", parallel=2, context=4096) as peer, self.sarai(["qwen"], parallel=2) as ours:
+            for number in range(self.rounds):
+                for side, server in enumerate((peer, ours)):
+                    gaps = ask(server.port, "qwen", text("idle", 20), 100).gaps()
+                    idle[side].append(1000 * percentile(gaps, 0.95))
+                    for form, figures in ((None, plain), (schema, bound)):
+                        answer, stop = Answer(), threading.Event()
+                        arguments = (server.port, "qwen", text("beside", 20), 1500, answer, stop)
+                        thread = threading.Thread(target=ask, args=arguments)
+                        thread.start()
+                        until(lambda answer=answer: len(answer.times) > 10)
+                        since = time.monotonic()
+                        tokens, seconds = listed(server.port, "qwen", f"List words of the sea, number {number}.", 200, form)
+                        gaps = answer.gaps(since, time.monotonic())
+                        stop.set()
+                        thread.join()
+                        figures[side].append(1000 * percentile(gaps, 0.95))
+                        if form:
+                            longest[side].append(1000 * max(gaps))
+                            speed[side].append(tokens / seconds)
+        report("95th gap of an answer alone, ms", *idle, False)
+        report("95th gap beside a plain answer, ms", *plain, False)
+        report("95th gap beside one that follows a schema, ms", *bound, False)
+        report("longest gap beside one that follows a schema, ms", *longest, False)
+        report("tokens/s of the one that follows a schema", *speed)
+
     def draft(self):
         """Drafting from repeated text (`draft_tokens`), Qwen: rewriting code, and prose where nothing repeats; without and with it"""
         code = "\n".join(inspect.getsource(part) for part in (Quota, Answer))
@@ -612,7 +688,7 @@ class Bench:
 
 
 def main():
-    parts = ["alone", "streams", "entering", "prefix", "together", "park", "cold", "embed", "media", "draft", "quota"]
+    parts = ["alone", "streams", "entering", "prefix", "together", "park", "cold", "embed", "media", "forms", "same", "draft", "quota"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}")
     parser.add_argument("--peer", default=os.environ.get("LLAMA_SERVER"), help="a llama-server")

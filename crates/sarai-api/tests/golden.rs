@@ -154,6 +154,9 @@ fn requests_of_both_apis_mean_the_same() {
     // What stands only there is kept for hosts that speak the same API, and means nothing else.
     let kept = openai.request.extras.take().unwrap();
     assert!(kept.needs.is_empty() && kept.degrades.is_empty(), "{kept:?}");
+    // Each is told of mistakes in its own words.
+    let param = std::mem::replace(&mut openai.request.format_param, ollama.request.format_param.clone());
+    assert_eq!((&*param, &*ollama.request.format_param), ("response_format", "format"));
     assert_eq!(openai.request, ollama.request);
     assert!(openai.delivery.stream && ollama.delivery.stream, "Ollama streams unless told not to");
 }
@@ -179,6 +182,7 @@ fn a_request_to_an_ollama_host_sets_only_what_was_asked_for() {
         stop: Vec::new(),
         max_tokens: None,
         format: sarai_core::Format::Text,
+        format_param: "format".into(),
         tools: None,
         think: None,
         logprobs: None,

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use std::borrow::Cow;
 
 use crate::media::Media;
 use crate::memory::KeepAlive;
@@ -209,6 +210,8 @@ pub struct GenerateRequest {
     pub max_tokens: Option<u32>,
     /// The form that the answer must have.
     pub format: Format,
+    /// The client's field that says so, to be named where it cannot be followed.
+    pub format_param: Cow<'static, str>,
     /// Tools that may be called.
     #[serde(default)]
     pub tools: Option<Tools>,

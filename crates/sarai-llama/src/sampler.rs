@@ -27,6 +27,8 @@ pub struct Sampler {
     /// the token after that.
     guard: Option<LlamaSampler>,
     has_bans: bool,
+    /// The client's field that says the form of the answer.
+    form: String,
 }
 
 impl Sampler {
@@ -55,11 +57,7 @@ impl Sampler {
                 .map_err(internal)?;
         }
         let calls = form.filter(|form| !form.grammar.is_empty());
-        let param = match (calls, &request.format) {
-            (Some(_), _) => "tools",
-            (None, Format::Gbnf(_)) => "grammar",
-            (None, _) => "format",
-        };
+        let param: &str = if calls.is_some() { "tools" } else { &request.format_param };
         let bad = |error: &dyn std::fmt::Display| {
             Error::invalid(param, format!("llama.cpp cannot make a grammar of `{param}`: {error}"))
         };
@@ -89,7 +87,7 @@ impl Sampler {
         };
         let chain = CommonSampler::new(model, &mut params).map_err(|error| bad(&error))?;
         let guard = grammar.map(|grammar| LlamaSampler::try_grammar(model, &grammar, "root"));
-        Ok(Self { chain, guard: guard.transpose().map_err(|error| bad(&error))?, has_bans })
+        Ok(Self { chain, guard: guard.transpose().map_err(|error| bad(&error))?, has_bans, form: param.to_owned() })
     }
 
     /// Takes a token of the prompt into account.
@@ -108,13 +106,13 @@ impl Sampler {
         row: i32,
     ) -> Result<LlamaToken, Error> {
         let token = self.chain.sample(context, row, false).map_err(internal)?;
-        let has_bans = self.has_bans;
+        let (has_bans, form) = (self.has_bans, &self.form);
         let stuck = || match has_bans {
             true => {
                 Error::invalid("logit_bias", "no token is left that the form of the answer allows: ban fewer tokens")
             }
             false => {
-                Error::invalid("format", "no token of this model goes on in the form of the answer: ask for another")
+                Error::invalid(form, format!("no token of this model goes on in the form of `{form}`: ask for another"))
             }
         };
         if let Some(guard) = &mut self.guard {

@@ -59,7 +59,7 @@ const FILES: Bytes = Bytes::mib(16);
 /// What is kept of encoded pictures and sound: a conversation has a few.
 #[must_use]
 pub fn kept(model: &Header) -> Bytes {
-    (row(model) * 6 * u64::from(MOST_PICTURE_TOKENS)).max(Bytes::mib(8))
+    row(model) * 6 * u64::from(MOST_PICTURE_TOKENS)
 }
 
 /// What stands in the place of one token.

@@ -169,6 +169,41 @@ async fn a_picture_that_is_known_is_not_encoded_again() {
     }
 }
 
+/// Nine pictures of which six fit what is kept of encoded ones.
+#[tokio::test]
+async fn a_conversation_with_more_pictures_than_are_kept_has_none_encoded_again_while_the_cache_has_it() {
+    let long = models("fitted", "").replace("context_length: 2048, parallel: 4", "context_length: 12000, parallel: 1");
+    let sarai = Sarai::start(&long);
+    // Each of another size, and of the largest number of tokens.
+    let pictures = (0..9).map(|n| image_part(&png(1600 + 32 * n, 1600 + 32 * n, GREEN)));
+    let mut messages =
+        vec![json!({ "role": "user", "content": pictures.chain([text_part("which")]).collect::<Vec<_>>() })];
+    let ask = async |messages: &[Value]| {
+        let body = json!({ "model": "qwen2vl", "messages": messages, "temperature": 0, "max_tokens": 12 });
+        let answer = sarai.post("/v1/chat/completions", body.to_string()).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        let answer = answer.json();
+        assert_eq!(text(&answer), "green", "{answer}");
+        (answer["sarai"]["timings_ms"]["encode"].as_f64(), answer["usage"].clone())
+    };
+    let (encoded, usage) = ask(&messages).await;
+    assert!(encoded.is_some(), "all of them are new");
+    let prompt = usage["prompt_tokens"].as_u64().unwrap();
+    assert!(prompt > 8_000, "{usage}");
+    messages
+        .extend([json!({ "role": "assistant", "content": "green" }), json!({ "role": "user", "content": "which" })]);
+    let (encoded, usage) = ask(&messages).await;
+    let cached = &usage["prompt_tokens_details"]["cached_tokens"];
+    assert!(encoded.is_none() && cached.as_u64() > Some(prompt - 20), "{encoded:?} {usage}");
+    // One that needs all of the cache.
+    let other = (0..9).map(|n| image_part(&png(1616 + 32 * n, 1616 + 32 * n, BLUE))).chain([text_part("which")]);
+    assert_eq!(text(&answer(&sarai, "qwen2vl", &other.collect::<Vec<_>>()).await), "blue");
+    let (encoded, usage) = ask(&messages).await;
+    assert!(encoded.is_some(), "neither kept nor in the cache: {usage}");
+    let (encoded, _) = ask(&messages).await;
+    assert!(encoded.is_none(), "in the cache again");
+}
+
 #[tokio::test]
 async fn what_cannot_be_read_is_refused_with_its_field_and_hurts_nobody() {
     let sarai = Sarai::start(&models("fitted", ""));

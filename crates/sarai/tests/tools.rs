@@ -151,11 +151,11 @@ async fn an_answer_follows_a_grammar_and_what_is_none_is_a_400_that_says_where()
     assert!((3..=5).contains(&n), "{said}");
     let missing = json!({ "type": "object", "properties": { "x": { "$ref": "#/nowhere" } } });
     for (more, says) in [
-        (json!({ "grammar": "root ::= \"open" }), "grammar"),
+        (json!({ "grammar": "root ::= \"open" }), "grammar of `grammar`"),
         (json!({ "json_schema": missing }), "#/properties/x"),
         (
             json!({ "response_format": { "type": "json_schema", "json_schema": { "name": "a", "schema": missing } } }),
-            "#/nowhere",
+            "grammar of `response_format`: ",
         ),
         (json!({ "grammar": "root ::= \"a\"", "json_schema": schema }), "both"),
         // Refers to itself without end; ends the process; takes for ever.
@@ -165,6 +165,56 @@ async fn an_answer_follows_a_grammar_and_what_is_none_is_a_400_that_says_where()
     ] {
         let answer = ask(more.clone()).await;
         assert!(answer.status == 400 && answer.text.contains(says), "{more}: {} {}", answer.status, answer.text);
+        let param = answer.json()["error"]["param"].as_str().unwrap().to_owned();
+        assert!(more.get(&param).is_some(), "{more}: {}", answer.text);
+    }
+    let body = json!({ "model": "coder", "messages": [{ "role": "user", "content": "Hi" }], "format": missing });
+    let answer = sarai.post("/api/chat", body.to_string()).await;
+    assert!(answer.status == 400 && answer.text.contains("grammar of `format`"), "{}", answer.text);
+}
+
+/// What was said token by token, and how likely the tokens were that could have been.
+fn likely(answer: &Answer) -> Vec<(String, f64, Value)> {
+    let tokens = answer.json()["choices"][0]["logprobs"]["content"].clone();
+    let one = |token: &Value| {
+        let said = token["token"].as_str().unwrap().to_owned();
+        (said, token["logprob"].as_f64().unwrap(), token["top_logprobs"].clone())
+    };
+    tokens.as_array().unwrap().iter().map(one).collect()
+}
+
+/// Grammars and calls beside it, of other requests, choose nothing for an answer. How many sequences a step has changes how llama.cpp
+/// rounds (`make bench-engine ENGINE="same"`): of two tokens that are as likely, either may come.
+#[tokio::test]
+async fn greedy_text_is_the_same_alone_and_beside_answers_that_follow_a_form() {
+    let sarai = Sarai::start(&models().replace("parallel: 2", "parallel: 4"));
+    let word = json!({ "type": "object", "properties": { "word": { "type": "string" } }, "required": ["word"] });
+    let schema = json!({ "type": "array", "items": word, "minItems": 12 });
+    let form = json!({ "type": "json_schema", "json_schema": { "name": "words", "schema": schema } });
+    let more = |more: Value| {
+        let mut fields = json!({ "max_tokens": 60, "logprobs": true, "top_logprobs": 5 });
+        fields.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        fields
+    };
+    let bodies = [
+        chat("coder", "Write a poem about the sea.", more(json!({}))),
+        chat("coder", "List words of the sea.", more(json!({ "response_format": form }))),
+    ];
+    let called =
+        chat("coder", "The weather in Oslo?", json!({ "max_tokens": 60, "tools": tools(), "tool_choice": "required" }));
+    let post = async |body: &String| sarai.post("/v1/chat/completions", body.clone()).await;
+    let alone = [likely(&post(&bodies[0]).await), likely(&post(&bodies[1]).await)];
+    assert!(alone[1][0].0.starts_with('[') && alone.iter().all(|tokens| tokens.len() == 60));
+    for _ in 0..3 {
+        let (poem, list, call) = tokio::join!(post(&bodies[0]), post(&bodies[1]), post(&called));
+        assert_eq!(calls(&call)[0].0, "get_weather");
+        for (alone, company) in alone.iter().zip([likely(&poem), likely(&list)]) {
+            let other = alone.iter().zip(&company).find(|(one, other)| one.0 != other.0);
+            let Some(((said, most, might), (other, ..))) = other else { continue };
+            let as_likely = might.as_array().unwrap().iter().find(|one| one["token"] == other.as_str());
+            let behind = as_likely.map(|one| most - one["logprob"].as_f64().unwrap());
+            assert!(behind.is_some_and(|behind| behind < 0.5), "`{other}` for `{said}`: {behind:?}");
+        }
     }
 }
 

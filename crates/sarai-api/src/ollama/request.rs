@@ -231,6 +231,7 @@ impl Common {
             stop,
             max_tokens,
             format: format_of(self.format)?,
+            format_param: "format".into(),
             tools: rest.tools(is_chat)?,
             think: rest.think()?,
             logprobs: rest.logprobs()?,

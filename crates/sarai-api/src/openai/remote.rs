@@ -408,6 +408,7 @@ mod tests {
             stop: Vec::new(),
             max_tokens: Some(4),
             format: Format::Json,
+            format_param: "format".into(),
             tools: None,
             think: None,
             logprobs: None,

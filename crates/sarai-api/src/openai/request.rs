@@ -348,7 +348,8 @@ fn media_kind(kind: &str) -> Option<MediaKind> {
 impl Common {
     fn finish(self, sampling: WireSampling, prompt: Prompt, mut rest: Rest) -> Result<Parsed, Error> {
         let choices = self.choices()?;
-        let format = form_of(&rest)?.unwrap_or_else(|| format_of(self.response_format));
+        let said = form_of(&rest)?;
+        let (format, format_param) = said.unwrap_or_else(|| (format_of(self.response_format), "response_format"));
         let is_chat = matches!(prompt, Prompt::Chat(_));
         let has_tools = rest.field("tools").is_some_and(|tools| !check::is_default(tools));
         if has_tools && matches!(format, Format::Gbnf(_)) {
@@ -373,6 +374,7 @@ impl Common {
             stop,
             max_tokens,
             format,
+            format_param: format_param.into(),
             tools: rest.tools(is_chat)?,
             think: rest.think()?,
             logprobs: rest.logprobs()?,
@@ -409,14 +411,16 @@ impl Common {
     }
 }
 
-/// The form as llama.cpp's server has it said.
-fn form_of(rest: &Rest) -> Result<Option<Format>, Error> {
+/// The form as llama.cpp's server has it said, and in which field.
+fn form_of(rest: &Rest) -> Result<Option<(Format, &'static str)>, Error> {
     let set = |name: &str| rest.field(name).filter(|value| !check::is_default(value));
     match (set("grammar"), set("json_schema")) {
         (None, None) => Ok(None),
-        (Some(Value::String(grammar)), None) => Ok(Some(Format::Gbnf(check::text("grammar", grammar.clone())?))),
+        (Some(Value::String(grammar)), None) => {
+            Ok(Some((Format::Gbnf(check::text("grammar", grammar.clone())?), "grammar")))
+        }
         (Some(other), None) => Err(Error::invalid("grammar", format!("`grammar` is {other}: use a text in GBNF"))),
-        (None, Some(schema)) => Ok(Some(Format::Schema(schema.to_string()))),
+        (None, Some(schema)) => Ok(Some((Format::Schema(schema.to_string()), "json_schema"))),
         (Some(_), Some(_)) => {
             Err(Error::invalid("grammar", "`grammar` and `json_schema` are both set: use one of them"))
         }

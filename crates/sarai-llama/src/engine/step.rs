@@ -11,7 +11,6 @@ use sarai_core::{Error, Event, FinishReason};
 
 use super::{Engine, cells};
 use crate::answer::{AnswerText, Pushed};
-use crate::cells::Cells;
 use crate::channel::FrameWriter;
 use crate::chat::Parts;
 use crate::logprobs;

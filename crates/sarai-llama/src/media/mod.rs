@@ -15,9 +15,7 @@ use std::time::{Duration, Instant};
 
 use llama_cpp_4::chat::ChatParams;
 use llama_cpp_4::model::{AddBos, LlamaModel, Special};
-use llama_cpp_4::mtmd::{
-    MtmdBitmap, MtmdContext, MtmdContextParams, MtmdInputChunk, MtmdInputChunks, MtmdInputPart,
-};
+use llama_cpp_4::mtmd::{MtmdBitmap, MtmdContext, MtmdContextParams, MtmdInputChunk, MtmdInputChunks, MtmdInputPart};
 use llama_cpp_4::token::LlamaToken;
 use sarai_core::frame::{LoadSpec, Projector};
 use sarai_core::{Error, Media, MediaKind, MediaSource};
@@ -28,8 +26,8 @@ use crate::log;
 use crate::model::pool_tokens;
 use crate::prompt::internal;
 use crate::unit::Unit;
-use piece::{Content, Cut, Piece, Shape, Store};
 pub use piece::Pieces;
+use piece::{Content, Cut, Piece, Shape, Store};
 
 /// How much the thread gives way to those that compute answers.
 const NICENESS: i32 = 10;
@@ -75,7 +73,9 @@ impl Job {
 
     fn take_parts(&self) -> Vec<Part> {
         let source = self.source.upgrade();
-        source.map(|source| std::mem::take(&mut *source.lock().unwrap_or_else(PoisonError::into_inner))).unwrap_or_default()
+        source
+            .map(|source| std::mem::take(&mut *source.lock().unwrap_or_else(PoisonError::into_inner)))
+            .unwrap_or_default()
     }
 
     fn refuse_beyond_context(&self, tokens: usize) -> Result<(), Error> {
@@ -139,13 +139,8 @@ impl Senses {
             .map_err(|_| format!("llama.cpp cannot load the projector {} for this model", path.display()))?;
         let rate = u32::try_from(context.audio_sample_rate()).ok();
         let (jobs, waiting) = channel();
-        let reader = Reader {
-            context,
-            model,
-            rate,
-            store: Store::new(kept.0, pool_tokens(spec)),
-            width: width_of(model),
-        };
+        let reader =
+            Reader { context, model, rate, store: Store::new(kept.0, pool_tokens(spec)), width: width_of(model) };
         std::thread::Builder::new()
             .name("media".into())
             .spawn_scoped(scope, move || reader.run(&waiting, &inbox))

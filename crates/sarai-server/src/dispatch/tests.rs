@@ -153,6 +153,7 @@ fn request(tag: &str) -> GenerateRequest {
         stop: Vec::new(),
         max_tokens: None,
         format: sarai_core::Format::Text,
+        format_param: "format".into(),
         tools: None,
         think: None,
         logprobs: None,

@@ -454,6 +454,7 @@ impl Table {
             stop: Vec::new(),
             max_tokens: Some(1),
             format: sarai_core::Format::Text,
+            format_param: "format".into(),
             tools: None,
             think: None,
             logprobs: None,
