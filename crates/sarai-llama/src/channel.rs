@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use sarai_core::frame::{self, FromWorker, HEADER_BYTES, ToWorker};
 
-use crate::media;
+use crate::{media, trial};
 
 /// Commands that wait for the engine at most. The server sends at most two per sequence at a time.
 const WAITING_COMMANDS: usize = 1024;
@@ -18,6 +18,8 @@ pub enum Incoming {
     Command(ToWorker),
     /// A prompt whose pictures and sound were read.
     Read(media::Read),
+    /// What has become of the form of an answer, by its number.
+    Tried(u64, trial::Ended),
 }
 
 /// Where what comes for the engine is put, and where it finds it.

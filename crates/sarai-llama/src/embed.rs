@@ -49,7 +49,7 @@ pub fn serve(
             Ok(Incoming::Command(ToWorker::Leave)) | Err(TryRecvError::Disconnected) => return,
             Err(TryRecvError::Empty) => step(&mut context, spec, &mut jobs, frames),
             // It sees and hears nothing.
-            Ok(Incoming::Read(_)) => Ok(()),
+            Ok(Incoming::Read(_) | Incoming::Tried(..)) => Ok(()),
             Ok(Incoming::Command(command)) => obey(command, &reader, &mut context, &spec.path, &mut jobs, frames),
         };
         if let Err(error) = outcome.and_then(|()| frames.flush()) {

@@ -15,7 +15,6 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::prompt::internal;
-use crate::trial::Tried;
 
 /// Both APIs' -100 bans a token; for llama.cpp that is minus infinity, which JSON frames cannot carry.
 const BANNED: f32 = -100.0;
@@ -41,7 +40,6 @@ impl Sampler {
         context_tokens: usize,
         request: &GenerateRequest,
         form: Option<&ChatParams>,
-        tried: &mut Tried,
     ) -> Result<Self, Error> {
         let mut params = CommonSamplerParams::new();
         set_scalars(&mut params, context_tokens, &request.sampling);
@@ -57,12 +55,8 @@ impl Sampler {
                 .map_err(internal)?;
         }
         let calls = form.filter(|form| !form.grammar.is_empty());
-        let param: &str = if calls.is_some() { "tools" } else { &request.format_param };
-        let bad = |error: &dyn std::fmt::Display| {
-            Error::invalid(param, format!("llama.cpp cannot make a grammar of `{param}`: {error}"))
-        };
-        let unsound =
-            |why: &str| Error::invalid(param, format!("llama.cpp cannot follow the grammar of `{param}`: {why}"));
+        let param = form_param(request);
+        let bad = |error: &dyn std::fmt::Display| cannot(param, error);
         let has_bans = request.sampling.logit_bias.iter().any(|(_, bias)| *bias <= BANNED);
         let grammar = match calls {
             Some(_) if has_bans => {
@@ -72,14 +66,12 @@ impl Sampler {
                 ));
             }
             Some(form) => {
-                tried.check(model, &form.grammar).map_err(unsound)?;
                 set_calls(&mut params, model, form)?;
                 None
             }
             None => {
-                let grammar = grammar_of(&request.format, &bad)?;
+                let grammar = grammar(request, None)?;
                 if let Some(grammar) = &grammar {
-                    tried.check(model, grammar).map_err(unsound)?;
                     params.set_grammar(grammar, GrammarSource::User, false).map_err(|error| bad(&error))?;
                 }
                 grammar
@@ -134,14 +126,29 @@ impl Sampler {
     }
 }
 
-/// The grammar of a form. It is made of the schema alone: the templates' own ones let a fence of backticks through.
-fn grammar_of(format: &Format, bad: &dyn Fn(&dyn std::fmt::Display) -> Error) -> Result<Option<String>, Error> {
-    match format {
-        Format::Gbnf(grammar) => Ok(Some(grammar.clone())),
-        format => schema_of(format)
-            .map(|schema| llama_cpp_4::chat::json_schema_to_grammar(&schema, false).map_err(|error| bad(&error)))
-            .transpose(),
+/// The grammar of a request's form. That of calls is the template's; that of an answer is made of the schema alone: the templates' own
+/// ones let a fence of backticks through.
+///
+/// # Errors
+/// llama.cpp cannot make one of the schema.
+pub fn grammar(request: &GenerateRequest, form: Option<&ChatParams>) -> Result<Option<String>, Error> {
+    match (form, &request.format) {
+        (Some(form), _) if !form.grammar.is_empty() => Ok(Some(form.grammar.clone())),
+        (_, Format::Gbnf(grammar)) => Ok(Some(grammar.clone())),
+        (_, format) => schema_of(format)
+            .map(|schema| llama_cpp_4::chat::json_schema_to_grammar(&schema, false))
+            .transpose()
+            .map_err(|error| cannot(form_param(request), &error)),
     }
+}
+
+/// The client's field that says the form of the answer.
+pub fn form_param(request: &GenerateRequest) -> &str {
+    if request.tools.is_some() { "tools" } else { &request.format_param }
+}
+
+fn cannot(param: &str, error: &dyn std::fmt::Display) -> Error {
+    Error::invalid(param, format!("llama.cpp cannot make a grammar of `{param}`: {error}"))
 }
 
 #[derive(Deserialize)]

@@ -442,6 +442,10 @@ impl<W> Scheduler<W> {
             };
             let prompt = &generation.asked.prompt;
             let done = sequence.cached.len();
+            if prompt[done].is_inside() {
+                // Its positions are counted from where the piece of media begins, which is there already.
+                continue;
+            }
             // What is not computed yet cannot be shared: an answer's token of this very step is the last one there.
             let grown = |other: &Sequence<W>| {
                 let computed = other.cached.len() - other.in_step();

@@ -1,9 +1,13 @@
-//! A grammar is tried in a process of its own before it is used: there are such that keep llama.cpp busy without end, or end the
-//! process. The process is a copy of this one, with little time and memory, and does nothing else.
+//! A form of an answer is tried in a process of its own before it is used: there are schemas and grammars that keep llama.cpp busy
+//! without end, take all memory, or end the process. The process is a copy of this one, with little time and memory, and does nothing
+//! else; answers go on meanwhile.
 
+use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
+use llama_cpp_4::chat::ChatTemplates;
 use llama_cpp_4::model::LlamaModel;
 use llama_cpp_4::sampling::LlamaSampler;
 use llama_cpp_4::token::LlamaToken;
@@ -11,97 +15,214 @@ use llama_cpp_4::token::data::LlamaTokenData;
 use llama_cpp_4::token::data_array::LlamaTokenDataArray;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
+use sarai_core::{Error, GenerateRequest, Message, Prompt, Role};
 
-/// Processor time of a trial, in whole seconds, as the kernel counts it; and how long it is waited for.
-const SECONDS: u64 = 2;
-const WITHIN: Duration = Duration::from_secs(4);
+use crate::channel::Incoming;
+use crate::{prompt, sampler};
+
+/// Processor time of a trial; the worker takes a few times as much of it between two steps when the form is used.
+const BUSY: Duration = Duration::from_millis(500);
+/// How long it is waited for, on a machine that has other things to do.
+const WITHIN: Duration = Duration::from_secs(8);
 /// Memory that it may take beyond what there is.
-const MORE_BYTES: u64 = 512 << 20;
-/// Grammars that are remembered.
+const MORE_BYTES: u64 = 128 << 20;
+/// How C++ says that there is none left.
+const NO_MEMORY: &str = "bad_alloc";
+/// Forms that are remembered.
 const REMEMBERED: usize = 256;
 
-/// Grammars that were tried, and are sound.
-#[derive(Default)]
-pub struct Tried(Vec<u64>);
-
-impl Tried {
-    /// Tries a grammar, unless that was done.
-    ///
-    /// # Errors
-    /// In words that go on: "llama.cpp cannot follow it: …".
-    pub fn check(&mut self, model: &LlamaModel, grammar: &str) -> Result<(), &'static str> {
-        let mut hasher = DefaultHasher::new();
-        grammar.hash(&mut hasher);
-        let hash = hasher.finish();
-        if self.0.contains(&hash) {
-            return Ok(());
-        }
-        match in_a_copy(|| begins(model, grammar)) {
-            // What the grammar's own compiler refuses is told by it, in its words.
-            Ended::Well => {}
-            Ended::Badly => return Err("it ends in a dead end, or refers to itself without end"),
-            Ended::Late => return Err("it takes too much time or memory: repeat less, or nest repetitions less"),
-        }
-        if self.0.len() >= REMEMBERED {
-            self.0.remove(0);
-        }
-        self.0.push(hash);
-        Ok(())
-    }
-}
-
-/// Compiles a grammar, and asks it for the first token.
-fn begins(model: &LlamaModel, grammar: &str) {
-    let Ok(mut sampler) = LlamaSampler::try_grammar(model, grammar, "root") else { return };
-    let all = (0..model.n_vocab()).map(|id| LlamaTokenData::new(LlamaToken(id), 0.0, 0.0));
-    sampler.apply(&mut LlamaTokenDataArray::new(all.collect(), false));
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Ended {
+/// What has become of a form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It can be used.
     Well,
+    /// It ends the process.
     Badly,
+    /// It takes too much time or memory.
     Late,
 }
 
-/// Does something in a copy of this process.
-#[expect(unsafe_code, reason = "fork, and what a copy may do before it is gone")]
-fn in_a_copy(what: impl FnOnce()) -> Ended {
-    let most = MORE_BYTES.saturating_add(address_space());
-    // SAFETY: the copy has this thread alone. glibc leaves its allocator usable there; nothing is called that waits for another
-    // thread, and `_exit` runs none of what the original has to do at its end.
-    let pid = unsafe { libc::fork() };
-    if pid == 0 {
-        let limit = |kind, value| {
-            let limit = libc::rlimit { rlim_cur: value, rlim_max: value };
-            // SAFETY: the limit is a plain value that outlives the call.
-            unsafe { libc::setrlimit(kind, &raw const limit) };
-        };
-        limit(libc::RLIMIT_CPU, SECONDS);
-        limit(libc::RLIMIT_AS, most);
-        limit(libc::RLIMIT_CORE, 0);
-        // SAFETY: constants and C strings; the environment has no other reader in the copy.
-        unsafe {
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            libc::setenv(c"GGML_NO_BACKTRACE".as_ptr(), c"1".as_ptr(), 1);
-            let nothing = libc::open(c"/dev/null".as_ptr(), libc::O_WRONLY);
-            libc::dup2(nothing, libc::STDERR_FILENO);
+/// A request that waits for the trial of its form.
+pub struct Untried {
+    /// Names it in frames.
+    pub id: u64,
+    /// Tokens that prompt and answer may have together.
+    pub context_tokens: u32,
+    /// When it came.
+    pub since: Instant,
+    /// The request.
+    pub request: GenerateRequest,
+}
+
+/// Forms that were tried, and requests that wait for theirs; one is tried at a time.
+pub struct Trials {
+    inbox: SyncSender<Incoming>,
+    ended: VecDeque<(u64, Ended)>,
+    waiting: VecDeque<Untried>,
+    is_busy: bool,
+}
+
+impl Trials {
+    /// What becomes of forms is told to the inbox.
+    pub fn new(inbox: SyncSender<Incoming>) -> Self {
+        Self { inbox, ended: VecDeque::new(), waiting: VecDeque::new(), is_busy: false }
+    }
+
+    /// Whether a request may go on: it has no form, or one that was tried and is sound.
+    ///
+    /// # Errors
+    /// Its form was tried, and cannot be used.
+    pub fn allows(&self, request: &GenerateRequest) -> Result<bool, Error> {
+        if !has_form(request) {
+            return Ok(true);
         }
-        what();
-        // SAFETY: ends the copy at once.
-        unsafe { libc::_exit(0) };
+        let form = form_of(request);
+        let param = sampler::form_param(request);
+        let unsound =
+            |why: &str| Err(Error::invalid(param, format!("llama.cpp cannot follow the grammar of `{param}`: {why}")));
+        match self.ended.iter().find(|(tried, _)| *tried == form).map(|(_, ended)| ended) {
+            None => Ok(false),
+            Some(Ended::Well) => Ok(true),
+            Some(Ended::Badly) => unsound("it ends in a dead end, or refers to itself without end"),
+            Some(Ended::Late) => {
+                unsound("it takes too much time or memory: say less, repeat less, or nest repetitions less")
+            }
+        }
     }
-    // Without a copy nothing can be tried: the grammar is used as it is.
-    let Some(pid) = Pid::from_raw(pid) else { return Ended::Well };
-    if !ends_within(pid, WITHIN) {
-        let _ = kill_process(pid, Signal::KILL);
-        let _ = waitpid(Some(pid), WaitOptions::empty());
-        return Ended::Late;
+
+    /// Lets a request wait for the trial of its form.
+    pub fn push(&mut self, untried: Untried) {
+        self.waiting.push_back(untried);
     }
-    match waitpid(Some(pid), WaitOptions::empty()) {
-        Ok(Some((_, status))) if status.exit_status() == Some(0) => Ended::Well,
-        Ok(Some((_, status))) if status.terminating_signal() == Some(libc::SIGABRT) => Ended::Badly,
-        _ => Ended::Late,
+
+    /// Forgets a request.
+    pub fn cancel(&mut self, id: u64) {
+        self.waiting.retain(|untried| untried.id != id);
+    }
+
+    /// Begins the next trial, unless one goes on.
+    pub fn begin(&mut self, model: &LlamaModel, templates: &ChatTemplates) {
+        let Some(next) = self.waiting.front().filter(|_| !self.is_busy) else { return };
+        let form = form_of(&next.request);
+        let copy = Copy::begin(|| begins(model, templates, &next.request));
+        self.is_busy = true;
+        let inbox = self.inbox.clone();
+        let wait = move || {
+            // It waits as long as the engine serves.
+            let _ = inbox.send(Incoming::Tried(form, copy.ended()));
+        };
+        let waits = std::thread::Builder::new().name("trial".into()).spawn(wait);
+        if waits.is_err() {
+            // Nothing can be tried here: that is no fault of the form.
+            let _ = self.inbox.try_send(Incoming::Tried(form, Ended::Well));
+        }
+    }
+
+    /// Remembers what has become of a form; returns the requests that have it.
+    pub fn end(&mut self, form: u64, ended: Ended) -> Vec<Untried> {
+        self.is_busy = false;
+        if self.ended.len() >= REMEMBERED {
+            self.ended.pop_front();
+        }
+        self.ended.push_back((form, ended));
+        let (known, waiting) = self.waiting.drain(..).partition(|untried| form_of(&untried.request) == form);
+        self.waiting = waiting;
+        Vec::from_iter::<VecDeque<_>>(known)
+    }
+}
+
+fn has_form(request: &GenerateRequest) -> bool {
+    request.format.is_constrained() || request.tools.is_some()
+}
+
+/// A number for all of a request that its form depends on.
+fn form_of(request: &GenerateRequest) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    let is_chat = matches!(request.prompt, Prompt::Chat(_));
+    format!("{is_chat} {:?} {:?} {:?}", request.format, request.tools, request.think).hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Makes the grammar of a request's form, as it will be made; false if there is not enough memory for it. What its compiler refuses is
+/// told when it is made, in its words.
+fn begins(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateRequest) -> bool {
+    let prompt = match request.prompt {
+        Prompt::Chat(_) => Prompt::Chat(vec![Message::new(Role::User, "Hi")]),
+        Prompt::Raw(_) => Prompt::Raw("Hi".into()),
+    };
+    let short = GenerateRequest { prompt, prefill: String::new(), given: String::new(), ..request.clone() };
+    // Some templates want more than one message.
+    let rendered = prompt::render(model, templates, &short).or_else(|_| prompt::render(model, templates, request));
+    let grammar = rendered.and_then(|rendered| sampler::grammar(request, rendered.form.as_ref()));
+    match grammar {
+        Ok(Some(grammar)) => compiles(model, &grammar),
+        Ok(None) => true,
+        Err(error) => !error.to_string().contains(NO_MEMORY),
+    }
+}
+
+/// Compiles a grammar, and asks it for the first token; false if there is not enough memory for it.
+fn compiles(model: &LlamaModel, grammar: &str) -> bool {
+    let mut sampler = match LlamaSampler::try_grammar(model, grammar, "root") {
+        Ok(sampler) => sampler,
+        Err(error) => return !error.to_string().contains(NO_MEMORY),
+    };
+    let all = (0..model.n_vocab()).map(|id| LlamaTokenData::new(LlamaToken(id), 0.0, 0.0));
+    sampler.apply(&mut LlamaTokenDataArray::new(all.collect(), false));
+    true
+}
+
+/// A copy of this process, which does one thing and is gone.
+struct Copy(Option<Pid>);
+
+impl Copy {
+    /// Has something done in a copy; false is that it could not be done.
+    #[expect(unsafe_code, reason = "fork, and what a copy may do before it is gone")]
+    fn begin(what: impl FnOnce() -> bool) -> Self {
+        let most = MORE_BYTES.saturating_add(address_space());
+        // SAFETY: the copy has this thread alone. glibc leaves its allocator usable there; nothing is called that waits for another
+        // thread, and `_exit` runs none of what the original has to do at its end.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            let limit = |kind, value| {
+                let limit = libc::rlimit { rlim_cur: value, rlim_max: value };
+                // SAFETY: the limit is a plain value that outlives the call.
+                unsafe { libc::setrlimit(kind, &raw const limit) };
+            };
+            limit(libc::RLIMIT_AS, most);
+            limit(libc::RLIMIT_CORE, 0);
+            let busy = libc::timeval { tv_sec: 0, tv_usec: i64::from(BUSY.subsec_micros()) };
+            let once = libc::itimerval { it_interval: libc::timeval { tv_sec: 0, tv_usec: 0 }, it_value: busy };
+            // SAFETY: constants, C strings, and plain values that outlive the calls; the environment has no other reader in the copy.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                // Its signal ends the copy.
+                libc::setitimer(libc::ITIMER_PROF, &raw const once, std::ptr::null_mut());
+                libc::setenv(c"GGML_NO_BACKTRACE".as_ptr(), c"1".as_ptr(), 1);
+                let nothing = libc::open(c"/dev/null".as_ptr(), libc::O_WRONLY);
+                libc::dup2(nothing, libc::STDERR_FILENO);
+            }
+            let code = i32::from(!what());
+            // SAFETY: ends the copy at once.
+            unsafe { libc::_exit(code) };
+        }
+        Self(if pid > 0 { Pid::from_raw(pid) } else { None })
+    }
+
+    /// Waits for its end.
+    fn ended(self) -> Ended {
+        // Without a copy nothing can be tried: that is no fault of the form.
+        let Some(pid) = self.0 else { return Ended::Well };
+        if !ends_within(pid, WITHIN) {
+            let _ = kill_process(pid, Signal::KILL);
+            let _ = waitpid(Some(pid), WaitOptions::empty());
+            return Ended::Late;
+        }
+        match waitpid(Some(pid), WaitOptions::empty()) {
+            Ok(Some((_, status))) if status.exit_status() == Some(0) => Ended::Well,
+            Ok(Some((_, status))) if status.terminating_signal() == Some(libc::SIGABRT) => Ended::Badly,
+            _ => Ended::Late,
+        }
     }
 }
 
@@ -132,8 +253,18 @@ mod tests {
 
     #[test]
     fn what_ends_well_badly_or_never_is_told_apart_and_the_original_goes_on() {
-        assert_eq!(in_a_copy(|| {}), Ended::Well);
-        assert_eq!(in_a_copy(|| std::process::abort()), Ended::Badly);
-        assert_eq!(in_a_copy(|| while std::hint::black_box(true) {}), Ended::Late);
+        assert_eq!(Copy::begin(|| true).ended(), Ended::Well);
+        assert_eq!(Copy::begin(|| false).ended(), Ended::Late);
+        assert_eq!(Copy::begin(|| std::process::abort()).ended(), Ended::Badly);
+        assert_eq!(
+            Copy::begin(|| loop {
+                std::hint::black_box(0);
+            })
+            .ended(),
+            Ended::Late
+        );
+        let greedy = || std::hint::black_box(vec![1_u8; 1 << 30]).len() > 1;
+        assert_eq!(Copy::begin(greedy).ended(), Ended::Badly, "an allocation that fails ends the process");
+        assert_eq!(Copy(None).ended(), Ended::Well);
     }
 }

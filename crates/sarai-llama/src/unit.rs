@@ -43,7 +43,7 @@ impl Unit {
     }
 
     /// Whether it cannot be told from what is before it: a piece of media is shared or cut only as a whole.
-    fn is_inside(self) -> bool {
+    pub fn is_inside(self) -> bool {
         matches!(self, Self::Media { index: 1.., .. })
     }
 

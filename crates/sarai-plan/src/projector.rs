@@ -56,10 +56,10 @@ pub fn in_flight(model: &Header, settings: Settings) -> Bytes {
 /// Room for the files of one request, in base64 and decoded.
 const FILES: Bytes = Bytes::mib(16);
 
-/// What is kept of encoded pictures and sound: a conversation has a few.
+/// What is kept of encoded pictures and sound: a conversation has a few pictures, and the longest sound is as long as eight.
 #[must_use]
 pub fn kept(model: &Header) -> Bytes {
-    row(model) * 6 * u64::from(MOST_PICTURE_TOKENS)
+    row(model) * 8 * u64::from(MOST_PICTURE_TOKENS)
 }
 
 /// What stands in the place of one token.

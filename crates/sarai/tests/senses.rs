@@ -169,7 +169,7 @@ async fn a_picture_that_is_known_is_not_encoded_again() {
     }
 }
 
-/// Nine pictures of which six fit what is kept of encoded ones.
+/// Nine pictures of which eight fit what is kept of encoded ones.
 #[tokio::test]
 async fn a_conversation_with_more_pictures_than_are_kept_has_none_encoded_again_while_the_cache_has_it() {
     let long = models("fitted", "").replace("context_length: 2048, parallel: 4", "context_length: 12000, parallel: 1");

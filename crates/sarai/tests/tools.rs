@@ -4,6 +4,7 @@
 
 mod support;
 
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 use support::{Answer, Sarai, chat, qwen, smollm2};
 
@@ -216,6 +217,55 @@ async fn greedy_text_is_the_same_alone_and_beside_answers_that_follow_a_form() {
             assert!(behind.is_some_and(|behind| behind < 0.5), "`{other}` for `{said}`: {behind:?}");
         }
     }
+}
+
+/// Optional properties, each of which may be the first: llama.cpp's rules for them grow with the third power.
+fn options(count: usize) -> Value {
+    let properties: serde_json::Map<_, _> = (0..count).map(|n| (format!("p{n}"), json!({ "type": "null" }))).collect();
+    json!({ "type": "object", "properties": properties, "additionalProperties": false })
+}
+
+/// Each takes for ever, or all memory, if it is let.
+#[tokio::test]
+async fn answers_go_on_while_forms_that_cannot_be_followed_are_tried() {
+    let sarai = Sarai::start(&models());
+    // It does not end by itself.
+    let endless = json!({ "stream": true, "max_tokens": 1900, "logit_bias": { "151643": -100, "151645": -100 } });
+    let body = chat("coder", "Write a story.", endless);
+    let story = sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body).send().await.unwrap();
+    let mut story = story.bytes_stream();
+    story.next().await.unwrap().unwrap();
+    let workers = sarai.worker_pids().await;
+    let tool = |schema: &Value| json!([{ "type": "function", "function": { "name": "f", "parameters": schema } }]);
+    for (more, param) in [
+        (json!({ "json_schema": options(3_000) }), "json_schema"),
+        (json!({ "json_schema": options(10_000) }), "json_schema"),
+        (json!({ "tools": tool(&options(3_000)), "tool_choice": "required" }), "tools"),
+        (json!({ "grammar": "root ::= (((\"a\"{0,2000}){0,2000}){0,2000}){0,2000}" }), "grammar"),
+    ] {
+        let mut fields = json!({ "max_tokens": 1 });
+        fields.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        for is_known in [false, true] {
+            let mut asked = std::pin::pin!(sarai.post("/v1/chat/completions", chat("coder", "Hi", fields.clone())));
+            let mut told = 0;
+            let answer = loop {
+                tokio::select! {
+                    answer = &mut asked => break answer,
+                    piece = story.next() => {
+                        piece.expect("the story goes on").unwrap();
+                        told += 1;
+                    }
+                }
+            };
+            let error = &answer.json()["error"];
+            assert_eq!((answer.status, error["param"].as_str()), (400, Some(param)), "{}", answer.text);
+            assert!(is_known || told > 0, "the story stood still beside `{param}`");
+        }
+    }
+    let few = json!({ "json_schema": options(60), "max_tokens": 40 });
+    let answer = sarai.post("/v1/chat/completions", chat("coder", "Hi", few)).await;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    assert_eq!(sarai.worker_pids().await, workers);
 }
 
 /// llama.cpp ends the process at the token after one that its grammar refuses.

@@ -8,7 +8,7 @@ mod writer;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -26,16 +26,16 @@ use crate::answer::AnswerText;
 use crate::cells::{Cells, ContextCells, Sharing};
 use crate::channel::{FrameWriter, Inbox, Incoming};
 use crate::chat::Parts;
-use crate::media::{Encode, Encoded, Job, Part, Senses, Source};
+use crate::media::{Encoded, Job, Part, Senses, Source};
 use crate::model::{self, Allocation};
 use crate::park::Parking;
 use crate::prompt::{self, Rendered, Rendering};
 use crate::sampler::{self, Sampler};
 use crate::schedule::{Limits, Scheduler};
 use crate::sequence::Waiting;
-use crate::trial::Tried;
+use crate::trial::{Trials, Untried};
 use crate::unit::Unit;
-use crate::{embed, log, media};
+use crate::{embed, log, media, trial};
 use writer::Writer;
 
 /// What attention takes on one thread to pass over a cell that is not the token's own, for one head of one layer
@@ -59,7 +59,7 @@ pub fn run(spec: &LoadSpec, inbox: &Inbox, frames: &mut FrameWriter) -> Result<(
     std::thread::scope(|scope| {
         let open = |projector| Senses::open(projector, spec, &loaded, scope, inbox.sender.clone());
         let senses = spec.projector.as_ref().map(open).transpose()?;
-        serve(spec, &backend, &loaded, &templates, senses.as_ref(), &inbox.receiver, frames)
+        serve(spec, &backend, &loaded, &templates, senses.as_ref(), inbox, frames)
     })
 }
 
@@ -69,7 +69,7 @@ fn serve(
     loaded: &LlamaModel,
     templates: &ChatTemplates,
     senses: Option<&Senses>,
-    incoming: &Receiver<Incoming>,
+    inbox: &Inbox,
     frames: &mut FrameWriter,
 ) -> Result<(), String> {
     let mut spec = spec.clone();
@@ -77,12 +77,12 @@ fn serve(
     model::release_idle(&spec);
     send(frames, &FromWorker::Loaded(model::info(&spec, &context)))?;
     if spec.purpose != Purpose::Answers {
-        embed::serve(&spec, loaded, context, incoming, frames);
+        embed::serve(&spec, loaded, context, &inbox.receiver, frames);
         return Ok(());
     }
     loop {
-        let mut engine = Engine::new(&spec, loaded, templates, senses, context);
-        let Outcome::Resize(context_tokens) = engine.serve(incoming, frames) else { return Ok(()) };
+        let mut engine = Engine::new(&spec, loaded, templates, senses, context, &inbox.sender);
+        let Outcome::Resize(context_tokens) = engine.serve(&inbox.receiver, frames) else { return Ok(()) };
         // The old context goes first: both at once were never planned.
         drop(engine);
         let wanted = LoadSpec { context_tokens, ..spec.clone() };
@@ -144,7 +144,7 @@ struct Engine<'model> {
     is_stuck: bool,
     resize: Option<u32>,
     leaves: bool,
-    tried: Tried,
+    trials: Trials,
 }
 
 fn cells<'a, 'model>(
@@ -162,6 +162,7 @@ impl<'model> Engine<'model> {
         templates: &'model ChatTemplates,
         senses: Option<&'model Senses>,
         context: LlamaContext<'model>,
+        inbox: &SyncSender<Incoming>,
     ) -> Self {
         let limits = Limits {
             parallel: spec.parallel as usize,
@@ -188,7 +189,7 @@ impl<'model> Engine<'model> {
             is_stuck: false,
             resize: None,
             leaves: false,
-            tried: Tried::default(),
+            trials: Trials::new(inbox.clone()),
         }
     }
 
@@ -229,6 +230,7 @@ impl<'model> Engine<'model> {
             let taken = match next {
                 Incoming::Command(command) => self.obey(command, frames),
                 Incoming::Read(read) => self.take_read(read, frames),
+                Incoming::Tried(form, ended) => self.take_tried(form, ended, frames),
             };
             if taken.is_err() {
                 return false;
@@ -241,13 +243,14 @@ impl<'model> Engine<'model> {
 
     fn obey(&mut self, command: ToWorker, frames: &mut FrameWriter) -> anyhow::Result<()> {
         match command {
-            ToWorker::Generate { id, context_tokens, request } => match self.begin(id, context_tokens, *request) {
-                Ok(()) => Ok(()),
-                Err(error) => frames.send(&FromWorker::Failed { id, error }),
-            },
+            ToWorker::Generate { id, context_tokens, request } => {
+                let asked = Untried { id, context_tokens, since: Instant::now(), request: *request };
+                self.begin(asked, frames)
+            }
             ToWorker::Cancel { id } => {
                 self.scheduler.cancel(id);
                 self.reading.remove(&id);
+                self.trials.cancel(id);
                 Ok(())
             }
             ToWorker::Threads(threads) => {
@@ -276,9 +279,36 @@ impl<'model> Engine<'model> {
         }
     }
 
+    /// Begins with a request, once the form of its answer was tried.
+    fn begin(&mut self, asked: Untried, frames: &mut FrameWriter) -> anyhow::Result<()> {
+        let id = asked.id;
+        let begun = match self.trials.allows(&asked.request) {
+            Ok(true) => self.render(asked),
+            Ok(false) => {
+                self.trials.push(asked);
+                self.trials.begin(self.model, self.templates);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        };
+        match begun {
+            Ok(()) => Ok(()),
+            Err(error) => frames.send(&FromWorker::Failed { id, error }),
+        }
+    }
+
+    /// Goes on with those whose form was tried.
+    fn take_tried(&mut self, form: u64, ended: trial::Ended, frames: &mut FrameWriter) -> anyhow::Result<()> {
+        for untried in self.trials.end(form, ended) {
+            self.begin(untried, frames)?;
+        }
+        self.trials.begin(self.model, self.templates);
+        Ok(())
+    }
+
     /// Renders a request, and lets it wait for its turn, once its pictures and sound are read.
-    fn begin(&mut self, id: u64, context_tokens: u32, mut request: GenerateRequest) -> Result<(), Error> {
-        let since = Instant::now();
+    fn render(&mut self, asked: Untried) -> Result<(), Error> {
+        let Untried { id, context_tokens, since, mut request } = asked;
         let Rendered { prompt, prefill, given, form } = prompt::render(self.model, self.templates, &request)?;
         // It is rendered: its files are in the parts now.
         request.prompt = Prompt::Raw(String::new());
@@ -290,7 +320,7 @@ impl<'model> Engine<'model> {
                 self.admit(asked, Encoded { units, ..Encoded::default() })
             }
             (Rendering::Parts(parts), Some(_)) => {
-                asked.source = self.read(id, context_tokens, parts, Encode::New);
+                asked.source = self.read(id, context_tokens, parts);
                 self.reading.insert(id, asked);
                 Ok(())
             }
@@ -301,11 +331,11 @@ impl<'model> Engine<'model> {
     }
 
     /// Has parts of a prompt read; that ends if nobody holds on to what is returned.
-    fn read(&self, id: u64, context_tokens: usize, parts: Vec<Part>, encode: Encode) -> Source {
+    fn read(&self, id: u64, context_tokens: usize, parts: Vec<Part>) -> Source {
         let source = Source::new(Mutex::new(parts));
         if let Some(senses) = self.senses {
             let model = self.name.clone();
-            senses.read(Job { id, source: Arc::downgrade(&source), context_tokens, model, encode });
+            senses.read(Job { id, source: Arc::downgrade(&source), context_tokens, model });
         }
         source
     }
@@ -333,15 +363,16 @@ impl<'model> Engine<'model> {
             let Some(generation) = &mut self.scheduler.sequences[index].generation else { continue };
             let Waiting { id, context_tokens, lacks, writer, .. } = &mut generation.asked;
             let Some(lacking) = writer.lacking.take() else { continue };
-            let mut media: Vec<_> = lacking.into_iter().filter(|(piece, _)| lacks.contains(piece)).collect();
-            media.sort_by_key(|(piece, _)| *piece);
-            media.dedup_by(|(_, one), (_, other)| Arc::ptr_eq(one, other));
-            if media.is_empty() {
+            let mut lacking: Vec<_> = lacking.into_iter().filter(|(piece, _)| lacks.contains(piece)).collect();
+            lacking.sort_by_key(|(piece, _)| *piece);
+            // All pieces of one file are encoded together.
+            lacking.dedup_by(|(_, one), (_, other)| Arc::ptr_eq(&one.media, &other.media));
+            if lacking.is_empty() {
                 continue;
             }
             let (id, context_tokens) = (*id, *context_tokens);
-            let parts = media.into_iter().map(|(_, media)| Part::Media(media)).collect();
-            let source = self.read(id, context_tokens, parts, Encode::All);
+            let parts = lacking.into_iter().map(|(_, lack)| Part::Lacking(lack)).collect();
+            let source = self.read(id, context_tokens, parts);
             if let Some(generation) = &mut self.scheduler.sequences[index].generation {
                 generation.asked.writer.source = source;
             }
@@ -375,7 +406,7 @@ impl<'model> Engine<'model> {
             });
         }
         self.refuse_what_no_step_holds(&prompt)?;
-        let mut sampler = Sampler::new(self.model, context_tokens, &request, form.as_ref(), &mut self.tried)?;
+        let mut sampler = Sampler::new(self.model, context_tokens, &request, form.as_ref())?;
         prompt.iter().filter_map(|unit| unit.text()).for_each(|token| sampler.saw(token));
         let mut stops = request.stop.clone();
         stops.extend(form.iter().flat_map(sampler::stops));

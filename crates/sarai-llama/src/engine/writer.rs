@@ -1,15 +1,14 @@
 //! What writes an answer: it chooses the tokens, and makes of them what is passed on.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use llama_cpp_4::model::Special;
 use llama_cpp_4::token::LlamaToken;
-use sarai_core::{Event, Media, TokenLogprob};
+use sarai_core::{Event, TokenLogprob};
 
 use crate::answer::AnswerText;
 use crate::chat::Parts;
-use crate::media::{Pieces, Source};
+use crate::media::{Lack, Pieces, Source};
 use crate::sampler::Sampler;
 
 /// What writes an answer.
@@ -23,7 +22,7 @@ pub struct Writer {
     /// What its prompt shows and lets hear, until that was computed.
     pub pieces: Pieces,
     /// What the pieces are of that it lacks, until they are being encoded.
-    pub lacking: Option<HashMap<u32, Arc<Media>>>,
+    pub lacking: Option<HashMap<u32, Lack>>,
     /// What is being encoded.
     pub source: Source,
     /// How likely the tokens were whose text is not passed on yet, and how many others are told of.

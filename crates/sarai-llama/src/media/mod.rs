@@ -27,7 +27,7 @@ use crate::model::pool_tokens;
 use crate::prompt::internal;
 use crate::unit::Unit;
 pub use piece::Pieces;
-use piece::{Content, Cut, Piece, Shape, Store};
+use piece::{Content, Cut, Cuts, Piece, Shape, Store};
 
 /// How much the thread gives way to those that compute answers.
 const NICENESS: i32 = 10;
@@ -38,6 +38,17 @@ pub enum Part {
     Text(String, bool),
     /// A piece of media.
     Media(Arc<Media>),
+    /// One that was read before, and must be encoded now.
+    Lacking(Lack),
+}
+
+/// What a piece is of that is known, and not encoded.
+#[derive(Clone)]
+pub struct Lack {
+    /// The file.
+    pub media: Arc<Media>,
+    /// What it was cut into.
+    cuts: Cuts,
 }
 
 /// What a prompt is read from; whoever lets go of it does not want it read any more.
@@ -53,17 +64,6 @@ pub struct Job {
     pub context_tokens: usize,
     /// The model's name.
     pub model: String,
-    /// What is encoded.
-    pub encode: Encode,
-}
-
-/// What of a prompt is encoded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Encode {
-    /// What is new: of what was seen before, the cache of keys and values may have all that is needed.
-    New,
-    /// All that is not kept encoded.
-    All,
 }
 
 impl Job {
@@ -106,7 +106,7 @@ pub struct Encoded {
     /// What it shows and lets hear, as far as that is encoded.
     pub pieces: Pieces,
     /// What the other pieces are of, by their numbers.
-    pub lacks: HashMap<u32, Arc<Media>>,
+    pub lacks: HashMap<u32, Lack>,
     /// How long that took to be encoded; nothing if it was known.
     pub took: Duration,
 }
@@ -242,6 +242,7 @@ impl Reader<'_> {
                     }
                     self.read_media(media, &mut read, &job)?;
                 }
+                Part::Lacking(lack) => self.read_lack(&lack, &mut read, &job)?,
             }
             bos = AddBos::Never;
             job.refuse_beyond_context(read.units.len())?;
@@ -251,29 +252,18 @@ impl Reader<'_> {
 
     /// Reads one piece of media: the marks around it, and what it is cut into.
     fn read_media(&mut self, media: Arc<Media>, read: &mut Encoded, job: &Job) -> Result<(), Error> {
-        let MediaSource::Base64(text) = &media.source else {
-            return Err(Error::Internal("a piece of media was not fetched".into()));
-        };
-        let bytes =
-            sarai_core::media::from_base64(text).ok_or_else(|| refused(&media, "is not base64: encode the file"))?;
+        let bytes = file_of(&media)?;
         let content = Content { kind: media.kind, sha256: Sha256::digest(&bytes).into() };
-        let known = self.store.cuts(&content);
-        let kept = known.as_deref().and_then(|cuts| self.kept(cuts));
-        let cuts = match (known, kept, job.encode) {
-            (Some(cuts), Some(pieces), _) => {
-                read.pieces.extend(pieces);
+        let cuts = match self.store.cuts(&content) {
+            Some(cuts) => {
+                self.recall(&media, &cuts, read);
                 cuts
             }
-            (Some(cuts), None, Encode::New) => {
-                let shapes = cuts.iter().filter_map(Cut::shape);
-                read.lacks.extend(shapes.map(|shape| (shape.number, Arc::clone(&media))));
-                cuts
-            }
-            (known, _, _) => {
+            None => {
                 let chunks = self.chunks(&media, bytes)?;
                 // Before any of it is encoded, which takes long.
                 job.refuse_beyond_context(read.units.len() + chunks.n_tokens())?;
-                let cuts = known.unwrap_or_else(|| self.cut(&chunks));
+                let cuts = self.cut(&chunks);
                 self.encode(&chunks, &cuts, read, job)?;
                 self.store.know(content, Arc::clone(&cuts));
                 cuts
@@ -283,10 +273,24 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// The encoded pieces of a content, if all of them are kept.
-    fn kept(&mut self, cuts: &[Cut]) -> Option<Pieces> {
-        let numbers = cuts.iter().filter_map(Cut::shape).map(|shape| shape.number);
-        numbers.map(|number| Some((number, self.store.encoded(number)?))).collect()
+    /// The pieces of a content that was read before, as far as they are kept encoded: what was computed of the others may be in the cache
+    /// of keys and values.
+    fn recall(&mut self, media: &Arc<Media>, cuts: &Cuts, read: &mut Encoded) {
+        for shape in cuts.iter().filter_map(Cut::shape) {
+            match self.store.encoded(shape.number) {
+                Some(piece) => drop(read.pieces.insert(shape.number, piece)),
+                None => {
+                    let lack = Lack { media: Arc::clone(media), cuts: Arc::clone(cuts) };
+                    read.lacks.insert(shape.number, lack);
+                }
+            }
+        }
+    }
+
+    /// Has what is lacking encoded, under the numbers that the prompt knows it by.
+    fn read_lack(&mut self, lack: &Lack, read: &mut Encoded, job: &Job) -> Result<(), Error> {
+        let chunks = self.chunks(&lack.media, file_of(&lack.media)?)?;
+        self.encode(&chunks, &lack.cuts, read, job)
     }
 
     /// What llama.cpp cuts a file into.
@@ -310,7 +314,7 @@ impl Reader<'_> {
         Ok(chunks)
     }
 
-    fn cut(&mut self, chunks: &MtmdInputChunks) -> Arc<[Cut]> {
+    fn cut(&mut self, chunks: &MtmdInputChunks) -> Cuts {
         let mut cuts = Vec::new();
         for chunk in chunks.iter() {
             match chunk.text_tokens() {
@@ -359,6 +363,13 @@ impl Reader<'_> {
         self.store.keep(&piece);
         Ok(piece)
     }
+}
+
+fn file_of(media: &Media) -> Result<Vec<u8>, Error> {
+    let MediaSource::Base64(text) = &media.source else {
+        return Err(Error::Internal("a piece of media was not fetched".into()));
+    };
+    sarai_core::media::from_base64(text).ok_or_else(|| refused(media, "is not base64: encode the file"))
 }
 
 fn refused(media: &Media, why: &str) -> Error {

@@ -123,6 +123,9 @@ impl Cut {
     }
 }
 
+/// All that a piece of media is cut into, in order.
+pub type Cuts = Arc<[Cut]>;
+
 /// What a file of media is known by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Content {
@@ -135,7 +138,7 @@ pub struct Content {
 /// What is kept of pieces.
 pub struct Store {
     /// What each content is cut into.
-    known: Recent<Content, Arc<[Cut]>>,
+    known: Recent<Content, Cuts>,
     /// Encoded pieces, by number.
     encoded: Recent<u32, Arc<Piece>>,
     next_number: u32,
@@ -145,7 +148,7 @@ impl Store {
     /// Keeps encoded pieces of so many bytes at most, and knows the content of so many tokens' places: the cache of keys and values holds
     /// no more.
     pub fn new(bytes: u64, tokens: u32) -> Self {
-        let known = Recent::new(tokens as usize, |cuts: &Arc<[Cut]>| cuts.iter().map(Cut::len).sum());
+        let known = Recent::new(tokens as usize, |cuts: &Cuts| cuts.iter().map(Cut::len).sum());
         let encoded = Recent::new(usize::try_from(bytes).unwrap_or(usize::MAX), |piece: &Arc<Piece>| piece.bytes());
         Self { known, encoded, next_number: 0 }
     }
@@ -157,12 +160,12 @@ impl Store {
     }
 
     /// What a content was cut into, if it is known.
-    pub fn cuts(&mut self, content: &Content) -> Option<Arc<[Cut]>> {
+    pub fn cuts(&mut self, content: &Content) -> Option<Cuts> {
         self.known.get(content).cloned()
     }
 
     /// Knows from now on what a content is cut into.
-    pub fn know(&mut self, content: Content, cuts: Arc<[Cut]>) {
+    pub fn know(&mut self, content: Content, cuts: Cuts) {
         self.known.put(content, cuts);
     }
 
