@@ -85,11 +85,13 @@ demo-models:
 	@python3 scripts/fetch_models.py --demo
 
 # Small files of each architecture with random weights, and models that see and hear.
-sketches: clients
-	@if ! cat scripts/sketch_models.py scripts/sensing_models.py | cmp -s - $(SARAI_CACHE)/sketches/made-by; then \
+sketches: clients models
+	@if ! cat scripts/sketch_models.py scripts/sensing_models.py scripts/ranking_model.py | cmp -s - $(SARAI_CACHE)/sketches/made-by; then \
 		"$$(scripts/python_clients.sh)" scripts/sketch_models.py -o $(SARAI_CACHE)/sketches >/dev/null && \
 		"$$(scripts/python_clients.sh)" scripts/sensing_models.py -o $(SARAI_CACHE)/sketches/sensing && \
-		cat scripts/sketch_models.py scripts/sensing_models.py > $(SARAI_CACHE)/sketches/made-by; fi
+		mkdir -p $(SARAI_CACHE)/sketches/ranking && \
+		"$$(scripts/python_clients.sh)" scripts/ranking_model.py $(SARAI_MODELS)/all-minilm-l6-v2-f16.gguf $(SARAI_CACHE)/sketches/ranking/minilm.gguf && \
+		cat scripts/sketch_models.py scripts/sensing_models.py scripts/ranking_model.py > $(SARAI_CACHE)/sketches/made-by; fi
 
 ollama: deps
 	@scripts/build_ollama.sh >/dev/null

@@ -145,6 +145,42 @@ async fn what_is_too_long_is_cut_or_refused_as_asked_and_what_is_wrong_is_a_400(
     }
 }
 
+/// Scores are those of llama.cpp's own server (`scripts/ranking_model.py`: real weights below a random head), alone and in company.
+#[tokio::test]
+async fn texts_are_ranked_as_llama_cpps_server_ranks_them() {
+    let folder = std::env::var("SARAI_SKETCHES").expect("SARAI_SKETCHES is missing: run the tests with `make test`");
+    let file = format!("{folder}/ranking/minilm.gguf");
+    let sarai =
+        Sarai::start(&format!("models:\n  ranker: {{ backend: gguf_native, gguf_path: {file}, role: embedding }}\n"));
+    let references: Vec<Value> = serde_json::from_str(include_str!("../../../tests/ranking_reference.json")).unwrap();
+    let ask = async |reference: &Value, more: Value| {
+        let mut body = json!({ "model": "ranker", "query": reference["query"], "documents": reference["documents"] });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let answer = sarai.post("/v1/rerank", body.to_string()).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        answer.json()
+    };
+    for reference in &references {
+        let scores = numbers(&reference["scores"]);
+        let ranked = ask(reference, json!({})).await;
+        let results = ranked["results"].as_array().unwrap();
+        assert_eq!((results.len(), &ranked["usage"]["total_tokens"]), (scores.len(), &reference["tokens"]));
+        for result in results {
+            let (index, score) = (result["index"].as_u64().unwrap() as usize, &result["relevance_score"]);
+            assert!((score.as_f64().unwrap() - scores[index]).abs() < 0.01, "{index}: {score} of {}", scores[index]);
+        }
+        assert!(results.is_sorted_by(|a, b| a["relevance_score"].as_f64() >= b["relevance_score"].as_f64()));
+        let first = ask(reference, json!({ "top_n": 1, "return_documents": true })).await["results"].clone();
+        let best = results[0]["index"].as_u64().unwrap() as usize;
+        assert_eq!((first.as_array().unwrap().len(), &first[0]["index"]), (1, &results[0]["index"]));
+        assert_eq!(first[0]["document"]["text"], reference["documents"][best], "{first}");
+    }
+    let together = join_all((0..6).map(|n| ask(&references[n % references.len()], json!({})))).await;
+    assert_eq!(together[0]["results"].as_array().unwrap().len(), references[0]["scores"].as_array().unwrap().len());
+    let refused = sarai.post("/v1/chat/completions", chat("ranker", "Hello.", json!({}))).await;
+    assert_eq!(refused.status, 400, "{}", refused.text);
+}
+
 /// A step holds no more than the context that the model was given.
 #[tokio::test]
 async fn a_short_context_is_kept_by_texts_that_are_read_side_by_side() {

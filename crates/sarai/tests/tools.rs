@@ -174,6 +174,25 @@ async fn an_answer_follows_a_grammar_and_what_is_none_is_a_400_that_says_where()
     assert!(answer.status == 400 && answer.text.contains("grammar of `format`"), "{}", answer.text);
 }
 
+#[tokio::test]
+async fn json_mode_gives_an_object_in_both_apis() {
+    let sarai = Sarai::start(&models());
+    let ask = "Describe a cat with the keys name, age and colour, in JSON.";
+    let body = chat("coder", ask, json!({ "response_format": { "type": "json_object" }, "max_tokens": 200 }));
+    let openai = sarai.post("/v1/chat/completions", body).await.json();
+    let body = json!({
+        "model": "coder", "format": "json", "stream": false, "options": { "num_predict": 200, "temperature": 0 },
+        "messages": [{ "role": "user", "content": ask }],
+    });
+    let ollama = sarai.post("/api/chat", body.to_string()).await.json();
+    let (openai, choice) = (&openai["choices"][0]["message"]["content"], &openai["choices"][0]["finish_reason"]);
+    assert_eq!((choice, &ollama["done_reason"]), (&json!("stop"), &json!("stop")), "{openai} {ollama}");
+    for text in [openai, &ollama["message"]["content"]] {
+        let object: Value = serde_json::from_str(text.as_str().unwrap()).unwrap();
+        assert!(object.as_object().is_some_and(|object| !object.is_empty()), "{text}");
+    }
+}
+
 /// What was said token by token, and how likely the tokens were that could have been.
 fn likely(answer: &Answer) -> Vec<(String, f64, Value)> {
     let tokens = answer.json()["choices"][0]["logprobs"]["content"].clone();

@@ -282,6 +282,21 @@ mod tests {
         assert!(furthest < 0.08, "{furthest}");
     }
 
+    /// Half a second at 440 Hz, as libsndfile writes it.
+    #[test]
+    fn flac_and_mp3_are_the_sound_that_was_put_in() {
+        let exact = tone(440.0, 16_000, 8_000);
+        let flac = sound(include_bytes!("../../tests/sounds/tone.flac").to_vec(), 16_000).unwrap();
+        assert_eq!(flac.len(), exact.len());
+        let furthest = flac.iter().zip(&exact).map(|(one, other)| (one - f32::from(*other) / 32_768.0).abs());
+        assert!(furthest.fold(0.0, f32::max) < 0.02, "it is as loud, and goes up and down with it");
+        let mp3 = sound(include_bytes!("../../tests/sounds/tone.mp3").to_vec(), 16_000).unwrap();
+        assert!(mp3.len().abs_diff(8_000) < 3_000, "{} samples: encoders add silence", mp3.len());
+        let middle = &mp3[3_000..7_000];
+        let crossings = middle.windows(2).filter(|two| two[0] < 0.0 && two[1] >= 0.0).count();
+        assert!(crossings.abs_diff(110) <= 1, "{crossings} times up in a quarter of a second");
+    }
+
     #[test]
     fn sound_is_limited_at_its_edges() {
         let silent = |seconds: u32| sound(wav(4_000, 1, &vec![0; (seconds * 4_000) as usize]), 16_000);
