@@ -195,13 +195,44 @@ async fn a_conversation_with_more_pictures_than_are_kept_has_none_encoded_again_
     let (encoded, usage) = ask(&messages).await;
     let cached = &usage["prompt_tokens_details"]["cached_tokens"];
     assert!(encoded.is_none() && cached.as_u64() > Some(prompt - 20), "{encoded:?} {usage}");
-    // One that needs all of the cache.
-    let other = (0..9).map(|n| image_part(&png(1616 + 32 * n, 1616 + 32 * n, BLUE))).chain([text_part("which")]);
-    assert_eq!(text(&answer(&sarai, "qwen2vl", &other.collect::<Vec<_>>()).await), "blue");
+    // One that needs the cells.
+    let long = answer(&sarai, "qwen2vl", &[text_part(&"tell me more ".repeat(600))]).await;
+    assert!(long["usage"]["prompt_tokens"].as_u64() > Some(3_000), "{long}");
     let (encoded, usage) = ask(&messages).await;
-    assert!(encoded.is_some(), "neither kept nor in the cache: {usage}");
+    let cached = usage["prompt_tokens_details"]["cached_tokens"].as_u64();
+    assert!(encoded.is_some() && cached < Some(100), "neither kept nor in the cache: {usage}");
     let (encoded, _) = ask(&messages).await;
     assert!(encoded.is_none(), "in the cache again");
+}
+
+/// The context has grown since the model was loaded: one prompt has more pictures than are known.
+#[tokio::test]
+async fn a_picture_that_is_forgotten_while_its_prompt_waits_is_encoded_all_the_same() {
+    let small = models("fitted", "").replace("context_length: 2048, parallel: 4", "context_length: 9600, parallel: 1");
+    let sarai = Sarai::start(&small);
+    let pictures =
+        |sides: &[u32], colour| sides.iter().map(|&side| base64(&png(side, side, colour))).collect::<Vec<_>>();
+    let ask = async |text: &str, images: Vec<String>, context: u32| {
+        let body = json!({
+            "model": "qwen2vl", "stream": false, "options": { "num_ctx": context, "num_predict": 4, "temperature": 0 },
+            // What comes first is another prefix, so that the cache does not have the pictures.
+            "messages": [
+                { "role": "user", "content": text },
+                { "role": "assistant", "content": "red" },
+                { "role": "user", "content": "which", "images": images },
+            ],
+        });
+        let answer = sarai.post("/api/chat", body.to_string()).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        answer.json()["message"]["content"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(ask("one", pictures(&[64], GREEN), 9_600).await, "green");
+    let sides: Vec<u32> = (0..9).map(|n| 1600 + 32 * n).collect();
+    assert_eq!(ask("two", pictures(&sides, GREEN), 16_000).await, "green");
+    // The first of these is known, and not kept; the others push it out.
+    let newer: Vec<u32> = (0..9).map(|n| 1616 + 32 * n).collect();
+    let images = [pictures(&sides[..1], GREEN), pictures(&newer, GREEN)].concat();
+    assert_eq!(ask("three", images, 16_000).await, "green");
 }
 
 #[tokio::test]
