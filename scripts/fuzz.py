@@ -160,7 +160,7 @@ def start(binary, sensing, model, folder):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     fitted = os.path.join(sensing, "fitted")
-    local = {"backend": "gguf_native", "context_length": 2048, "parallel": 2}
+    local = {"backend": "gguf_native", "context_length": 2048, "parallel": 2, "keep_alive": -1}
     models = {
         "text": local | {"gguf_path": model},
         "omni": local | {"gguf_path": f"{fitted}/qwen2vl.gguf", "mmproj_path": f"{fitted}/mmproj-omni.gguf"},
@@ -216,7 +216,7 @@ def main():
                 except (OSError, ValueError) as error:
                     status, answer = 0, repr(error)
                 after = pids(url) if process.poll() is None else {}
-                died = [name for name, pid in before.items() if after.get(name) not in (None, pid)]
+                died = [name for name, pid in before.items() if after.get(name) != pid]
                 before |= after
                 counts[kind, status] = counts.get((kind, status), 0) + 1
                 says = status == 200 or (status == 400 and bool(answer["error"]["message"]))

@@ -53,8 +53,8 @@ pub fn in_flight(model: &Header, settings: Settings) -> Bytes {
     decoded + prompts + kept(model)
 }
 
-/// Room for the files of one request, in base64 and decoded.
-const FILES: Bytes = Bytes::mib(16);
+/// Room for the files of one request: as large as a request may be, unless the configuration lets it be larger.
+const FILES: Bytes = Bytes::mib(32);
 
 /// What is kept of encoded pictures and sound: a conversation has a few pictures, and the longest sound is as long as eight.
 #[must_use]

@@ -212,7 +212,7 @@ async fn run(
     let (loaded, mut on_loaded) = mpsc::channel(1);
     let routes = Routes::open();
     let last_words = tokio::spawn(read_log(launched.child.stderr.take(), start.label.clone(), Level::DEBUG));
-    let writing = tokio::spawn(write_frames(launched.writer, to_write));
+    let writing = tokio::spawn(write_frames(launched.writer, to_write, routes.clone()));
     let (resized, mut on_resized) = mpsc::unbounded_channel();
     let mut reading =
         tokio::spawn(read_frames(launched.reader, routes.clone(), loaded, resized, Arc::clone(&start.progress)));
@@ -299,13 +299,17 @@ pub async fn end(child: &mut Child, grace: Duration) -> Option<ExitStatus> {
     }
 }
 
-/// Writes frames until the sender is dropped or the child is gone.
-pub async fn write_frames(mut socket: OwnedWriteHalf, mut commands: mpsc::UnboundedReceiver<ToWorker>) {
+/// Writes frames until the sender is dropped or the child is gone; a request that is too long for one is told so.
+pub async fn write_frames(mut socket: OwnedWriteHalf, mut commands: mpsc::UnboundedReceiver<ToWorker>, routes: Routes) {
     let mut buffer = Vec::new();
     while let Some(command) = commands.recv().await {
         buffer.clear();
         if let Err(error) = frame::encode(&command, &mut buffer) {
             tracing::error!(%error, "a command could not be sent");
+            if let ToWorker::Generate { id, .. } | ToWorker::Embed { id, .. } = command {
+                let message = format!("the request does not reach the worker ({error}): send less at once");
+                routes.pass(id, Err(Error::InvalidRequest { message, param: None }));
+            }
             continue;
         }
         if socket.write_all(&buffer).await.is_err() {
@@ -363,4 +367,32 @@ pub async fn read_log(stderr: Option<ChildStderr>, model: String, level: Level) 
         }
     }
     words
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use sarai_core::{EmbedRequest, Input};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_request_that_no_frame_holds_is_told_so_and_the_next_one_reaches_the_worker() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (commands, to_write) = mpsc::unbounded_channel();
+        let routes = Routes::open();
+        let mut events = routes.enter(1, 1).unwrap();
+        let writing = tokio::spawn(write_frames(ours.into_split().1, to_write, routes));
+        let inputs = vec![Input::Text("a".repeat(frame::MAX_FRAME_BYTES))];
+        let request = EmbedRequest { inputs, query: None, truncate: false };
+        commands.send(ToWorker::Embed { id: 1, request: Box::new(request) }).unwrap();
+        let told = events.recv().await.unwrap().unwrap_err().to_string();
+        assert!(told.contains("send less at once"), "{told}");
+        commands.send(ToWorker::Cancel { id: 1 }).unwrap();
+        let mut header = [0; HEADER_BYTES];
+        BufReader::new(theirs).read_exact(&mut header).await.unwrap();
+        assert!(frame::body_length(header).unwrap() < 100);
+        drop(commands);
+        writing.await.unwrap();
+    }
 }

@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use tracing::Level;
 
 use super::child::{self, END_GRACE, SPIN};
+use super::route::Routes;
 
 /// A vocabulary of 260,000 tokens takes a core three seconds.
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -20,7 +21,7 @@ pub async fn probe(executable: &Path, spec: LoadSpec) -> Result<LoadedInfo, Stri
     let mut launched = child::launch(executable, ["probe", &spec.model], [SPIN]).map_err(|error| error.to_string())?;
     let (commands, to_write) = mpsc::unbounded_channel();
     let last_words = tokio::spawn(child::read_log(launched.child.stderr.take(), spec.model.clone(), Level::DEBUG));
-    let writing = tokio::spawn(child::write_frames(launched.writer, to_write));
+    let writing = tokio::spawn(child::write_frames(launched.writer, to_write, Routes::default()));
     let _ = commands.send(ToWorker::Load(spec));
     let answer = tokio::time::timeout(DEADLINE, child::next_frame(&mut launched.reader)).await;
     drop(commands);
