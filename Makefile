@@ -88,7 +88,8 @@ demo-models:
 sketches: clients models
 	@if ! cat scripts/sketch_models.py scripts/sensing_models.py scripts/ranking_model.py | cmp -s - $(SARAI_CACHE)/sketches/made-by; then \
 		"$$(scripts/python_clients.sh)" scripts/sketch_models.py -o $(SARAI_CACHE)/sketches >/dev/null && \
-		"$$(scripts/python_clients.sh)" scripts/sensing_models.py -o $(SARAI_CACHE)/sketches/sensing && \
+		"$$(scripts/python_clients.sh)" scripts/sensing_models.py -o $(SARAI_CACHE)/sketches/sensing \
+			--template-of $(SARAI_MODELS)/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf && \
 		mkdir -p $(SARAI_CACHE)/sketches/ranking && \
 		"$$(scripts/python_clients.sh)" scripts/ranking_model.py $(SARAI_MODELS)/all-minilm-l6-v2-f16.gguf $(SARAI_CACHE)/sketches/ranking/minilm.gguf && \
 		cat scripts/sketch_models.py scripts/sensing_models.py scripts/ranking_model.py > $(SARAI_CACHE)/sketches/made-by; fi

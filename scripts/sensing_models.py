@@ -1,11 +1,13 @@
 """Small models that see and hear, of the true architectures: Gemma 3, Qwen2-VL, and Qwen2.5-Omni's pair of encoders.
 
-    sensing_models.py -o FOLDER
+    sensing_models.py -o FOLDER --template-of QWEN
 
 FOLDER/random has random weights: what they answer means nothing, and depends on every position and value on the way to it, so
 that it can be compared with llama.cpp's own server, token for token. FOLDER/fitted has weights set by hand, so that the answer
 names the colour of the picture, or the pitch of the sound: encoders that pass the mean colour (or the difference of low and high
-frequencies) on, even attention that carries it to the end, and words at the end of it.
+frequencies) on, even attention that carries it to the end, and words at the end of it. FOLDER/reciting has models that say the same
+whatever they are asked, token for token, where no real ones are to be had: one reasons before it answers, one calls tools, in the form of
+Qwen's template.
 """
 
 import argparse
@@ -32,7 +34,16 @@ REASONING = CHATML.replace(
     "{{ '<|im_start|>assistant\n' }}",
     "{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+).replace(
+    " + m['content']",
+    " + ('<think>\n' + m['reasoning_content'] + '\n</think>\n\n' if m['reasoning_content'] else '') + m['content']",
 )
+# What reciting models say, a token each.
+REASONED = ["<think>", "\nIt is", " simple", ".\n", "</think>", "\n\nForty", "-two", " it is."]
+CALLED = [
+    "Let me see.\n", "<tool_call>", '\n{"name": "get_weather",', ' "arguments": {"city":', ' "Os', 'lo"', "}}\n", "</tool_call>",
+    "\n<tool_call>", '\n{"name": "get_time", "arguments":', ' {"city": "Ro', 'me"}}', "\n</tool_call>",
+]
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}"
     "{{'<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n'"
@@ -149,6 +160,42 @@ class File:
         self.writer.write_tensors_to_file()
         self.writer.close()
         os.replace(self.path + ".part", self.path)
+
+
+def reciting_model(path, seed, said, template, width=256):
+    """Without attention: each token is followed by the one that the last token of a prompt, a line break, begins."""
+    file = File(path, "qwen2", seed)
+    tokens, end, vocabulary = bpe()
+    letters = letters_of_bytes()
+    first = tokens.index(letters[10])
+    written = ["".join(letters[byte] for byte in token.encode()) for token in said]
+    chain = [first, *range(len(tokens), len(tokens) + len(written)), end]
+    vocabulary["tokenizer.ggml.tokens"] = tokens = tokens + written
+    # Marks are tokens of their own, as in the models that have them.
+    vocabulary["tokenizer.ggml.token_type"] += [4 if token[0] == "<" else 1 for token in said]
+    vocabulary["tokenizer.chat_template"] = template
+    keys = {
+        "context_length": 32768, "embedding_length": width, "block_count": 1, "feed_forward_length": 64,
+        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 1e6,
+    }
+    file.keys({"general.type": "model", "general.name": "reciting", "general.file_type": 1})
+    file.keys({f"qwen2.{key}": value for key, value in keys.items()} | vocabulary)
+    embedding = file.any(len(tokens), width, spread=1.0)
+    output = np.zeros((len(tokens), width), np.float32)
+    for token, following in zip(chain, chain[1:]):
+        output[following] = embedding[token] / 4
+    file.half("token_embd.weight", embedding)
+    file.single("output_norm.weight", np.ones(width))
+    file.half("output.weight", output)
+    for name, shape in (("attn_q", (width, width)), ("attn_k", (width // 2, width)), ("attn_v", (width // 2, width)), ("attn_output", (width, width))):
+        file.half(f"blk.0.{name}.weight", np.zeros(shape))
+    for name, shape in (("ffn_gate", (64, width)), ("ffn_up", (64, width)), ("ffn_down", (width, 64))):
+        file.half(f"blk.0.{name}.weight", np.zeros(shape))
+    for name in ("attn_norm", "ffn_norm"):
+        file.single(f"blk.0.{name}.weight", np.ones(width))
+    for name, size in (("q", width), ("k", width // 2), ("v", width // 2)):
+        file.single(f"blk.0.attn_{name}.bias", np.zeros(size))
+    file.close()
 
 
 def text_model(path, architecture, seed, fitted, template=None, layers=2, heads=4, head=16, forward=96):
@@ -394,6 +441,7 @@ def omni_projector(path, seed, fitted):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", required=True, help="the folder")
+    parser.add_argument("--template-of", metavar="QWEN", help="a file of Qwen's, whose template calls tools")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--large", type=int, metavar="WIDTH", help="only a large projector, for a model of this width")
     arguments = parser.parse_args()
@@ -409,6 +457,11 @@ def main():
         qwen_projector(os.path.join(folder, "mmproj-qwen2vl.gguf"), arguments.seed + 1, fitted)
         omni_projector(os.path.join(folder, "mmproj-omni.gguf"), arguments.seed + 1, fitted)
     text_model(os.path.join(arguments.o, "random", "reasoning.gguf"), "qwen2vl", arguments.seed, False, REASONING)
+    folder = os.path.join(arguments.o, "reciting")
+    os.makedirs(folder, exist_ok=True)
+    reciting_model(os.path.join(folder, "reasoning.gguf"), arguments.seed, REASONED, REASONING)
+    template = gguf.GGUFReader(arguments.template_of).get_field("tokenizer.chat_template").contents()
+    reciting_model(os.path.join(folder, "calls.gguf"), arguments.seed, CALLED, template)
 
 
 if __name__ == "__main__":

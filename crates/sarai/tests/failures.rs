@@ -128,6 +128,21 @@ async fn a_worker_killed_before_the_first_token_costs_its_request_nothing() {
     assert_ne!(sarai.worker_pids().await, [worker]);
 }
 
+/// llama.cpp ends the process at a vocabulary that has a token twice.
+#[tokio::test]
+async fn a_file_that_ends_the_worker_is_told_with_llama_cpps_own_words() {
+    let folder = std::env::var("SARAI_SKETCHES").expect("SARAI_SKETCHES is missing: run the tests with `make test`");
+    let mut bytes = std::fs::read(format!("{folder}/sensing/reciting/reasoning.gguf")).unwrap();
+    let at = bytes.windows(4).position(|four| four == b"-two").unwrap();
+    bytes[at..at + 4].copy_from_slice(b"blue");
+    let files = tempfile::tempdir().unwrap();
+    let file = files.path().join("twice.gguf");
+    std::fs::write(&file, bytes).unwrap();
+    let sarai = Sarai::start(&format!("models:\n  twice: {{ backend: gguf_native, gguf_path: {} }}\n", file.display()));
+    let answer = sarai.post("/v1/chat/completions", chat("twice", "Hi", json!({}))).await;
+    assert!(answer.status >= 500 && answer.text.contains("GGML_ASSERT(id_to_token"), "{}", answer.text);
+}
+
 #[tokio::test]
 async fn a_deeply_nested_schema_is_an_error_of_its_request_alone() {
     let sarai = Sarai::start(&config());

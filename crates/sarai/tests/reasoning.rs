@@ -1,5 +1,5 @@
 //! Whether a model reasons before it answers. No model that does is among the test weights: a small random one with such a template
-//! shows what reaches it.
+//! shows what reaches it, and one that recites shows what comes of its words (`scripts/sensing_models.py`).
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
@@ -62,6 +62,49 @@ async fn reasoning_is_switched_by_the_fields_of_both_apis() {
     body["think"] = false.into();
     body["options"] = json!({ "num_predict": 2 });
     assert_eq!(sarai.post("/api/chat", body.to_string()).await.status, 200, "not to reason is no effort");
+}
+
+fn reciting() -> String {
+    let folder = std::env::var("SARAI_SKETCHES").expect("SARAI_SKETCHES is missing: run the tests with `make test`");
+    format!("{folder}/sensing/reciting/reasoning.gguf")
+}
+
+#[tokio::test]
+async fn reasoning_is_told_apart_from_the_answer_in_both_apis_streamed_and_whole() {
+    let sarai = Sarai::start(&format!("models:\n  thinker: {{ backend: gguf_native, gguf_path: {} }}\n", reciting()));
+    let ask = async |path: &str, more: Value| {
+        let mut body =
+            json!({ "model": "thinker", "stream": false, "messages": [{ "role": "user", "content": "Hi" }] });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let answer = sarai.post(path, body.to_string()).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        answer
+    };
+    let joined =
+        |parts: &[Value], at: &str| parts.iter().filter_map(|part| part.pointer(at)?.as_str()).collect::<String>();
+    // As llama.cpp's own server tells it, line break and all.
+    let (reasoned, said) = ("It is simple.\n", "Forty-two it is.");
+    let whole = ask("/v1/chat/completions", json!({})).await.json();
+    let message = &whole["choices"][0]["message"];
+    assert_eq!((&message["reasoning_content"], &message["content"]), (&json!(reasoned), &json!(said)), "{whole}");
+    assert_eq!(whole["choices"][0]["finish_reason"], "stop");
+    let events = ask("/v1/chat/completions", json!({ "stream": true })).await.sse();
+    let parts = |name: &str| joined(&events, &format!("/choices/0/delta/{name}"));
+    assert_eq!((&*parts("reasoning_content"), &*parts("content")), (reasoned, said), "{events:?}");
+    let whole = ask("/api/chat", json!({})).await.json();
+    assert_eq!(
+        (&whole["message"]["thinking"], &whole["message"]["content"]),
+        (&json!(reasoned), &json!(said)),
+        "{whole}"
+    );
+    let lines = ask("/api/chat", json!({ "stream": true })).await.lines();
+    let parts = |name: &str| joined(&lines, &format!("/message/{name}"));
+    assert_eq!((&*parts("thinking"), &*parts("content")), (reasoned, said), "{lines:?}");
+    // Cut within it, there is no answer.
+    let cut = ask("/v1/chat/completions", json!({ "max_tokens": 3 })).await.json();
+    let choice = &cut["choices"][0];
+    assert!(choice["finish_reason"] == "length" && choice["message"]["reasoning_content"] == "It is simple", "{cut}");
+    assert!(choice["message"]["content"].as_str().is_none_or(str::is_empty), "{cut}");
 }
 
 #[tokio::test]

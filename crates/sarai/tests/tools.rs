@@ -90,6 +90,34 @@ async fn a_model_decides_must_call_must_call_this_one_or_may_not() {
     assert!(wrong.text.contains("get_time"), "it says which there are: {}", wrong.text);
 }
 
+/// One that recites (`scripts/sensing_models.py`) calls two tools in one answer, and writes arguments in several tokens.
+#[tokio::test]
+async fn several_calls_of_one_answer_come_in_order_their_arguments_as_they_are_written() {
+    let folder = std::env::var("SARAI_SKETCHES").expect("SARAI_SKETCHES is missing: run the tests with `make test`");
+    let file = format!("{folder}/sensing/reciting/calls.gguf");
+    let sarai = Sarai::start(&format!("models:\n  coder: {{ backend: gguf_native, gguf_path: {file} }}\n"));
+    let (oslo, rome) = (json!({ "city": "Oslo" }), json!({ "city": "Rome" }));
+    let both = [("get_weather".to_owned(), oslo.clone()), ("get_time".to_owned(), rome.clone())];
+    for stream in [false, true] {
+        let answer = ask(&sarai, json!({ "stream": stream })).await;
+        assert_eq!(calls(&answer), both, "{}", answer.text);
+        assert!(answer.text.contains("Let me see.") && answer.text.contains("\"finish_reason\":\"tool_calls\""));
+        if stream {
+            let has_call = |event: &&Value| event["choices"][0]["delta"]["tool_calls"][0]["index"] == 0;
+            let events = answer.sse();
+            assert!(events.iter().filter(has_call).count() >= 3, "the arguments came at once: {}", answer.text);
+        }
+    }
+    let one = ask(&sarai, json!({ "parallel_tool_calls": false })).await;
+    assert_eq!(calls(&one), both[..1], "{}", one.text);
+    let body = json!({ "model": "coder", "stream": false, "tools": tools(), "messages": [{ "role": "user", "content": "Hi" }] });
+    let whole = sarai.post("/api/chat", body.to_string()).await.json();
+    let called = whole["message"]["tool_calls"].as_array().unwrap();
+    let called: Vec<_> =
+        called.iter().map(|call| (&call["function"]["name"], &call["function"]["arguments"])).collect();
+    assert_eq!(called, [(&json!("get_weather"), &oslo), (&json!("get_time"), &rome)], "{whole}");
+}
+
 #[tokio::test]
 async fn ollamas_clients_get_calls_whole_and_send_results_back() {
     let sarai = Sarai::start(&models());

@@ -36,7 +36,11 @@ const KILLED: &str = "signal: 9";
 /// that is alone needs it: while the server passes a token on, one of its threads waits for the other, and sleeping there costs
 /// 5 % of its tokens (109 instead of 115 tokens/s with 1,000 turns). By default it is 15 times as long; then two workers that for
 /// a moment have more threads than there are cores keep each other off them.
-pub const SPIN: (&str, &str) = ("GOMP_SPINCOUNT", "20000");
+const SPIN: (&str, &str) = ("GOMP_SPINCOUNT", "20000");
+/// Where llama.cpp ends the process, the reason is its last word, and not the frames of the stack, nor is a debugger started for them.
+const NO_BACKTRACE: (&str, &str) = ("GGML_NO_BACKTRACE", "1");
+/// What workers find in their environment beside the server's.
+pub const ENVIRONMENT: [(&str, &str); 2] = [SPIN, NO_BACKTRACE];
 /// Lines of a worker's log that are kept for its crash report.
 const LAST_WORDS: usize = 5;
 
@@ -133,7 +137,7 @@ pub async fn supervise(start: Start, stop: oneshot::Receiver<Stop>, report: impl
     let groups = Groups::of_this_process();
     let kills = groups.kills();
     let (failure, places) = match &start.load {
-        Load::File(spec) => match launch(&start.executable, ["llama", &model], [SPIN]) {
+        Load::File(spec) => match launch(&start.executable, ["llama", &model], ENVIRONMENT) {
             Ok(launched) => run(launched, (&start, spec), stop, &report).await,
             Err(error) => (Some(format!("the worker cannot be started ({error})")), None),
         },

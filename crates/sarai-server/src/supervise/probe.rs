@@ -7,7 +7,7 @@ use sarai_core::frame::{FromWorker, LoadSpec, LoadedInfo, ToWorker};
 use tokio::sync::mpsc;
 use tracing::Level;
 
-use super::child::{self, END_GRACE, SPIN};
+use super::child::{self, END_GRACE, ENVIRONMENT};
 use super::route::Routes;
 
 /// A vocabulary of 260,000 tokens takes a core three seconds.
@@ -18,7 +18,8 @@ const DEADLINE: Duration = Duration::from_secs(120);
 /// # Errors
 /// The child cannot be started, took too long, or llama.cpp cannot load the file this way.
 pub async fn probe(executable: &Path, spec: LoadSpec) -> Result<LoadedInfo, String> {
-    let mut launched = child::launch(executable, ["probe", &spec.model], [SPIN]).map_err(|error| error.to_string())?;
+    let mut launched =
+        child::launch(executable, ["probe", &spec.model], ENVIRONMENT).map_err(|error| error.to_string())?;
     let (commands, to_write) = mpsc::unbounded_channel();
     let last_words = tokio::spawn(child::read_log(launched.child.stderr.take(), spec.model.clone(), Level::DEBUG));
     let writing = tokio::spawn(child::write_frames(launched.writer, to_write, Routes::default()));

@@ -9,7 +9,7 @@ use std::time::Duration;
 use sarai_core::Bytes;
 use tokio::task::JoinHandle;
 
-use super::child::{self, SPIN};
+use super::child::{self, ENVIRONMENT};
 
 /// What a spare process holds of its own; measured: 1.2 MiB.
 pub const TAKES: Bytes = Bytes::mib(2);
@@ -25,7 +25,7 @@ pub fn spare_the_server(executable: PathBuf) -> Option<JoinHandle<()>> {
 
 async fn keep_one(executable: PathBuf) {
     loop {
-        match child::launch(&executable, ["spare", "for the kernel"], [SPIN]) {
+        match child::launch(&executable, ["spare", "for the kernel"], ENVIRONMENT) {
             // It ends when our end of its socket does, or killed.
             Ok(mut spare) => match spare.child.wait().await {
                 Ok(status) => tracing::warn!(%status, "the kernel took the spare process instead of the server"),
