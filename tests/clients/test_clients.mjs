@@ -1,4 +1,5 @@
-// What users of the official JavaScript clients do, against the sarai at SARAI_URL with models `lfm2`, `coder`, `minilm` and `omni`.
+// What users of the official JavaScript clients do, against the sarai at SARAI_URL with models `lfm2`, `coder`, `minilm`, `omni`,
+// `thinker` and `caller`.
 // Run by Node's own test runner from a copy beside its packages.
 
 import assert from "node:assert/strict";
@@ -40,7 +41,53 @@ test("Both: pictures", async () => {
     const shown = [{ role: "user", content: "which", images: [new Uint8Array(bitmap(colour))] }];
     const seen = await ollama.chat({ model: "omni", messages: shown, options: { temperature: 0 } });
     assert.equal(seen.message.content, name);
+    let text = "";
+    for await (const part of await ollama.chat({ model: "omni", messages: shown, options: { temperature: 0 }, stream: true })) {
+      text += part.message.content;
+    }
+    assert.equal(text, name);
   }
+});
+
+// Half a second of sound, as a WAV file.
+function tone(hertz) {
+  const file = Buffer.alloc(44 + 16000);
+  file.write("RIFF", 0);
+  file.writeUInt32LE(file.length - 8, 4);
+  file.write("WAVEfmt ", 8);
+  for (const [at, value] of [[16, 16], [24, 16000], [28, 32000], [40, 16000]]) file.writeUInt32LE(value, at);
+  for (const [at, value] of [[20, 1], [22, 1], [32, 2], [34, 16]]) file.writeUInt16LE(value, at);
+  file.write("data", 36);
+  for (let at = 0; at < 8000; at++) file.writeInt16LE(Math.round(12000 * Math.sin((2 * Math.PI * hertz * at) / 16000)), 44 + 2 * at);
+  return file;
+}
+
+test("OpenAI: sound, several answers, and how likely their tokens were", async () => {
+  for (const [name, hertz] of [["low", 250], ["high", 6000]]) {
+    const data = tone(hertz).toString("base64");
+    const content = [{ type: "text", text: "which" }, { type: "input_audio", input_audio: { data, format: "wav" } }];
+    const heard = await openai.chat.completions.create({ model: "omni", messages: [{ role: "user", content }], temperature: 0 });
+    assert.equal(heard.choices[0].message.content, name);
+  }
+  const asked = { model: "lfm2", messages, n: 2, seed: 4, temperature: 1, max_tokens: 5, logprobs: true, top_logprobs: 1 };
+  const answers = await openai.chat.completions.create(asked);
+  assert.deepEqual(answers.choices.map((choice) => choice.index), [0, 1]);
+  for (const choice of answers.choices) {
+    assert.equal(choice.logprobs.content.map((token) => token.token).join(""), choice.message.content);
+  }
+});
+
+test("Both: reasoning, and several calls of one answer", async () => {
+  const thought = (await openai.chat.completions.create({ model: "thinker", messages })).choices[0].message;
+  assert.deepEqual([thought.reasoning_content.trim(), thought.content], ["It is simple.", "Forty-two it is."]);
+  const told = (await ollama.chat({ model: "thinker", messages, think: true })).message;
+  assert.deepEqual([told.thinking.trim(), told.content], ["It is simple.", "Forty-two it is."]);
+  const both = [...tools, { type: "function", function: { ...tools[0].function, name: "get_time" } }];
+  const streamed = await openai.chat.completions.stream({ model: "caller", messages, tools: both }).finalChatCompletion();
+  const cities = streamed.choices[0].message.tool_calls.map((call) => JSON.parse(call.function.arguments).city);
+  assert.deepEqual(cities, ["Oslo", "Rome"]);
+  const called = (await ollama.chat({ model: "caller", messages, tools: both })).message.tool_calls;
+  assert.deepEqual(called.map((call) => call.function.arguments.city), ["Oslo", "Rome"]);
 });
 
 test("OpenAI: a chat, and the same streamed", async () => {
@@ -73,6 +120,10 @@ test("OpenAI: an answer parsed by zod, and vectors", async () => {
   const asked = { model: "coder", messages, response_format: zodResponseFormat(form, "answer"), max_tokens: 100 };
   const answer = await openai.chat.completions.parse(asked);
   assert.equal(typeof answer.choices[0].message.parsed.sure, "boolean");
+  const streamed = await openai.chat.completions.stream(asked).finalChatCompletion();
+  assert.equal(typeof streamed.choices[0].message.parsed.sure, "boolean");
+  const coded = await openai.embeddings.create({ model: "minilm", input: "A cat.", encoding_format: "base64" });
+  assert.equal(Buffer.from(coded.data[0].embedding, "base64").length, 4 * 384);
   const made = await openai.embeddings.create({ model: "minilm", input: ["A cat.", "A bank."] });
   assert.deepEqual(made.data.map((row) => row.embedding.length), [384, 384]);
 });

@@ -1,4 +1,5 @@
-"""What users of the official Python clients do, against the sarai at SARAI_URL with models `lfm2`, `coder`, `minilm` and `omni`."""
+"""What users of the official Python clients do, against the sarai at SARAI_URL with models `lfm2`, `coder`, `minilm`, `omni`,
+`thinker` and `caller`."""
 
 import asyncio
 import base64
@@ -33,6 +34,19 @@ def get_weather(city: str) -> str:
         str: The weather
     """
     return f"It snows in {city}."
+
+
+def get_time(city: str) -> str:
+    """
+    The time of a city.
+
+    Args:
+        city (str): The city
+
+    Returns:
+        str: The time
+    """
+    return f"It is noon in {city}."
 
 
 def png(colour):
@@ -147,6 +161,43 @@ class OpenAI(unittest.TestCase):
         asked["messages"] = [*WEATHER, whole.choices[0].message, result]
         self.assertGreater(self.client.chat.completions.create(**asked).usage.prompt_tokens, whole.usage.prompt_tokens)
 
+    def test_a_named_tool_is_called_and_none_is_not(self):
+        city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+        tools = [{"type": "function", "function": {"name": name, "parameters": city}} for name in ("get_weather", "get_time")]
+        asked = {"model": "coder", "messages": WEATHER, "tools": tools, "temperature": 0, "max_tokens": 60}
+        named = {"type": "function", "function": {"name": "get_time"}}
+        message = self.client.chat.completions.create(**asked, tool_choice=named).choices[0].message
+        self.assertEqual([call.function.name for call in message.tool_calls], ["get_time"])
+        self.assertFalse(self.client.chat.completions.create(**asked, tool_choice="none").choices[0].message.tool_calls)
+
+    def test_several_calls_of_one_answer(self):
+        parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+        tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("get_weather", "get_time")]
+        asked = {"model": "caller", "messages": WEATHER, "tools": tools}
+        whole = self.client.chat.completions.create(**asked)
+        with self.client.chat.completions.stream(**asked) as stream:
+            streamed = stream.get_final_completion()
+        for answer in (whole, streamed):
+            calls = [(call.function.name, json.loads(call.function.arguments)["city"]) for call in answer.choices[0].message.tool_calls]
+            self.assertEqual(calls, [("get_weather", "Oslo"), ("get_time", "Rome")])
+
+    def test_reasoning_and_log_probabilities(self):
+        asked = {"model": "thinker", "messages": ASK, "temperature": 0}
+        message = self.client.chat.completions.create(**asked).choices[0].message
+        self.assertEqual((message.reasoning_content.strip(), message.content), ("It is simple.", "Forty-two it is."))
+        deltas = [chunk.choices[0].delta for chunk in self.client.chat.completions.create(**asked, stream=True) if chunk.choices]
+        reasoned = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
+        self.assertEqual(reasoned, message.reasoning_content)
+        asked = {"model": "lfm2", "messages": ASK, "temperature": 0, "max_tokens": 4, "logprobs": True, "top_logprobs": 2}
+        whole = self.client.chat.completions.create(**asked).choices[0]
+        self.assertEqual("".join(token.token for token in whole.logprobs.content), whole.message.content)
+        self.assertTrue(all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in whole.logprobs.content))
+
+    def test_a_grammar(self):
+        only = {"grammar": 'root ::= "certainly" | "never"'}
+        answer = self.client.chat.completions.create(model="coder", messages=ASK, extra_body=only)
+        self.assertIn(answer.choices[0].message.content, ("certainly", "never"))
+
     def test_an_answer_parsed_by_pydantic(self):
         for stream in (False, True):
             asked = {"model": "coder", "messages": ASK, "response_format": Answer, "max_tokens": 100}
@@ -177,7 +228,7 @@ class OpenAI(unittest.TestCase):
         self.assertEqual("".join(chunk.choices[0].text for chunk in stream), answer.choices[0].text)
 
     def test_models(self):
-        self.assertEqual([model.id for model in self.client.models.list()], ["lfm2", "expert", "coder", "minilm", "omni"])
+        self.assertEqual([model.id for model in self.client.models.list()], ["lfm2", "expert", "coder", "minilm", "omni", "thinker", "caller"])
         self.assertEqual(self.client.models.retrieve("lfm2").id, "lfm2")
         with self.assertRaises(openai.NotFoundError):
             self.client.models.retrieve("nobody")
@@ -261,6 +312,14 @@ class Ollama(unittest.TestCase):
         told = self.client.chat(messages=[*WEATHER, whole.message, result], **asked)
         self.assertGreater(told.prompt_eval_count, whole.prompt_eval_count)
 
+    def test_reasoning_and_several_calls(self):
+        answer = self.client.chat("thinker", messages=ASK, think=True)
+        self.assertEqual((answer.message.thinking.strip(), answer.message.content), ("It is simple.", "Forty-two it is."))
+        parts = list(self.client.chat("thinker", messages=ASK, think=True, stream=True))
+        self.assertEqual("".join(part.message.thinking or "" for part in parts), answer.message.thinking)
+        called = self.client.chat("caller", messages=WEATHER, tools=[get_weather, get_time]).message.tool_calls
+        self.assertEqual([call.function.arguments["city"] for call in called], ["Oslo", "Rome"])
+
     def test_an_answer_in_a_form(self):
         for stream in (False, True):
             asked = {"messages": ASK, "format": Answer.model_json_schema(), "options": {"num_predict": 100}}
@@ -275,7 +334,7 @@ class Ollama(unittest.TestCase):
         self.assertEqual(self.client.show("minilm").capabilities, ["embedding"])
 
     def test_lists(self):
-        self.assertEqual([model.model for model in self.client.list().models], ["lfm2", "expert", "coder", "minilm", "omni"])
+        self.assertEqual([model.model for model in self.client.list().models], ["lfm2", "expert", "coder", "minilm", "omni", "thinker", "caller"])
         self.client.generate("lfm2")
         running = next(model for model in self.client.ps().models if model.model == "lfm2")
         self.assertGreater(running.size, 90 << 20)
