@@ -36,6 +36,7 @@ bench: build models ollama
 bench-memory: build models sketches
 	python3 scripts/bench_memory.py $(MEMORY) \
 		$$(ls $(SARAI_MODELS)/*.gguf $(SARAI_CACHE)/sketches/*.gguf | grep -v -e mmproj -e bert -e embedding -e minilm)
+	python3 scripts/bench_abilities.py $(CARGO_TARGET_DIR)/release/sarai $(SARAI_MODELS) $(SARAI_CACHE)/sketches $$(scripts/python_clients.sh)
 
 # Three models in less memory than they ask for, beside Ollama and llama.cpp's router under the same limits.
 # LLAMA_SERVER names the latter's binary; docs/memory.md says how to get one.

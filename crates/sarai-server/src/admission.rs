@@ -1,9 +1,14 @@
 //! Permits: so many requests are answered at a time, so many more may wait, further ones are shed.
+//!
+//! Who waits for somebody else, a host that is busy, waits without a permit: a slow host does not keep those from their answers who ask
+//! for other models.
 
-use std::sync::Arc;
+use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use sarai_core::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -24,18 +29,22 @@ impl Admission {
         Self { permits, max_in_flight, max_queued, deadline, waiting: AtomicUsize::new(0) }
     }
 
-    /// Takes a permit; it is given back when the guard is dropped.
+    /// Takes a permit; it is given back when the ticket is dropped.
     ///
     /// # Errors
     /// [`Error::Overloaded`] if the queue is full or the wait took too long.
-    pub async fn admit(&self) -> Result<OwnedSemaphorePermit, Error> {
-        if let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() {
-            return Ok(permit);
-        }
-        let place = Waiting::enter(&self.waiting);
-        if place.queued > self.max_queued {
-            return Err(self.overloaded());
-        }
+    pub async fn admit(self: &Arc<Self>) -> Result<Ticket, Error> {
+        let permit = match Arc::clone(&self.permits).try_acquire_owned() {
+            Ok(permit) => permit,
+            Err(_) => {
+                let _place = Waiting::enter(self).ok_or_else(|| self.overloaded())?;
+                self.acquire().await?
+            }
+        };
+        Ok(Ticket { admission: Arc::clone(self), permit: Mutex::new(Some(permit)) })
+    }
+
+    async fn acquire(&self) -> Result<OwnedSemaphorePermit, Error> {
         let wait = tokio::time::timeout(self.deadline, Arc::clone(&self.permits).acquire_owned()).await;
         match wait {
             Ok(Ok(permit)) => Ok(permit),
@@ -55,26 +64,57 @@ impl Admission {
     }
 
     fn overloaded(&self) -> Error {
-        let queued = self.waiting.load(Ordering::Relaxed).saturating_sub(1);
-        Error::Overloaded { in_flight: self.max_in_flight, queued }
+        Error::Overloaded { in_flight: self.max_in_flight, queued: self.waiting.load(Ordering::Relaxed) }
+    }
+}
+
+/// A request's permit.
+#[derive(Debug)]
+pub struct Ticket {
+    admission: Arc<Admission>,
+    /// None while it waits for somebody else; the lock is held for a moment only.
+    permit: Mutex<Option<OwnedSemaphorePermit>>,
+}
+
+impl Ticket {
+    /// Waits for somebody else, in the queue and without the permit, unless the queue is full; with a permit again afterwards.
+    ///
+    /// # Errors
+    /// [`Error::Overloaded`] if no permit was to be had in time.
+    ///
+    /// # Cancel safety
+    /// Whoever does not wait any more has left the queue, and has no permit.
+    pub async fn aside<T>(&self, wait: impl Future<Output = T>) -> Result<T, Error> {
+        let mut wait = pin!(wait);
+        if let Some(value) = wait.as_mut().now_or_never() {
+            return Ok(value);
+        }
+        let Some(_place) = Waiting::enter(&self.admission) else { return Ok(wait.await) };
+        drop(self.replace(None));
+        let value = wait.await;
+        self.replace(Some(self.admission.acquire().await?));
+        Ok(value)
+    }
+
+    fn replace(&self, permit: Option<OwnedSemaphorePermit>) -> Option<OwnedSemaphorePermit> {
+        std::mem::replace(&mut *self.permit.lock().unwrap_or_else(PoisonError::into_inner), permit)
     }
 }
 
 /// A place in the queue, left on drop.
-struct Waiting<'a> {
-    count: &'a AtomicUsize,
-    queued: usize,
-}
+struct Waiting<'a>(&'a Admission);
 
 impl<'a> Waiting<'a> {
-    fn enter(count: &'a AtomicUsize) -> Self {
-        Self { count, queued: count.fetch_add(1, Ordering::Relaxed) + 1 }
+    fn enter(admission: &'a Admission) -> Option<Self> {
+        let enters = |waiting| (waiting < admission.max_queued).then_some(waiting + 1);
+        admission.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enters).ok()?;
+        Some(Self(admission))
     }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.count.fetch_sub(1, Ordering::Relaxed);
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -99,9 +139,36 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_wait_ends_with_its_deadline() {
-        let admission = Admission::new(1, 1, Duration::from_secs(5));
+        let admission = Arc::new(Admission::new(1, 1, Duration::from_secs(5)));
         let _held = admission.admit().await.unwrap();
         assert!(matches!(admission.admit().await, Err(Error::Overloaded { .. })));
         assert_eq!(admission.waiting.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_somebody_else_keeps_nobody_from_a_permit_and_stands_in_the_queue() {
+        let admission = Arc::new(Admission::new(1, 1, Duration::from_secs(5)));
+        let ticket = admission.admit().await.unwrap();
+        let (done, waits) = tokio::sync::oneshot::channel::<u8>();
+        let waiting = tokio::spawn(async move { (ticket.aside(waits).await, ticket) });
+        tokio::task::yield_now().await;
+        assert_eq!((admission.in_flight(), admission.queued()), (0, 1));
+        let other = admission.admit().await.unwrap();
+        assert!(matches!(admission.admit().await, Err(Error::Overloaded { in_flight: 1, queued: 1 })));
+        done.send(7).unwrap();
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished(), "it has no permit yet");
+        drop(other);
+        let (value, ticket) = waiting.await.unwrap();
+        assert_eq!((value.unwrap().unwrap(), admission.in_flight(), admission.queued()), (7, 1, 0));
+        assert_eq!(ticket.aside(async { 3 }).await.unwrap(), 3, "what is there is not waited for");
+        // Where the queue is full, it waits with its permit.
+        let full = Arc::new(Admission::new(1, 0, Duration::from_secs(5)));
+        let ticket = full.admit().await.unwrap();
+        let kept = ticket.aside(async {
+            tokio::task::yield_now().await;
+            full.in_flight()
+        });
+        assert_eq!(kept.await.unwrap(), 1);
     }
 }

@@ -35,19 +35,20 @@ impl Gateway {
     pub async fn answer(&self, parsed: Parsed, strict: bool) -> Result<Answer, Error> {
         let model = &self.chat_model(&parsed.model)?;
         let arrived = Instant::now();
-        let permit = self.admission.admit().await?;
+        let ticket = self.admission.admit().await?;
         let queued = arrived.elapsed();
         let mut request = parsed.request;
         request.sampling = request.sampling.or(&model.sampling);
         let missing = self.bring_media(model, &mut request).await;
         let manner = Manner { whole: !parsed.delivery.stream, strict };
-        let answer = self.dispatch.answer(model, request, manner).await.map_err(|error| match (error, missing) {
-            // Nobody can answer who needs not see it: why it is not there says more.
-            (Error::InvalidRequest { .. }, Some(missing)) => missing,
-            (error, _) => error,
-        })?;
+        let answer =
+            self.dispatch.answer(model, request, manner, &ticket).await.map_err(|error| match (error, missing) {
+                // Nobody can answer who needs not see it: why it is not there says more.
+                (Error::InvalidRequest { .. }, Some(missing)) => missing,
+                (error, _) => error,
+            })?;
         let events = answer.events.map(move |event| {
-            let _held = &permit;
+            let _held = &ticket;
             event.map(|event| match event {
                 Event::Done { finish, usage, mut timings } => {
                     timings.queue += queued;
@@ -84,9 +85,9 @@ impl Gateway {
             return Err(Error::invalid("model", message));
         }
         let arrived = Instant::now();
-        let _permit = self.admission.admit().await?;
+        let ticket = self.admission.admit().await?;
         let queued = arrived.elapsed();
-        let (served, mut embedded) = self.dispatch.embed(&model, parsed).await?;
+        let (served, mut embedded) = self.dispatch.embed(&model, parsed, &ticket).await?;
         embedded.timings.queue += queued;
         Ok((served, embedded))
     }
@@ -111,7 +112,7 @@ impl Gateway {
     /// The load was refused or failed.
     pub async fn load(&self, name: &str, residence: Residence) -> Result<(), Error> {
         let model = Arc::clone(self.catalog().find(name)?);
-        let _permit = self.admission.admit().await?;
+        let _ticket = self.admission.admit().await?;
         self.dispatch.load(&model, residence).await
     }
 

@@ -148,8 +148,9 @@ async fn a_client_that_leaves_before_any_header_came_cancels_at_the_host_and_nob
 
 #[tokio::test]
 async fn requests_beyond_a_hosts_limit_wait_here_in_their_order() {
-    let host = Host::start(|_, _| {
-        let mut steps = vec![Step::Wait(Duration::from_millis(60))];
+    // The first one is there until all have come.
+    let host = Host::start(|number, _| {
+        let mut steps = vec![Step::Wait(Duration::from_millis(if number == 0 { 1_000 } else { 0 }))];
         steps.extend(ollama(&["done"]));
         steps
     });
@@ -159,7 +160,7 @@ async fn requests_beyond_a_hosts_limit_wait_here_in_their_order() {
         let body = chat("solar", &format!("number {n}"), json!({}));
         answers.push(tokio::spawn(sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body).send()));
         // The next one comes when this one waits.
-        sarai.until("it is there", |ps| ps["requests"]["in_flight"] == n + 1).await;
+        sarai.until("it is there", |ps| ps["requests"] == json!({ "in_flight": 1, "queued": n })).await;
     }
     for answer in answers {
         assert_eq!(answer.await.unwrap().unwrap().status(), 200);
@@ -745,4 +746,29 @@ async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer
         assert_eq!(whole.status, 200, "{harm:?} {after}: {}", whole.text);
         assert!(whole.json()["choices"][0]["message"]["content"].as_str().unwrap().len() > 20);
     }
+}
+
+/// Its host holds one request and takes no more; the others wait for it without keeping anybody from an answer.
+#[tokio::test]
+async fn who_waits_for_a_slow_host_keeps_nobody_else_from_an_answer() {
+    let slow = Host::start(|_, _| vec![Step::Hold]);
+    let quick = Host::start(|_, _| ollama(&["here"]));
+    let sarai = Sarai::start(&format!(
+        "server: {{ max_in_flight: 2 }}\nmodels:\n  slow: {{ backend: ollama_http, url: \"{}\", max_outstanding: 1 }}\n  quick: {{ backend: ollama_http, url: \"{}\" }}\n",
+        slow.url, quick.url
+    ));
+    let ask = |model: &str| sarai.post("/v1/chat/completions", chat(model, "Hi", json!({})));
+    let waiting = futures_util::future::join_all((0..5).map(|_| ask("slow")));
+    let answered = async {
+        sarai.until("all wait but one", |ps| ps["requests"] == json!({ "in_flight": 1, "queued": 4 })).await;
+        for _ in 0..3 {
+            assert_eq!(ask("quick").await.status, 200);
+        }
+    };
+    tokio::select! {
+        () = answered => {}
+        answers = waiting => panic!("{} were answered", answers.len()),
+    }
+    // Its clients are gone with the future.
+    sarai.until("nobody waits", |ps| ps["requests"] == json!({ "in_flight": 0, "queued": 0 })).await;
 }

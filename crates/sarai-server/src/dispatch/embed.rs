@@ -10,6 +10,7 @@ use tokio::time::timeout;
 
 use super::candidates::too_far;
 use super::{Dispatch, failed, label, was_hardly_asked};
+use crate::admission::Ticket;
 use crate::backend::{local, remote};
 use crate::config::{Deployment, Model, Remote};
 use crate::health::Place;
@@ -19,14 +20,19 @@ impl Dispatch {
     ///
     /// # Errors
     /// The model is none that makes them, or no deployment could.
-    pub async fn embed(&self, model: &Arc<Model>, parsed: &Parsed) -> Result<(Served, Embedded), Error> {
+    pub async fn embed(
+        &self,
+        model: &Arc<Model>,
+        parsed: &Parsed,
+        ticket: &Ticket,
+    ) -> Result<(Served, Embedded), Error> {
         self.read_files(model).await;
         let is_open = |deployment: &&Deployment| host_of(deployment).is_some_and(|host| self.health.is_open(host));
         let mut left: Vec<&Deployment> = model.deployments.iter().collect();
         left.sort_by_key(is_open);
         let mut attempts: Vec<Attempt> = Vec::new();
         while !left.is_empty() {
-            let (index, place) = self.embedder(model, &left, parsed).await;
+            let (index, place) = self.embedder(model, &left, parsed, ticket).await;
             let deployment = left.remove(index);
             let outcome = match place {
                 Ok(place) => self.embed_at(model, deployment, parsed, place).await,
@@ -52,7 +58,13 @@ impl Dispatch {
     }
 
     /// Who is asked next, with a place there: of hosts that share the load, the first one that has one.
-    async fn embedder(&self, model: &Model, left: &[&Deployment], parsed: &Parsed) -> (usize, Result<Place, Error>) {
+    async fn embedder(
+        &self,
+        model: &Model,
+        left: &[&Deployment],
+        parsed: &Parsed,
+        ticket: &Ticket,
+    ) -> (usize, Result<Place, Error>) {
         let Some(host) = host_of(left[0]) else { return (0, Ok(None)) };
         let unavailable = |reason: &str| Error::Unavailable { model: model.name.clone(), reason: reason.to_owned() };
         if parsed.request.query.is_some() {
@@ -76,9 +88,10 @@ impl Dispatch {
             .collect();
         let hosts: Vec<&Remote> = sharing.iter().map(|(_, host)| *host).collect();
         let limit = model.deadlines.queue;
-        match timeout(limit, self.health.place(&hosts)).await {
-            Ok((index, place)) => (sharing[index].0, Ok(place)),
-            Err(_) => {
+        match ticket.aside(timeout(limit, self.health.place(&hosts))).await {
+            Err(error) => (0, Err(error)),
+            Ok(Ok((index, place))) => (sharing[index].0, Ok(place)),
+            Ok(Err(_)) => {
                 let seconds = limit.as_secs();
                 (0, Err(Error::Deadline { model: model.name.clone(), phase: Phase::Queue, seconds }))
             }

@@ -21,6 +21,7 @@ use sarai_core::{Attempt, Error, GenerateRequest, Phase, RemoteCause, Residence}
 use sarai_plan::{EngineId, Want};
 use tokio::time::{Instant, timeout, timeout_at};
 
+use crate::admission::Ticket;
 use crate::backend::EventStream;
 use crate::backend::remote::{self, Hosts};
 use crate::catalog::Catalogs;
@@ -70,6 +71,8 @@ struct Ask<'a> {
     model: &'a Arc<Model>,
     request: Arc<GenerateRequest>,
     manner: Manner,
+    /// Lets it be answered.
+    ticket: &'a Ticket,
     attempts: Vec<Attempt>,
     /// The model's own worker, which may be asked while a host is late.
     worker: Option<Candidate>,
@@ -102,7 +105,13 @@ impl Dispatch {
     ///
     /// # Errors
     /// The request is wrong, or nobody answered: the only one's error, or all of them.
-    pub async fn answer(&self, model: &Arc<Model>, request: GenerateRequest, manner: Manner) -> Result<Answer, Error> {
+    pub async fn answer(
+        &self,
+        model: &Arc<Model>,
+        request: GenerateRequest,
+        manner: Manner,
+        ticket: &Ticket,
+    ) -> Result<Answer, Error> {
         let request = Arc::new(request);
         self.read_files(model).await;
         if request.media().next().is_some() {
@@ -111,7 +120,7 @@ impl Dispatch {
         let tiers = near_first(tiers(&self.catalogs.now(), &self.health, model, &request)?, &self.health);
         let is_own = |one: &&Candidate| one.model.name == model.name && one.remote().is_none();
         let worker = tiers.iter().flatten().find(is_own).cloned();
-        let mut ask = Ask { model, request, manner, attempts: Vec::new(), worker, last_resort: Vec::new() };
+        let mut ask = Ask { model, request, manner, ticket, attempts: Vec::new(), worker, last_resort: Vec::new() };
         for tier in tiers {
             if let Some(answer) = self.ask_tier(&mut ask, tier).await? {
                 return Ok(answer);
@@ -123,7 +132,8 @@ impl Dispatch {
                 Some(remote) => {
                     let limit = candidate.model.deadlines.queue;
                     // Who waits in vain keeps the reason for which the breaker is open.
-                    let Ok((_, place)) = timeout(limit, self.health.place(&[remote])).await else { continue };
+                    let place = ask.ticket.aside(timeout(limit, self.health.place(&[remote]))).await?;
+                    let Ok((_, place)) = place else { continue };
                     place
                 }
             };
@@ -167,7 +177,7 @@ impl Dispatch {
         let mut left = self.fitting(ask, tier);
         spread(&mut left, &ask.request, &self.health);
         let arrived = Instant::now();
-        while let Some((deadline, found)) = self.wait_for_place(&left, arrived).await {
+        while let Some((deadline, found)) = ask.ticket.aside(self.wait_for_place(&left, arrived)).await? {
             let Some((index, place)) = found else {
                 let late = |candidate: &Candidate| Error::Deadline {
                     model: candidate.model.name.clone(),
@@ -260,7 +270,8 @@ impl Dispatch {
             let place = match candidate.remote() {
                 None => Some(None),
                 Some(remote) => {
-                    let place = timeout(candidate.model.deadlines.queue, self.health.place(&[remote])).await;
+                    let limit = candidate.model.deadlines.queue;
+                    let place = ask.ticket.aside(timeout(limit, self.health.place(&[remote]))).await?;
                     place.ok().map(|(_, place)| place)
                 }
             };

@@ -16,6 +16,7 @@ use sarai_core::{
 use tokio::time::Instant;
 
 use super::{Dispatch, Manner};
+use crate::admission::Admission;
 use crate::backend::EventStream;
 use crate::backend::remote::{Hosts, Script, Scripted};
 use crate::catalog::{Catalog, Catalogs};
@@ -167,7 +168,9 @@ fn request(tag: &str) -> GenerateRequest {
 /// What a client has seen: its whole text, or an error and the text before it.
 async fn ask(dispatch: &Dispatch, tag: &str, whole: bool) -> (String, Option<Error>) {
     let model = Arc::clone(dispatch.catalogs.now().find("m").unwrap());
-    let mut events = match dispatch.answer(&model, request(tag), Manner { whole, strict: false }).await {
+    let ticket = Arc::new(Admission::new(1, 0, Duration::ZERO)).admit().await.unwrap();
+    let manner = Manner { whole, strict: false };
+    let mut events = match dispatch.answer(&model, request(tag), manner, &ticket).await {
         Ok(answer) => answer.events,
         Err(error) => return (String::new(), Some(error)),
     };
