@@ -62,6 +62,12 @@ class Server:
         return next(engine for engine in self.ask("/api/pool/ledger")["engines"] if engine["pid"])
 
 
+def held(pid):
+    """What is a process's own."""
+    with open(f"/proc/{pid}/smaps_rollup") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+
 class Peak(threading.Thread):
     """The most memory of its own that a process has had while this ran."""
 
@@ -71,10 +77,7 @@ class Peak(threading.Thread):
 
     def run(self):
         while not self.is_over.wait(0.005):
-            with open(f"/proc/{self.pid}/smaps_rollup") as lines:
-                for line in lines:
-                    if line.startswith("Anonymous:"):
-                        self.most = max(self.most, 1024 * int(line.split()[1]))
+            self.most = max(self.most, held(self.pid))
 
     def __enter__(self):
         self.start()
@@ -120,7 +123,7 @@ def sound(server):
 def vectors(server):
     texts = [" ".join(f"word{n * k % 977}" for k in range(400)) for n in range(64)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: server.ask("/v1/embeddings", {"input": texts, "truncate": True}), range(4)))
+        list(pool.map(lambda _: server.ask("/api/embed", {"input": texts}), range(4)))
 
 
 def main():
@@ -146,10 +149,11 @@ def main():
             worker = server.worker()
             # What is mapped of files is others' too.
             planned = sum(part["bytes"] for part in worker["planned"] if part["name"] not in ("weights mapped", "binary"))
+            loaded = held(worker["pid"])
             with Peak(worker["pid"]) as peak:
                 ask(server)
             bad += peak.most > planned
-            print(f"{what:<56} {worker['anonymous_bytes'] / MIB:8.1f} {peak.most / MIB:8.1f} {planned / MIB:8.1f}", flush=True)
+            print(f"{what:<56} {loaded / MIB:8.1f} {peak.most / MIB:8.1f} {planned / MIB:8.1f}", flush=True)
     sys.exit(bad > 0)
 
 

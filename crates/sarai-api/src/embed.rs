@@ -4,16 +4,13 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use sarai_core::{Api, EmbedRequest, Error, Extras, Input, KeepAlive, Timings, Usage};
+use sarai_core::{Api, EmbedRequest, Error, Extras, Input, KeepAlive, MOST_INPUTS, Timings, Usage};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::extras::Rest;
 use crate::ollama::keep_alive;
 use crate::{Served, check, json as wire};
-
-/// Texts of one request at most, as OpenAI has it.
-const MOST: usize = 2048;
 
 /// A parsed request.
 #[derive(Clone, Debug, PartialEq)]
@@ -103,8 +100,8 @@ fn checked(param: &str, inputs: Vec<Input>) -> Result<Vec<Input>, Error> {
     if inputs.is_empty() {
         return wrong(format!("`{param}` is empty: send at least one text"));
     }
-    if inputs.len() > MOST {
-        return wrong(format!("`{param}` has {} texts: send at most {MOST} at a time", inputs.len()));
+    if inputs.len() > MOST_INPUTS {
+        return wrong(format!("`{param}` has {} texts: send at most {MOST_INPUTS} at a time", inputs.len()));
     }
     for (index, input) in inputs.iter().enumerate() {
         let at = format!("{param}[{index}]");

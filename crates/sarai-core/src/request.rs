@@ -246,6 +246,9 @@ pub enum Input {
     Tokens(Vec<i32>),
 }
 
+/// Texts that one request for vectors or scores may have, as OpenAI has it.
+pub const MOST_INPUTS: usize = 2048;
+
 /// Vectors that are wanted, or scores.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EmbedRequest {

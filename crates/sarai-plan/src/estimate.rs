@@ -5,7 +5,7 @@
 //! Where a header does not say enough, the estimate is taken high and a note says so; nothing is counted as zero.
 
 use sarai_core::frame::Purpose;
-use sarai_core::{Bytes, KvType, Part};
+use sarai_core::{Bytes, KvType, MOST_INPUTS, Part};
 
 use crate::gguf::Header;
 use crate::layers::{self, Layers};
@@ -108,13 +108,14 @@ pub const LEARNED: &str = "learned";
 /// What somebody has said that it takes, of whatever kind.
 pub const DECLARED: &str = "declared";
 /// All parts, in the order in which tables show them.
-pub const PARTS: [&str; 14] = [
+pub const PARTS: [&str; 15] = [
     WEIGHTS,
     "weights repacked",
     "kv",
     "state",
     "compute",
     "output",
+    "texts and vectors",
     "vocabulary",
     "projector weights",
     "projector compute",
@@ -146,6 +147,7 @@ impl Plan {
             part("state", states(&layers, settings)),
             part("compute", compute(header, &layers, settings)),
             part("output", output(header, settings)),
+            part("texts and vectors", batch(header)),
             part("vocabulary", vocabulary(header)),
             part("process", process(header, &layers, settings)),
             part(BINARY_PAGES, BINARY),
@@ -265,6 +267,16 @@ fn output(header: &Header, settings: Settings) -> Bytes {
         return Bytes(4) * width * (settings.step() + u64::from(settings.parallel));
     }
     Bytes(4 + 12) * header.vocabulary() * u64::from(settings.parallel) * u64::from(1 + settings.draft_tokens)
+}
+
+/// The largest batch of texts, twice, and its vectors, as numbers and as they are sent.
+fn batch(header: &Header) -> Bytes {
+    const TEXT: Bytes = Bytes(2 * 2048);
+    if layers::purpose(header) == Purpose::Answers {
+        return Bytes::ZERO;
+    }
+    let width = header.arch_size("embedding_length").unwrap_or(0);
+    (Bytes(4 + 12) * width + TEXT) * MOST_INPUTS as u64
 }
 
 /// Tables of the tokenizer: about 144 bytes a token and, for byte pairs, 104 a merge, and the longer strings.
