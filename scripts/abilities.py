@@ -10,7 +10,6 @@ import base64
 import json
 import math
 import os
-import socket
 import struct
 import subprocess
 import sys
@@ -18,7 +17,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-import zlib
+
+from media_files import png, wav
+from ports import free_port
 
 CACHE = os.environ.get("SARAI_CACHE", os.path.expanduser("~/.cache/sarai"))
 SENSING = f"{CACHE}/sketches/sensing"
@@ -37,19 +38,13 @@ TOOLS = [{"type": "function", "function": {"name": "get_weather", "description":
 ASK = "What is the weather in Oslo?"
 
 
-def png():
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0)
-    lines = (b"\0" + bytes((250, 10, 10)) * 64) * 64
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")).decode()
+def red():
+    return base64.b64encode(png(64, 64, (b"\0" + bytes((250, 10, 10)) * 64) * 64)).decode()
 
 
-def wav():
+def high():
     data = b"".join(struct.pack("<h", int(12000 * math.sin(math.tau * 6000 * at / 16000))) for at in range(8000))
-    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16, 1, 1, 16000, 32000, 2, 16, b"data", len(data))
-    return base64.b64encode(head + data).decode()
+    return base64.b64encode(wav(data)).decode()
 
 
 def text_of(body):
@@ -62,11 +57,11 @@ def calls_of(body):
 
 
 def image():
-    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + png()}}
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + red()}}
 
 
 def audio():
-    return {"type": "input_audio", "input_audio": {"data": wav(), "format": "wav"}}
+    return {"type": "input_audio", "input_audio": {"data": high(), "format": "wav"}}
 
 
 def is_form(body):
@@ -89,7 +84,7 @@ ABILITIES = {
     "several answers": ({"n": 2}, None, lambda body: [choice["index"] for choice in body["choices"]] == [0, 1]),
     "going on from a beginning": ({"continue_final_message": True}, None, lambda body: text_of(body) != ""),
     "reasoning on request": ({"chat_template_kwargs": {"enable_thinking": False}}, {"think": True}, None),
-    "pictures": ([image()], {"images": [png()]}, lambda body: text_of(body) == "red"),
+    "pictures": ([image()], {"images": [red()]}, lambda body: text_of(body) == "red"),
     "sound": ([audio()], None, lambda body: text_of(body) == "high"),
     "vectors": ("embeddings", "embed", lambda body: len((body.get("data") or [{"embedding": body["embeddings"][0]}])[0]["embedding"]) == 384),
 }
@@ -151,10 +146,8 @@ def switches(url, api, asked):
 
 
 def main():
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-        free.close()
+    with tempfile.TemporaryDirectory() as folder:
+        address = f"127.0.0.1:{free_port()}"
         local = {"backend": "gguf_native", "context_length": 2048}
         models = {name: local | files for name, files in MODELS.items()}
         models["all-MiniLM-L6-v2"] |= {"context_length": 512}

@@ -19,9 +19,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import urllib.request
-import zlib
+
+from media_files import png, wav
 
 MIB = 1 << 20
 
@@ -88,21 +88,15 @@ class Peak(threading.Thread):
         self.join()
 
 
-def png(width, height, seed):
-    """Stripes, which differ from seed to seed."""
+def stripes(width, height, seed):
+    """A picture in base64, another one for each seed."""
     row = b"\0" + bytes((seed * 31 + at // 3) % 251 for at in range(3 * width))
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    file = b"\x89PNG\r\n\x1a\n"
-    for kind, data in ((b"IHDR", head), (b"IDAT", zlib.compress(row * height, 1)), (b"IEND", b"")):
-        file += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return base64.b64encode(file).decode()
+    return base64.b64encode(png(width, height, row * height, 1)).decode()
 
 
-def wav(seconds, rate=16000):
+def tone(seconds, rate=16000):
     wave = b"".join(struct.pack("<h", round(9000 * math.sin(math.tau * 440 * at / rate))) for at in range(rate))
-    data = wave * seconds
-    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16, b"data", len(data))
-    return base64.b64encode(head + data).decode()
+    return base64.b64encode(wav(wave * seconds, rate)).decode()
 
 
 def show(server, part):
@@ -112,12 +106,12 @@ def show(server, part):
 
 def pictures(server):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        parts = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + png(4096, 3072, seed)}} for seed in range(4)]
+        parts = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + stripes(4096, 3072, seed)}} for seed in range(4)]
         list(pool.map(lambda part: show(server, part), parts))
 
 
 def sound(server):
-    show(server, {"type": "input_audio", "input_audio": {"data": wav(300), "format": "wav"}})
+    show(server, {"type": "input_audio", "input_audio": {"data": tone(300), "format": "wav"}})
 
 
 def vectors(server):

@@ -25,6 +25,8 @@ import tempfile
 import threading
 import time
 
+from ports import free_port
+
 MIB = 1 << 20
 CACHE = os.environ.get("SARAI_CACHE", os.path.expanduser("~/.cache/sarai"))
 MODELS = {
@@ -106,12 +108,6 @@ class Cage:
                     pass
             time.sleep(0.05)
         os.rmdir(self.path)
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Server:

@@ -14,15 +14,15 @@ import json
 import os
 import random
 import signal
-import socket
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import zlib
+
+from media_files import png
+from ports import free_port
 
 CACHE = os.environ.get("SARAI_CACHE", os.path.expanduser("~/.cache/sarai"))
 MODELS = {
@@ -32,12 +32,6 @@ MODELS = {
     "minilm": "all-minilm-l6-v2-f16.gguf",
 }
 WORDS = "river stone cloud amber quiet meadow lantern copper violin harbor winter orchard thunder saffron marble".split()
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def file_of(model):
@@ -205,6 +199,31 @@ def ask(port, model, prompt, tokens, answer=None, stop=None):
 EOS = {"smollm2": [0, 2], "gemma": [1, 106], "qwen": [151643, 151645]}
 
 
+class Beside:
+    """A long answer, which runs beside what is measured; knows the gaps between its tokens meanwhile."""
+
+    def __init__(self, port, model):
+        self.answer, self.stop = Answer(), threading.Event()
+        arguments = (port, model, text("beside", 20), 1500, self.answer, self.stop)
+        self.thread = threading.Thread(target=ask, args=arguments)
+
+    def __enter__(self):
+        self.thread.start()
+        until(lambda: len(self.answer.times) > 10)
+        self.since = time.monotonic()
+        return self
+
+    def gaps(self):
+        # The gap that the end falls into counts too.
+        told = len(self.answer.times)
+        until(lambda: len(self.answer.times) > told + 1)
+        return self.answer.gaps(self.since, self.answer.times[-1])
+
+    def __exit__(self, *_):
+        self.stop.set()
+        self.thread.join()
+
+
 class Vectors:
     """How many came, and how long they took."""
 
@@ -227,11 +246,7 @@ def picture(seed):
     chosen, side = random.Random(seed), 448
     blocks = [[bytes(chosen.randrange(256) for _ in range(3)) for _ in range(side // 14)] for _ in range(side // 14)]
     lines = b"".join(b"\0" + b"".join(blocks[y // 14][x // 14] for x in range(side)) for y in range(side))
-    file = b"\x89PNG\r\n\x1a\n"
-    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    for kind, data in ((b"IHDR", head), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
-        file += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return base64.b64encode(file).decode()
+    return base64.b64encode(png(side, side, lines)).decode()
 
 
 def shown(port, model, seed):
@@ -588,19 +603,9 @@ class Bench:
                         again[side].append(1000 * shown(server.port, "qwen", number))
                         gaps = ask(server.port, "qwen", text("idle", 20), 60).gaps()
                         idle[side].append(1000 * percentile(gaps, 0.95))
-                        answer, stop = Answer(), threading.Event()
-                        arguments = (server.port, "qwen", text("beside", 20), 1500, answer, stop)
-                        thread = threading.Thread(target=ask, args=arguments)
-                        thread.start()
-                        until(lambda answer=answer: len(answer.times) > 10)
-                        since = time.monotonic()
-                        shown(server.port, "qwen", 1000 + number)
-                        # The gap that the picture's end falls into counts too.
-                        told = len(answer.times)
-                        until(lambda: len(answer.times) > told + 1)
-                        gaps = answer.gaps(since, answer.times[-1])
-                        stop.set()
-                        thread.join()
+                        with Beside(server.port, "qwen") as answer:
+                            shown(server.port, "qwen", 1000 + number)
+                            gaps = answer.gaps()
                         beside[side].append(1000 * percentile(gaps, 0.95))
                         longest[side].append(1000 * max(gaps))
         report("first token of a picture, ms", *first, False)
@@ -639,16 +644,10 @@ class Bench:
                     gaps = ask(server.port, "qwen", text("idle", 20), 100).gaps()
                     idle[side].append(1000 * percentile(gaps, 0.95))
                     for form, figures in ((None, plain), (schema, bound)):
-                        answer, stop = Answer(), threading.Event()
-                        arguments = (server.port, "qwen", text("beside", 20), 1500, answer, stop)
-                        thread = threading.Thread(target=ask, args=arguments)
-                        thread.start()
-                        until(lambda answer=answer: len(answer.times) > 10)
-                        since = time.monotonic()
-                        tokens, seconds = listed(server.port, "qwen", f"List words of the sea, number {number}.", 200, form)
-                        gaps = answer.gaps(since, time.monotonic())
-                        stop.set()
-                        thread.join()
+                        with Beside(server.port, "qwen") as answer:
+                            prompt = f"List words of the sea, number {number}."
+                            tokens, seconds = listed(server.port, "qwen", prompt, 200, form)
+                            gaps = answer.gaps()
                         figures[side].append(1000 * percentile(gaps, 0.95))
                         if form:
                             longest[side].append(1000 * max(gaps))

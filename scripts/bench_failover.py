@@ -18,15 +18,11 @@ import threading
 import time
 import urllib.request
 
+from ports import free_port
+
 ROUNDS = 3
 CACHE = os.environ.get("SARAI_CACHE", os.path.expanduser("~/.cache/sarai"))
 MODEL = os.path.join(CACHE, "models", "smollm2-135m-instruct-q4_1.gguf")
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def get(url):

@@ -12,7 +12,6 @@ import base64
 import json
 import os
 import random
-import socket
 import struct
 import subprocess
 import sys
@@ -20,25 +19,21 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-import zlib
+
+from media_files import png, wav
+from ports import free_port
 
 
-def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(dice):
+def any_png(dice):
     if dice.random() < 0.5:
         width, height = dice.randrange(1, 90), dice.randrange(1, 90)
         lines = b"".join(b"\0" + bytes(dice.randrange(256) for _ in range(3 * width)) for _ in range(height))
-        head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+        return png(width, height, lines)
     width, height = dice.choice([(1, 1), (2, 2), (17, 9), (64, 64), (300, 2), (5000, 3000), (70000, 70000)])
     depth, colour = dice.choice([(8, 2), (8, 6), (8, 0), (16, 2), (1, 3), (8, 7)])
     rows = min(height, 80)
     data = bytes(dice.randrange(256) for _ in range(min(width, 80) * 4 + 1)) * rows
-    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, dice.choice([0, 0, 1]))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return png(width, height, data, depth=depth, colour=colour, interlace=dice.choice([0, 0, 1]))
 
 
 def bmp(dice):
@@ -62,11 +57,11 @@ def jpeg(dice):
     return head + bytes(dice.randrange(256) for _ in range(200)) + b"\xff\xd9"
 
 
-def wav(dice):
+def any_wav(dice):
     if dice.random() < 0.5:
         data = bytes(dice.randrange(256) for _ in range(2 * dice.choice([1, 2, 100, 4000])))
         rate = dice.choice([4000, 16000, 44100, 192000])
-        return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16, b"data", len(data)) + data
+        return wav(data, rate)
     rate, channels, bits = dice.choice([16000, 1, 0, 4_000_000_000, 44100]), dice.choice([1, 2, 0, 65535]), dice.choice([16, 8, 24, 32, 3])
     kind = dice.choice([1, 3, 2, 0xFFFE, 99])
     data = bytes(dice.randrange(256) for _ in range(dice.choice([0, 1, 2, 999, 6000])))
@@ -96,13 +91,13 @@ def encoded(dice, data):
 
 
 def picture(dice):
-    data = encoded(dice, mutated(dice, dice.choice([png, bmp, gif, webp, jpeg])(dice)))
+    data = encoded(dice, mutated(dice, dice.choice([any_png, bmp, gif, webp, jpeg])(dice)))
     url = dice.choice(["data:image/png;base64,", "data:;base64,", ""]) + data
     return {"type": "image_url", "image_url": {"url": url}}
 
 
 def sound(dice):
-    data = encoded(dice, mutated(dice, dice.choice([wav, flac, mp3])(dice)))
+    data = encoded(dice, mutated(dice, dice.choice([any_wav, flac, mp3])(dice)))
     return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
 
 
@@ -156,9 +151,7 @@ def request(dice):
 
 
 def start(binary, sensing, model, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     fitted = os.path.join(sensing, "fitted")
     local = {"backend": "gguf_native", "context_length": 2048, "parallel": 2, "keep_alive": -1}
     models = {

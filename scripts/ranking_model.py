@@ -9,7 +9,6 @@ There are no weights of rerankers in the package registries: the pairs, the pool
 
 import argparse
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ import urllib.request
 
 import gguf
 import numpy
+
+from ports import free_port
 
 QUERIES = {
     "What is the capital of Norway?": [
@@ -56,9 +57,7 @@ def write(source, target):
 
 
 def reference(server, model):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [server, "-m", model, "--reranking", "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -10,39 +10,33 @@ import base64
 import json
 import math
 import random
-import socket
 import struct
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-import zlib
+
+from media_files import png, wav
+from ports import free_port
 
 PAIRS = {"gemma3": ("gemma3", False), "qwen2vl": ("qwen2vl", False), "omni": ("qwen2vl", True)}
 GEMMA_SIDE = 56
 LEAST_MARGIN = 0.05
 
 
-def png(width, height, seed):
+def noise(width, height, seed):
     """Coloured noise in blocks, so that every line and column differs."""
-    noise = random.Random(seed)
-    cells = [[bytes(noise.randrange(256) for _ in range(3)) for _ in range(width // 14)] for _ in range(height // 14)]
+    dice = random.Random(seed)
+    cells = [[bytes(dice.randrange(256) for _ in range(3)) for _ in range(width // 14)] for _ in range(height // 14)]
     lines = b"".join(b"\0" + b"".join(cells[y // 14][x // 14] for x in range(width)) for y in range(height))
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
+    return png(width, height, lines, 9)
 
 
-def wav(hertz, seconds):
+def beats(hertz, seconds):
     rate = 16000
     samples = (round(12000 * math.sin(math.tau * hertz * at / rate) * (at % 2000) / 2000) for at in range(int(rate * seconds)))
-    data = b"".join(struct.pack("<h", sample) for sample in samples)
-    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16, b"data", len(data))
-    return head + data
+    return wav(b"".join(struct.pack("<h", sample) for sample in samples), rate)
 
 
 def text(words):
@@ -50,11 +44,11 @@ def text(words):
 
 
 def picture(width, height, seed):
-    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(png(width, height, seed)).decode()}}
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(noise(width, height, seed)).decode()}}
 
 
 def sound(hertz, seconds):
-    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(wav(hertz, seconds)).decode(), "format": "wav"}}
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(beats(hertz, seconds)).decode(), "format": "wav"}}
 
 
 def user(*parts):
@@ -76,12 +70,6 @@ def conversations(hears, side, seed):
     if hears:
         yield [user(sound(440, 0.3), text("what is it"))]
         yield [user(text("look"), picture(*wide, seed + 7), text("and listen"), sound(3000, 0.2), text("then answer"))]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def ask(port, messages):

@@ -40,6 +40,25 @@ pub enum Ended {
     Badly,
     /// It takes too much time or memory.
     Late,
+    /// The machine has not let the trial come to its end: the next request with this form has it tried again.
+    Unfinished,
+}
+
+impl Ended {
+    /// # Errors
+    /// The form of the request cannot be used, or was not tried.
+    fn allows(self, request: &GenerateRequest) -> Result<(), Error> {
+        let param = sampler::form_param(request);
+        let why = match self {
+            Self::Well => return Ok(()),
+            Self::Badly => "it ends in a dead end, or refers to itself without end",
+            Self::Late => "it takes too much time or memory: say less, repeat less, or nest repetitions less",
+            Self::Unfinished => {
+                return Err(Error::Internal(format!("the grammar of `{param}` could not be tried: send it again")));
+            }
+        };
+        Err(Error::invalid(param, format!("llama.cpp cannot follow the grammar of `{param}`: {why}")))
+    }
 }
 
 /// A request that waits for the trial of its form.
@@ -77,17 +96,8 @@ impl Trials {
             return Ok(true);
         }
         let form = form_of(request);
-        let param = sampler::form_param(request);
-        let unsound =
-            |why: &str| Err(Error::invalid(param, format!("llama.cpp cannot follow the grammar of `{param}`: {why}")));
-        match self.ended.iter().find(|(tried, _)| *tried == form).map(|(_, ended)| ended) {
-            None => Ok(false),
-            Some(Ended::Well) => Ok(true),
-            Some(Ended::Badly) => unsound("it ends in a dead end, or refers to itself without end"),
-            Some(Ended::Late) => {
-                unsound("it takes too much time or memory: say less, repeat less, or nest repetitions less")
-            }
-        }
+        let known = self.ended.iter().find(|(tried, _)| *tried == form);
+        known.map_or(Ok(false), |(_, ended)| ended.allows(request).map(|()| true))
     }
 
     /// Lets a request wait for the trial of its form.
@@ -118,16 +128,22 @@ impl Trials {
         }
     }
 
-    /// Remembers what has become of a form; returns the requests that have it.
-    pub fn end(&mut self, form: u64, ended: Ended) -> Vec<Untried> {
+    /// Remembers what has become of a form; returns the requests that have it, and whether they may go on.
+    pub fn end(&mut self, form: u64, ended: Ended) -> Vec<(Untried, Result<(), Error>)> {
         self.is_busy = false;
-        if self.ended.len() >= REMEMBERED {
-            self.ended.pop_front();
+        if ended != Ended::Unfinished {
+            if self.ended.len() >= REMEMBERED {
+                self.ended.pop_front();
+            }
+            self.ended.push_back((form, ended));
         }
-        self.ended.push_back((form, ended));
-        let (known, waiting) = self.waiting.drain(..).partition(|untried| form_of(&untried.request) == form);
+        let (tried, waiting) = self.waiting.drain(..).partition(|untried| form_of(&untried.request) == form);
         self.waiting = waiting;
-        Vec::from_iter::<VecDeque<_>>(known)
+        let told = |untried: Untried| {
+            let allowed = ended.allows(&untried.request);
+            (untried, allowed)
+        };
+        VecDeque::into_iter(tried).map(told).collect()
     }
 }
 
@@ -216,12 +232,15 @@ impl Copy {
         if !ends_within(pid, WITHIN) {
             let _ = kill_process(pid, Signal::KILL);
             let _ = waitpid(Some(pid), WaitOptions::empty());
-            return Ended::Late;
+            return Ended::Unfinished;
         }
-        match waitpid(Some(pid), WaitOptions::empty()) {
-            Ok(Some((_, status))) if status.exit_status() == Some(0) => Ended::Well,
-            Ok(Some((_, status))) if status.terminating_signal() == Some(libc::SIGABRT) => Ended::Badly,
-            _ => Ended::Late,
+        let Ok(Some((_, status))) = waitpid(Some(pid), WaitOptions::empty()) else { return Ended::Unfinished };
+        match (status.exit_status(), status.terminating_signal()) {
+            (Some(0), _) => Ended::Well,
+            (_, Some(libc::SIGABRT | libc::SIGSEGV)) => Ended::Badly,
+            (Some(_), _) | (_, Some(libc::SIGPROF)) => Ended::Late,
+            // Such as by the kernel, for want of memory.
+            _ => Ended::Unfinished,
         }
     }
 }
@@ -266,5 +285,7 @@ mod tests {
         let greedy = || std::hint::black_box(vec![1_u8; 1 << 30]).len() > 1;
         assert_eq!(Copy::begin(greedy).ended(), Ended::Badly, "an allocation that fails ends the process");
         assert_eq!(Copy(None).ended(), Ended::Well);
+        let killed = || kill_process(rustix::process::getpid(), Signal::KILL).is_ok();
+        assert_eq!(Copy::begin(killed).ended(), Ended::Unfinished);
     }
 }

@@ -281,17 +281,20 @@ impl<'model> Engine<'model> {
 
     /// Begins with a request, once the form of its answer was tried.
     fn begin(&mut self, asked: Untried, frames: &mut FrameWriter) -> anyhow::Result<()> {
-        let id = asked.id;
-        let begun = match self.trials.allows(&asked.request) {
-            Ok(true) => self.render(asked),
+        match self.trials.allows(&asked.request) {
             Ok(false) => {
                 self.trials.push(asked);
                 self.trials.begin(self.model, self.templates);
                 Ok(())
             }
-            Err(error) => Err(error),
-        };
-        match begun {
+            allowed => self.go_on(asked, allowed.map(drop), frames),
+        }
+    }
+
+    /// Renders a request, or tells why it cannot be followed.
+    fn go_on(&mut self, asked: Untried, allowed: Result<(), Error>, frames: &mut FrameWriter) -> anyhow::Result<()> {
+        let id = asked.id;
+        match allowed.and_then(|()| self.render(asked)) {
             Ok(()) => Ok(()),
             Err(error) => frames.send(&FromWorker::Failed { id, error }),
         }
@@ -299,8 +302,8 @@ impl<'model> Engine<'model> {
 
     /// Goes on with those whose form was tried.
     fn take_tried(&mut self, form: u64, ended: trial::Ended, frames: &mut FrameWriter) -> anyhow::Result<()> {
-        for untried in self.trials.end(form, ended) {
-            self.begin(untried, frames)?;
+        for (asked, allowed) in self.trials.end(form, ended) {
+            self.go_on(asked, allowed, frames)?;
         }
         self.trials.begin(self.model, self.templates);
         Ok(())
@@ -362,8 +365,8 @@ impl<'model> Engine<'model> {
         for index in 0..self.scheduler.sequences.len() {
             let Some(generation) = &mut self.scheduler.sequences[index].generation else { continue };
             let Waiting { id, context_tokens, lacks, writer, .. } = &mut generation.asked;
-            let Some(lacking) = writer.lacking.take() else { continue };
-            let mut lacking: Vec<_> = lacking.into_iter().filter(|(piece, _)| lacks.contains(piece)).collect();
+            let mut lacking: Vec<_> =
+                std::mem::take(&mut writer.lacking).into_iter().filter(|(piece, _)| lacks.contains(piece)).collect();
             lacking.sort_by_key(|(piece, _)| *piece);
             // All pieces of one file are encoded together.
             lacking.dedup_by(|(_, one), (_, other)| Arc::ptr_eq(&one.media, &other.media));
@@ -418,7 +421,6 @@ impl<'model> Engine<'model> {
         });
         let likely = request.logprobs.map(|count| (usize::from(count), Vec::new()));
         let lacks = lacking.keys().copied().collect();
-        let lacking = Some(lacking).filter(|lacking| !lacking.is_empty());
         let writer = Writer { sampler, answer, parts, pieces, lacking, source: Source::default(), likely };
         let given = given.len();
         self.scheduler.push(Waiting { id, prompt, given, max_tokens, context_tokens, since, encode, lacks, writer });

@@ -22,7 +22,7 @@ pub struct Writer {
     /// What its prompt shows and lets hear, until that was computed.
     pub pieces: Pieces,
     /// What the pieces are of that it lacks, until they are being encoded.
-    pub lacking: Option<HashMap<u32, Lack>>,
+    pub lacking: HashMap<u32, Lack>,
     /// What is being encoded.
     pub source: Source,
     /// How likely the tokens were whose text is not passed on yet, and how many others are told of.
