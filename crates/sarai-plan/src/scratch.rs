@@ -2,7 +2,7 @@
 //!
 //! Its allocator reuses memory as soon as a tensor is not needed any more, so the size is that of the widest set of
 //! tensors that live at the same time. Which those are was read off its own dry runs on sixteen architectures of
-//! different proportions; `tests/plan.rs` of the binary holds the formulas to them.
+//! different proportions; `tests/end_to_end/plan.rs` of the binary holds the formulas to them.
 
 use sarai_core::Bytes;
 

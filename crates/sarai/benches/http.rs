@@ -10,7 +10,7 @@
     reason = "a measuring tool"
 )]
 
-#[path = "../tests/support/mod.rs"]
+#[path = "../tests/end_to_end/support/mod.rs"]
 mod support;
 
 use std::io::{BufRead, BufReader, Write};

@@ -1,4 +1,4 @@
-//! `sarai` as it is, but for workers that grow behind the ledger's back once told to: for `tests/pressure.rs` only.
+//! `sarai` as it is, but for workers that grow behind the ledger's back once told to: for `tests/end_to_end/pressure.rs` only.
 //!
 //! When the file named by `SARAI_GROW` exists, a worker takes the MiB that are written in it, a few at a time, and
 //! keeps them.

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use crate::args::PlanArgs;
 use crate::{Failure, command, log};
 
-/// What the server itself takes, as measured without a model (`tests/cli.rs` holds it to that).
+/// What the server itself takes, as measured without a model (`tests/end_to_end/cli.rs` holds it to that).
 const SERVER: Bytes = Bytes::mib(24);
 
 /// Plans files, or the configuration.

@@ -1,13 +1,9 @@
 //! Whether a model reasons before it answers. No model that does is among the test weights: a small random one with such a template
 //! shows what reaches it, and one that recites shows what comes of its words (`scripts/sensing_models.py`).
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
+use crate::support::host::{Host, ollama};
+use crate::support::{Sarai, smollm2};
 use serde_json::{Value, json};
-use support::host::{Host, ollama};
-use support::{Sarai, smollm2};
 
 fn models() -> String {
     let folder = std::env::var("SARAI_SKETCHES").expect("SARAI_SKETCHES is missing: run the tests with `make test`");

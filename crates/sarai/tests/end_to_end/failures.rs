@@ -1,16 +1,12 @@
 //! What must be survived: killed workers, broken files, bad bodies, slow clients, signals.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::support::{Answer, Sarai, chat, is_alive, smollm2};
 use futures_util::StreamExt;
 use serde_json::json;
-use support::{Sarai, chat, is_alive, smollm2};
 
 fn config() -> String {
     format!(
@@ -52,9 +48,8 @@ async fn a_worker_killed_in_mid_answer_is_started_again_and_the_answer_goes_on()
     while let Some(chunk) = chunks.next().await {
         seen.extend_from_slice(&chunk.unwrap());
     }
-    let resumed =
-        support::Answer { status: 200, headers: whole.headers.clone(), text: String::from_utf8(seen).unwrap() };
-    let text = |answer: &support::Answer| -> String {
+    let resumed = Answer { status: 200, headers: whole.headers.clone(), text: String::from_utf8(seen).unwrap() };
+    let text = |answer: &Answer| -> String {
         answer
             .sse()
             .iter()
@@ -123,7 +118,7 @@ async fn a_worker_killed_before_the_first_token_costs_its_request_nothing() {
     let asked = tokio::spawn(sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body).send());
     sarai.until("it computes", |ps| ps["workers"][0]["busy"] == 1).await;
     kill(worker);
-    let answer = support::Answer::of(asked.await.unwrap().unwrap()).await;
+    let answer = Answer::of(asked.await.unwrap().unwrap()).await;
     assert!(answer.status == 200 && answer.text.ends_with("data: [DONE]\n\n"), "{}", answer.text);
     assert_ne!(sarai.worker_pids().await, [worker]);
 }
@@ -348,7 +343,7 @@ async fn an_answer_that_outlasts_the_drain_deadline_is_ended_with_an_error_not_c
     let worker = sarai.worker_pids().await[0];
     let asked = Instant::now();
     Command::new("kill").args(["-TERM", &sarai.pid().to_string()]).status().unwrap();
-    let answer = support::Answer::of(response).await;
+    let answer = Answer::of(response).await;
     assert!(
         !answer.text.contains("[DONE]") && !answer.text.contains("\"finish_reason\":\"stop\""),
         "never a clean end"

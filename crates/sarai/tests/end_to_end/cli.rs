@@ -1,13 +1,9 @@
 //! The command line: checking, exit codes, the environment, and talking to a server.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
 use std::path::Path;
 use std::process::{Command, Output};
 
-use support::{BINARY, Sarai, smollm2};
+use crate::support::{BINARY, Sarai, smollm2};
 
 fn sarai(args: &[&str], folder: &Path, variables: &[(&str, &str)]) -> Output {
     let mut command = Command::new(BINARY);

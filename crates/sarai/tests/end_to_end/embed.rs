@@ -1,14 +1,10 @@
 //! Vectors of a real model, through both APIs, beside those of the original.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
+use crate::support::host::{Host, Step};
+use crate::support::{Ollama, Sarai, chat, minilm, smollm2};
 use base64::Engine;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
-use support::host::{Host, Step};
-use support::{Ollama, Sarai, chat, minilm, smollm2};
 
 fn models() -> String {
     format!(
@@ -26,7 +22,7 @@ struct Reference {
 
 /// Of the original weights, computed by `scripts/minilm_reference.py`.
 fn references() -> Vec<Reference> {
-    let rows: Vec<Value> = serde_json::from_str(include_str!("../../../tests/minilm_reference.json")).unwrap();
+    let rows: Vec<Value> = serde_json::from_str(include_str!("../../../../tests/minilm_reference.json")).unwrap();
     let read = |row: &Value| Reference {
         text: row["text"].as_str().unwrap().to_owned(),
         tokens: row["tokens"].as_u64().unwrap(),
@@ -152,7 +148,8 @@ async fn texts_are_ranked_as_llama_cpps_server_ranks_them() {
     let file = format!("{folder}/ranking/minilm.gguf");
     let sarai =
         Sarai::start(&format!("models:\n  ranker: {{ backend: gguf_native, gguf_path: {file}, role: embedding }}\n"));
-    let references: Vec<Value> = serde_json::from_str(include_str!("../../../tests/ranking_reference.json")).unwrap();
+    let references: Vec<Value> =
+        serde_json::from_str(include_str!("../../../../tests/ranking_reference.json")).unwrap();
     let ask = async |reference: &Value, more: Value| {
         let mut body = json!({ "model": "ranker", "query": reference["query"], "documents": reference["documents"] });
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());

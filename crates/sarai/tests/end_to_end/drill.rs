@@ -1,13 +1,9 @@
 //! Every fault of a host, played by the real binary: what a client sees, cell by cell.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
 use std::process::Command;
 
+use crate::support::{BINARY, smollm2};
 use serde_json::Value;
-use support::{BINARY, smollm2};
 
 /// Runs a drill; the cells.
 fn drill(config: &str) -> Vec<Value> {

@@ -1,18 +1,12 @@
 //! `sarai plan`: files against llama.cpp's own dry run, and the tables of the reference set-up.
 //!
-//! `UPDATE_GOLDEN=1 cargo test --release -p sarai --test plan` writes the golden tables anew.
-
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-#[path = "support/gguf.rs"]
-mod gguf;
-mod support;
+//! `UPDATE_GOLDEN=1 cargo test --release -p sarai --test end_to_end plan::` writes the golden tables anew.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::support::{BINARY, gemma, gguf, qwen, smollm2};
 use serde_json::Value;
-use support::{BINARY, gemma, qwen, smollm2};
 
 fn plan(arguments: &[&str]) -> String {
     let state = tempfile::tempdir().unwrap();
@@ -165,7 +159,7 @@ fn reference(folder: &Path, name: &str, solar: &str, omni: u32, strategy: &str) 
     let file = folder.join("sarai.yaml");
     std::fs::write(&file, config).unwrap();
     let table = plan(&["--config", &file.to_string_lossy(), "--ram", "16GiB"]);
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/end_to_end/golden").join(name);
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
         std::fs::create_dir_all(golden.parent().unwrap()).unwrap();
         std::fs::write(&golden, &table).unwrap();

@@ -1,13 +1,9 @@
 //! Local models through the real binary: sampling, streaming, sharing, limits.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
+use crate::support::{Sarai, chat, gemma, qwen, smollm2};
 use futures_util::StreamExt;
 use futures_util::future::join_all;
 use serde_json::json;
-use support::{Sarai, chat, gemma, qwen, smollm2};
 
 fn config(more: &str) -> String {
     format!(

@@ -2,18 +2,14 @@
 //!
 //! Needs root and a memory control group that can be written, as CI has them.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::support::smollm2;
 use serde_json::{Value, json};
-use support::smollm2;
 
 const MIB: u64 = 1 << 20;
 

@@ -1,13 +1,9 @@
 //! The official, unmodified Python and JavaScript clients of both APIs, against the real binary.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
 use std::path::Path;
 use std::process::Command;
 
-use support::{Ollama, Sarai, minilm, qwen, smollm2};
+use crate::support::{Ollama, Sarai, minilm, qwen, smollm2};
 
 #[test]
 fn the_official_clients_are_served() {

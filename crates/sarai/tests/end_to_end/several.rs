@@ -1,11 +1,7 @@
 //! Several answers to one request.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
+use crate::support::{Answer, Sarai, chat, smollm2};
 use serde_json::{Value, json};
-use support::{Answer, Sarai, chat, smollm2};
 
 fn config() -> String {
     format!(

@@ -1,16 +1,12 @@
 //! Commands as deployments: started, measured, stopped with all that they started. The command is another sarai, a real
 //! server of OpenAI's API whose worker is a process of its own.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::support::{Answer, BINARY, Sarai, chat, is_alive, smollm2};
 use futures_util::StreamExt;
 use serde_json::json;
-use support::{Answer, BINARY, Sarai, chat, is_alive, smollm2};
 
 /// `small`, served by a sarai that this one starts.
 fn config(folder: &std::path::Path, more: &str) -> String {

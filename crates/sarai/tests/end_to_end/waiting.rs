@@ -1,12 +1,8 @@
 //! What a client hears while a model is loaded for it.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
+use crate::support::host::{Host, Step};
+use crate::support::{BINARY, Sarai, chat, qwen};
 use serde_json::{Value, json};
-use support::host::{Host, Step};
-use support::{BINARY, Sarai, chat, qwen};
 
 fn config(model: &str) -> String {
     format!(

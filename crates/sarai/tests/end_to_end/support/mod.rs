@@ -9,6 +9,7 @@
     reason = "tests fail by panicking, and each uses a part"
 )]
 
+pub mod gguf;
 pub mod host;
 pub mod media;
 

@@ -1,16 +1,12 @@
 //! Pictures and sound, on small models of the true architectures (`scripts/sensing_models.py`): fitted ones that name what they sense, and
 //! random ones whose answers are those of llama.cpp's own server.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
+use crate::support::host::{Host, openai};
+use crate::support::media::{BLUE, GREEN, RED, audio_part, base64, image_part, picture, png, text_part, wav};
+use crate::support::{Ollama, Sarai, chat, smollm2};
 use futures_util::future::join_all;
 use image::ImageFormat;
 use serde_json::{Value, json};
-use support::host::{Host, openai};
-use support::media::{BLUE, GREEN, RED, audio_part, base64, image_part, picture, png, text_part, wav};
-use support::{Ollama, Sarai, chat, smollm2};
 
 /// What there is of each: the text model, its projector, and whether that hears.
 const PAIRS: [(&str, &str, bool); 3] =
@@ -121,7 +117,7 @@ async fn what_is_shown_and_heard_is_named_in_both_apis_streamed_and_whole() {
 #[tokio::test]
 async fn answers_are_those_of_llama_cpps_server_alone_in_company_and_out_of_the_cache() {
     let sarai = Sarai::start(&models("random", ""));
-    let cases: Vec<Value> = serde_json::from_str(include_str!("../../../tests/senses_reference.json")).unwrap();
+    let cases: Vec<Value> = serde_json::from_str(include_str!("../../../../tests/senses_reference.json")).unwrap();
     assert!(cases.len() >= 17);
     let ask = |case: &Value| {
         let body = json!({ "model": case["model"], "messages": case["messages"], "temperature": 0, "max_tokens": 12 });

@@ -1,12 +1,8 @@
 //! Tokens that are drafted from repeated text (`draft_tokens`), on a real model.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
+use crate::support::{Sarai, chat, qwen};
 use futures_util::future::join_all;
 use serde_json::{Value, json};
-use support::{Sarai, chat, qwen};
 
 fn sarai(draft_tokens: u32) -> Sarai {
     Sarai::start(&format!(

@@ -1,18 +1,14 @@
 //! Several hosts of a model, how they are chosen, limited, added and left; and what passes through to them.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::support::host::{Host, Step, last_line, line, ok, ollama, openai};
+use crate::support::{Answer, Ollama, Sarai, chat, smollm2};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
-use support::host::{Host, Step, last_line, line, ok, ollama, openai};
-use support::{Answer, Ollama, Sarai, chat, smollm2};
 
 fn served_by(answer: &Answer) -> &str {
     answer.header("x-sarai-served-by").unwrap()

@@ -1,15 +1,11 @@
 //! The remote path on a real Ollama, and its failures.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
 use std::io::{Read, Write};
 use std::net::TcpListener;
 
+use crate::support::{Answer, Ollama, Sarai, chat, smollm2};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
-use support::{Ollama, Sarai, chat, smollm2};
 
 /// `solar` on these hosts with a local fallback, and a model that only the host could serve.
 fn config(url: &str) -> String {
@@ -26,7 +22,7 @@ fn ollama_body(stream: bool, n: u32) -> Value {
     })
 }
 
-fn served_by(answer: &support::Answer) -> &str {
+fn served_by(answer: &Answer) -> &str {
     answer.header("x-sarai-served-by").unwrap()
 }
 
@@ -38,7 +34,7 @@ async fn answers_through_sarai_equal_those_of_ollama_asked_directly() {
         |path: &str, body: &Value| sarai.client.post(format!("{}{path}", ollama.url)).body(body.to_string()).send();
     let mut body = ollama_body(false, 24);
     // The model's context is set in the configuration, as num_ctx: the same load on both ways.
-    let whole = support::Answer::of(direct("/api/chat", &body).await.unwrap()).await.json();
+    let whole = Answer::of(direct("/api/chat", &body).await.unwrap()).await.json();
     let ours = sarai.post("/api/chat", body.to_string()).await;
     assert_eq!(served_by(&ours), format!("solar@ollama_http(127.0.0.1:{})", ollama.port));
     assert_eq!(ours.header("x-sarai-fallback-reason"), None);
@@ -53,12 +49,12 @@ async fn answers_through_sarai_equal_those_of_ollama_asked_directly() {
     assert!(lines.len() > 5, "streamed token by token");
 
     let generate = json!({ "model": "solar", "stream": false, "raw": true, "prompt": "The sky is", "options": { "temperature": 0, "seed": 7, "num_predict": 12, "num_ctx": 2048 } });
-    let whole = support::Answer::of(direct("/api/generate", &generate).await.unwrap()).await.json();
+    let whole = Answer::of(direct("/api/generate", &generate).await.unwrap()).await.json();
     let ours = sarai.post("/api/generate", generate.to_string()).await.json();
     assert_eq!((&ours["response"], &ours["eval_count"]), (&whole["response"], &whole["eval_count"]));
 
     let mut generate = json!({ "model": "solar", "stream": false, "system": "Be brief.", "prompt": "Name a colour.", "options": { "temperature": 0, "seed": 7, "num_predict": 12, "num_ctx": 2048 } });
-    let whole = support::Answer::of(direct("/api/generate", &generate).await.unwrap()).await.json();
+    let whole = Answer::of(direct("/api/generate", &generate).await.unwrap()).await.json();
     generate["stream"] = true.into();
     let ours = sarai.post("/api/generate", generate.to_string()).await.lines();
     let text: String = ours.iter().map(|line| line["response"].as_str().unwrap()).collect();
@@ -68,7 +64,7 @@ async fn answers_through_sarai_equal_those_of_ollama_asked_directly() {
     assert_eq!((loaded.status, &loaded.json()["done_reason"]), (200, &json!("load")), "{}", loaded.text);
 
     let both = tokio::join!(sarai.post("/api/chat", body.to_string()), sarai.post("/api/chat", body.to_string()));
-    let content = |answer: &support::Answer| -> String {
+    let content = |answer: &Answer| -> String {
         answer.lines().iter().map(|line| line["message"]["content"].as_str().unwrap().to_owned()).collect()
     };
     assert_eq!((both.0.status, content(&both.0)), (both.1.status, content(&both.1)), "two clients at once");
@@ -113,7 +109,7 @@ async fn a_host_killed_before_its_first_token_hands_over_and_one_killed_after_it
     let asked = tokio::spawn(sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body).send());
     ollama.until_it_loads().await;
     ollama.kill();
-    let answer = support::Answer::of(asked.await.unwrap().unwrap()).await;
+    let answer = Answer::of(asked.await.unwrap().unwrap()).await;
     assert_eq!((answer.status, served_by(&answer)), (200, "solar@gguf_native"), "{}", answer.text);
     let reason = answer.header("x-sarai-fallback-reason").unwrap();
     assert!(!reason.contains("refused"), "it was killed while it worked: {reason}");
@@ -139,7 +135,7 @@ async fn a_host_killed_before_its_first_token_hands_over_and_one_killed_after_it
         assert_eq!(seen.contains("\"error\""), !is_resumed, "{seen}");
         assert_eq!(seen.ends_with("data: [DONE]\n\n"), is_resumed, "a clean end only where it is one: {seen}");
         if is_resumed {
-            let answer = support::Answer { status: 200, headers: reqwest::header::HeaderMap::new(), text: seen };
+            let answer = Answer { status: 200, headers: reqwest::header::HeaderMap::new(), text: seen };
             let events = answer.sse();
             let end = events.iter().find(|event| event["sarai"].is_object()).unwrap();
             assert_eq!(end["sarai"]["resumed"][0]["by"], "solar@gguf_native", "{end}");
@@ -272,7 +268,7 @@ async fn strict_requests_are_refused_rather_than_degraded() {
     let body = chat("solar", "Hi", json!({ "logit_bias": { "5": 1 } }));
     let ask = async |strict: &'static str| {
         let request = sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body.clone());
-        support::Answer::of(request.header("x-sarai-strict", strict).send().await.unwrap()).await
+        Answer::of(request.header("x-sarai-strict", strict).send().await.unwrap()).await
     };
     let degraded = ask("false").await;
     assert_eq!((degraded.status, degraded.header("x-sarai-degraded")), (200, Some("logit_bias")), "{}", degraded.text);

@@ -1,11 +1,7 @@
 //! The pool over HTTP: the ledger, growth, keep_alive, eviction, what-if, loads and unloads, metrics.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
+use crate::support::{Answer, BINARY, Sarai, smollm2};
 use serde_json::{Value, json};
-use support::{Answer, Sarai, smollm2};
 
 const MIB: u64 = 1 << 20;
 
@@ -207,7 +203,7 @@ async fn models_are_loaded_and_unloaded_by_both_apis_and_the_command_line() {
     assert_eq!(sarai.post("/models/unload", r#"{"model":"a"}"#).await.status, 200);
     until(&sarai, "a goes", |ledger| engine(ledger, "a")["state"] == "absent").await;
     let command = |name: &str| {
-        let mut command = tokio::process::Command::new(support::BINARY);
+        let mut command = tokio::process::Command::new(BINARY);
         command.args([name, "b", "--url", &sarai.url]);
         command
     };

@@ -1,12 +1,8 @@
 //! Clients of one API on hosts of the other.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
+use crate::support::Sarai;
+use crate::support::host::{Host, Step, last_line, ok, ollama, openai};
 use serde_json::{Value, json};
-use support::Sarai;
-use support::host::{Host, Step, last_line, ok, ollama, openai};
 
 fn on_host(url: &str, backend: &str) -> String {
     format!("models:\n  solar: {{ backend: {backend}, url: \"{url}\", model_name: m }}\n")

@@ -1,14 +1,10 @@
 //! What was computed once is not computed again: prefixes that requests share, and conversations of a worker that went.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
 use std::path::PathBuf;
 
+use crate::support::{Sarai, gemma, qwen, smollm2};
 use futures_util::future::join_all;
 use serde_json::{Value, json};
-use support::{Sarai, gemma, qwen, smollm2};
 
 fn config(file: &str, parallel: u32, more: &str) -> String {
     format!(

@@ -1,12 +1,8 @@
 //! Tools and forms of answers on real local models, through both APIs.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod support;
-
+use crate::support::{Answer, Sarai, chat, qwen, smollm2};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
-use support::{Answer, Sarai, chat, qwen, smollm2};
 
 fn models() -> String {
     format!(

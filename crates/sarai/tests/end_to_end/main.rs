@@ -1,0 +1,26 @@
+//! The real binary on real models and real hosts, from outside. One program for all, since each would link llama.cpp anew;
+//! `cargo test --release --test end_to_end plan::` runs one file of it.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod across;
+mod cache;
+mod cli;
+mod clients;
+mod draft;
+mod drill;
+mod embed;
+mod failures;
+mod hosts;
+mod local;
+mod memory;
+mod plan;
+mod pressure;
+mod process;
+mod reasoning;
+mod remote;
+mod senses;
+mod several;
+mod support;
+mod tools;
+mod waiting;
