@@ -615,23 +615,32 @@ class Bench:
         report("longest gap beside a picture, ms", *longest, False)
 
     def same(self):
-        """Greedy text alone and beside 15 others: how many of 16 are the same, and how far behind the chosen token the other one was where they part"""
+        """Greedy text alone and beside 15 others: how many of 16 are the same, how far behind the chosen token the other one was where they part, and what both took"""
         words = "sea dog stars war cheese love cars trees music rain gold moon bread ships kings sleep".split()
         prompts = [f"Write about {word}. {'It is long ago, ' * n}" for n, word in enumerate(words)]
+        exact = ", deterministic: true"
         for model in ("smollm2", "qwen"):
-            with self.stock(model, parallel=8) as peer, self.sarai([model], parallel=8) as ours:
-                for name, server in (("stock", peer), ("sarai", ours)):
+            starts = {
+                "stock": lambda: self.stock(model, parallel=8),
+                "sarai": lambda: self.sarai([model], parallel=8),
+                "sarai" + exact: lambda: self.sarai([model], parallel=8, more=exact),
+            }
+            for name, start in starts.items():
+                with start() as server:
+                    began = time.monotonic()
                     alone = [likely(server.port, model, prompt) for prompt in prompts]
+                    between = time.monotonic()
                     with concurrent.futures.ThreadPoolExecutor(16) as pool:
                         company = list(pool.map(lambda prompt: likely(server.port, model, prompt), prompts))
-                    behind = []
-                    for one, other in zip(alone, company):
-                        parts = next(((a, b) for a, b in zip(one, other) if a["token"] != b["token"]), None)
-                        if parts:
-                            known = {token["token"]: token["logprob"] for token in parts[0]["top_logprobs"]}
-                            behind.append(parts[0]["logprob"] - known.get(parts[1]["token"], -99))
-                    furthest = f"others part where the other token is {max(behind):.2f} or less behind" if behind else ""
-                    print(f"{model}: {name} {len(words) - len(behind)} of {len(words)} the same; {furthest}", flush=True)
+                    took = f"alone {between - began:.1f} s, together {time.monotonic() - between:.1f} s"
+                behind = []
+                for one, other in zip(alone, company):
+                    parts = next(((a, b) for a, b in zip(one, other) if a["token"] != b["token"]), None)
+                    if parts:
+                        known = {token["token"]: token["logprob"] for token in parts[0]["top_logprobs"]}
+                        behind.append(parts[0]["logprob"] - known.get(parts[1]["token"], -99))
+                furthest = f"; others part where the other token is {max(behind):.2f} or less behind" if behind else ""
+                print(f"{model}: {name} {len(words) - len(behind)} of {len(words)} the same{furthest}; {took}", flush=True)
 
     def forms(self):
         """Running answers beside one that follows a schema, and beside a plain one, Qwen: gaps, and what those beside it get"""
@@ -659,15 +668,15 @@ class Bench:
         report("tokens/s of the one that follows a schema", *speed)
 
     def draft(self):
-        """Drafting from repeated text (`draft_tokens`), Qwen: rewriting code, and prose where nothing repeats; without and with it"""
+        """Drafting from repeated text (`draft_tokens`), Qwen: rewriting code, and prose where nothing repeats; without and with it, and both deterministic"""
         code = "\n".join(inspect.getsource(part) for part in (Quota, Answer))
         edit = f"Write this code again with `self.times` renamed to `self.moments`, and change nothing else.\n```python\n{code}\n```"
         prose = "Write a long story about a lighthouse keeper who finds a bottle with a letter in it."
-        for draft in (4, 8):
+        for draft, exact in ((4, ""), (8, ""), (4, ", deterministic: true"), (8, ", deterministic: true")):
             figures = {name: ([], []) for name in ("edit", "prose")}
             same = {name: [] for name in figures}
-            with Sarai(self.binary, ["qwen"], 1, 4096) as plain:
-                with Sarai(self.binary, ["qwen"], 1, 4096, f", draft_tokens: {draft}") as ours:
+            with Sarai(self.binary, ["qwen"], 1, 4096, exact) as plain:
+                with Sarai(self.binary, ["qwen"], 1, 4096, f", draft_tokens: {draft}{exact}") as ours:
                     for _ in range(self.rounds):
                         for name, prompt in (("edit", edit), ("prose", prose)):
                             texts = []
@@ -678,7 +687,7 @@ class Bench:
                             same[name].append(texts[0] == texts[1])
             for name, (without, with_it) in figures.items():
                 alike = "the same text" if all(same[name]) else f"another text in {same[name].count(False)} of {len(same[name])}"
-                report(f"{name}, {draft} tokens, tokens/s ({alike})", without, with_it)
+                report(f"{name}, {draft} tokens{exact}, tokens/s ({alike})", without, with_it)
 
     def loaded(self, server):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)

@@ -64,6 +64,9 @@ pub struct LoadSpec {
     pub flash_attention: bool,
     /// Whether eligible weights are copied into the layout that computes fastest.
     pub repack: bool,
+    /// Whether an answer's numbers are the same whatever is computed beside it.
+    #[serde(default)]
+    pub deterministic: bool,
     /// Bytes of the file, from and to, that nothing reads once the model is loaded, because they were copied.
     #[serde(default)]
     pub idle: Vec<(u64, u64)>,

@@ -93,13 +93,23 @@ pub enum Sharing {
     /// it has passed, and llama.cpp takes such a cell back only from a sequence that has it alone: it is continued, or cut where
     /// its window still reaches.
     Whole,
+    /// Each sequence has cells of its own, and takes them in the same order whatever else is computed.
+    Own {
+        /// Whether a sequence can be cut: a recurrent state cannot, and a sliding window, which goes round in its cells, would go on in
+        /// others.
+        may_cut: bool,
+    },
 }
 
 impl Sharing {
-    /// What the model allows.
-    pub fn of(model: &LlamaModel) -> Self {
+    /// What the model allows, and whether attention must add up in the same order each time.
+    pub fn of(model: &LlamaModel, deterministic: bool) -> Self {
         let is_whole = model.is_recurrent() || model.is_hybrid() || model.n_swa() > 0;
-        if is_whole { Self::Whole } else { Self::Prefixes }
+        match deterministic {
+            true => Self::Own { may_cut: !is_whole },
+            false if is_whole => Self::Whole,
+            false => Self::Prefixes,
+        }
     }
 
     /// How many sequences there are, those included that are computed at once. llama.cpp computes only so many of them, and
@@ -108,7 +118,7 @@ impl Sharing {
         const MOST: usize = 256;
         match self {
             Self::Prefixes => (parallel + 64).min(MOST),
-            Self::Whole => parallel,
+            Self::Whole | Self::Own { .. } => parallel,
         }
     }
 }

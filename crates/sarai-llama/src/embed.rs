@@ -116,7 +116,9 @@ fn step(
     jobs: &mut VecDeque<Job>,
     frames: &mut FrameWriter,
 ) -> anyhow::Result<()> {
-    let texts = next_texts(jobs, spec.parallel as usize, STEP.min(model::step_tokens(spec) as usize));
+    // The mean of a text's tokens adds up in another order where others stand beside them.
+    let most = if spec.deterministic { 1 } else { spec.parallel as usize };
+    let texts = next_texts(jobs, most, STEP.min(model::step_tokens(spec) as usize));
     if !texts.is_empty() {
         let mut batch = LlamaBatch::new(texts.iter().map(|(.., text)| text.len()).sum(), 1);
         for (sequence, (.., text)) in texts.iter().enumerate() {

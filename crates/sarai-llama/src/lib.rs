@@ -19,6 +19,7 @@ mod pace;
 mod park;
 mod probe;
 mod prompt;
+mod reference;
 mod sampler;
 mod schedule;
 mod sequence;

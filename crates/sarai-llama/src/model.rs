@@ -18,6 +18,8 @@ use llama_cpp_4::quantize::GgmlType;
 use sarai_core::frame::{LoadSpec, LoadedInfo};
 use sarai_core::{Bytes, EngineMemory, KvType, Purpose};
 
+use crate::reference;
+
 /// Whether a load takes memory for tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Allocation {
@@ -44,6 +46,9 @@ pub fn load(spec: &LoadSpec, allocation: Allocation, mut tell: impl FnMut(u8)) -
     params.no_alloc = dry;
     params.load_mode = if dry { llama_cpp_sys_4::LLAMA_LOAD_MODE_NONE } else { llama_cpp_sys_4::LLAMA_LOAD_MODE_MMAP };
     params.use_extra_bufts = spec.repack;
+    if spec.deterministic {
+        reference::use_it()?;
+    }
     let mut told = 0;
     let mut progress = |part: f32| {
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is within 0 and 100")]
@@ -167,8 +172,8 @@ fn context_params(spec: &LoadSpec, model: &LlamaModel) -> LlamaContextParams {
         // Of a text that is read whole, each token is put out.
         .with_n_outputs_max(if embeds { 0 } else { spec.parallel * (1 + spec.draft_tokens) })
         .with_swa_full(false)
-        // One pool of cells in any case, so that sequences can share what they begin with.
-        .with_kv_unified(true)
+        // One pool of cells, so that sequences can share what they begin with; but attention adds up in the order of cells.
+        .with_kv_unified(embeds || !spec.deterministic)
         .with_flash_attn_type(flash)
         .with_cache_type_k(kv)
         .with_cache_type_v(kv)

@@ -209,12 +209,12 @@ fn key(spec: &LoadSpec, model: &LlamaModel) -> Option<String> {
     let file = fs::metadata(&spec.path).ok()?;
     let changed = file.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
     let path = fs::canonicalize(&spec.path).ok()?;
-    let LoadSpec { kv, flash_attention, repack, .. } = spec;
+    let LoadSpec { kv, flash_attention, repack, deterministic, .. } = spec;
     // Some models rotate keys in another way from a certain size of the context on.
     let is_stretched = model::pool_tokens(spec) > model::unstretched_tokens(model);
     let version = concat!(env!("CARGO_PKG_VERSION"), " with llama-cpp-4 0.11.0");
     Some(format!(
-        "{} {} {changed} {version} {kv:?} {flash_attention} {repack} {is_stretched}",
+        "{} {} {changed} {version} {kv:?} {flash_attention} {repack} {deterministic} {is_stretched}",
         path.display(),
         file.len()
     ))

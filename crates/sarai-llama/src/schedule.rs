@@ -83,6 +83,8 @@ pub struct Scheduler<W> {
     uses: u64,
     /// Tokens that were computed.
     rows: u64,
+    /// Whether the last step held a piece of media that attends to itself both ways.
+    was_alone: bool,
 }
 
 impl<W> Scheduler<W> {
@@ -96,6 +98,7 @@ impl<W> Scheduler<W> {
             pace: Pace::default(),
             uses: 0,
             rows: 0,
+            was_alone: false,
         }
     }
 
@@ -166,12 +169,14 @@ impl<W> Scheduler<W> {
     /// A place for a prompt, and how much of the prompt it holds. The last token is always computed, since its logits are
     /// needed.
     fn place(&mut self, prompt: &[Unit], cells: &mut impl Cells) -> (usize, usize) {
-        let wanted =
-            Wanted { prompt: &prompt[..prompt.len().saturating_sub(1)], whole: self.limits.sharing == Sharing::Whole };
+        let wanted = Wanted {
+            prompt: &prompt[..prompt.len().saturating_sub(1)],
+            whole: self.limits.sharing != Sharing::Prefixes,
+        };
         let (place, kept) = match (self.restored(wanted, cells), self.limits.sharing) {
             (Some(restored), _) => restored,
-            (None, Sharing::Whole) => self.continued(wanted.prompt, cells),
             (None, Sharing::Prefixes) => self.shared(wanted.prompt, cells),
+            (None, _) => self.continued(wanted.prompt, cells),
         };
         self.uses += 1;
         let sequence = &mut self.sequences[place];
@@ -184,7 +189,11 @@ impl<W> Scheduler<W> {
 
     /// The free place that holds most of a prompt, cut down to that; of equals, the one whose use is longest ago.
     fn continued(&self, prompt: &[Unit], cells: &mut impl Cells) -> (usize, usize) {
-        let free = self.free_places().map(|(place, one)| (place, common(&one.cached, prompt), one.last_used));
+        let kept = |one: &Sequence<W>| match common(&one.cached, prompt) {
+            kept if kept < one.cached.len() && self.limits.sharing == (Sharing::Own { may_cut: false }) => 0,
+            kept => kept,
+        };
+        let free = self.free_places().map(|(place, one)| (place, kept(one), one.last_used));
         let best = free.max_by_key(|(_, kept, last_used)| (*kept, u64::MAX - last_used));
         let (place, kept, _) = best.unwrap_or_default();
         let keep = self.sequences[place].position(kept);
@@ -225,7 +234,7 @@ impl<W> Scheduler<W> {
         match self.limits.sharing {
             // What follows the common part is of use to others yet.
             Sharing::Prefixes => Some(self.share_into_place(place, kept, cells)),
-            Sharing::Whole => Some((place, kept)),
+            _ => Some((place, kept)),
         }
     }
 
@@ -303,6 +312,9 @@ impl<W> Scheduler<W> {
         while self.kept_tokens() > MOST_OWNERS * self.limits.cells {
             self.evict(cells);
         }
+        if matches!(self.limits.sharing, Sharing::Own { .. }) {
+            return;
+        }
         let seconds = DEAR * self.limits.seconds_per_foreign_cell;
         let Some(most) = self.pace.prompt_tokens_worth(seconds) else { return };
         for index in 0..self.sequences.len() {
@@ -317,7 +329,36 @@ impl<W> Scheduler<W> {
     /// Chooses the next step's tokens; they count as cached from here on.
     pub fn fill(&mut self, cells: &mut impl Cells) -> Step {
         let mut step = Step::default();
-        self.add_answers(&mut step);
+        for generation in self.sequences.iter_mut().filter_map(|sequence| sequence.generation.as_mut()) {
+            (generation.output_row, generation.drafted) = (None, 0);
+        }
+        match self.alone() {
+            Some(index) => {
+                self.add_prompt(index, 0, &mut step);
+            }
+            None => self.add_answers_and_prompts(&mut step, cells),
+        }
+        self.was_alone = step.is_non_causal;
+        self.rows += step.rows.len() as u64;
+        for sequence in self.sequences.iter_mut().filter(|sequence| sequence.generation.is_some()) {
+            sequence.last_row = self.rows;
+        }
+        step
+    }
+
+    /// A prompt whose next piece of media takes a step of its own: llama.cpp computes sequences that have cells of their own in
+    /// parts of the same length, and the piece must not be parted.
+    fn alone(&self) -> Option<usize> {
+        let has_own = matches!(self.limits.sharing, Sharing::Own { .. });
+        // Answers go on between two of them.
+        let may = has_own && !(self.was_alone && self.running().any(|generation| generation.next.is_some()));
+        let is_next = |one: &Sequence<W>| !one.is_stuck() && one.next_of_prompt().is_some_and(Unit::is_non_causal);
+        let next = self.sequences.iter().enumerate().filter(|(_, one)| may && is_next(one));
+        next.min_by_key(|(_, one)| one.age()).map(|(index, _)| index)
+    }
+
+    fn add_answers_and_prompts(&mut self, step: &mut Step, cells: &mut impl Cells) {
+        self.add_answers(step);
         self.share_what_has_grown(cells);
         let mut room = self.limits.step_tokens - step.answers;
         if step.answers > 0 {
@@ -330,17 +371,12 @@ impl<W> Scheduler<W> {
         let mut prompts: Vec<_> = (0..self.sequences.len()).filter(is_ready).collect();
         prompts.sort_by_key(|&index| self.sequences[index].age());
         if let Some(&oldest) = prompts.first() {
-            room = room.saturating_sub(self.add_prompt(oldest, room.div_ceil(2), &mut step));
+            room = room.saturating_sub(self.add_prompt(oldest, room.div_ceil(2), step));
         }
         prompts.sort_by_key(|&index| self.sequences[index].prompt_left());
         for index in prompts {
-            room = room.saturating_sub(self.add_prompt(index, room, &mut step));
+            room = room.saturating_sub(self.add_prompt(index, room, step));
         }
-        self.rows += step.rows.len() as u64;
-        for sequence in self.sequences.iter_mut().filter(|sequence| sequence.generation.is_some()) {
-            sequence.last_row = self.rows;
-        }
-        step
     }
 
     fn add_answers(&mut self, step: &mut Step) {
@@ -349,7 +385,6 @@ impl<W> Scheduler<W> {
             !self.sequences.iter().any(|one| !one.is_stuck() && one.next_of_prompt().is_some_and(Unit::is_non_causal));
         for (index, sequence) in self.sequences.iter_mut().enumerate() {
             let Some(generation) = &mut sequence.generation else { continue };
-            (generation.output_row, generation.drafted) = (None, 0);
             if let Some(token) = generation.next.take() {
                 generation.output_row = i32::try_from(step.rows.len()).ok();
                 let mut draft = std::mem::take(&mut generation.draft);
@@ -375,7 +410,10 @@ impl<W> Scheduler<W> {
         let in_context = left(generation.asked.context_tokens, self.sequences[index].cached.len());
         let in_answer = left(generation.asked.max_tokens as usize, generation.usage().completion_tokens as usize);
         let beside = (self.limits.step_tokens / 4 / self.limits.parallel).saturating_sub(1);
-        let granted = if self.limits.sharing == Sharing::Prefixes { self.limits.draft_tokens } else { 0 };
+        let granted = match self.limits.sharing {
+            Sharing::Prefixes | Sharing::Own { may_cut: true } => self.limits.draft_tokens,
+            Sharing::Whole | Sharing::Own { may_cut: false } => 0,
+        };
         granted.min(beside).min(in_context).min(in_answer)
     }
 
@@ -401,7 +439,8 @@ impl<W> Scheduler<W> {
                 let is_of_it =
                     |(at, unit): &(usize, &Unit)| matches!(unit, Unit::Media { index, .. } if *index as usize == *at);
                 let length = ahead.iter().enumerate().take_while(is_of_it).count();
-                step.is_non_causal = step.rows.len() == step.answers && step.drafted == 0;
+                let may_be_beside = step.rows.is_empty() || !matches!(self.limits.sharing, Sharing::Own { .. });
+                step.is_non_causal = may_be_beside && step.rows.len() == step.answers && step.drafted == 0;
                 if step.is_non_causal { length } else { 0 }
             }
             _ => {
@@ -432,7 +471,7 @@ impl<W> Scheduler<W> {
 
     /// Prompts take over what others have computed of them meanwhile.
     fn share_what_has_grown(&mut self, cells: &mut impl Cells) {
-        if self.limits.sharing == Sharing::Whole {
+        if self.limits.sharing != Sharing::Prefixes {
             return;
         }
         for index in 0..self.sequences.len() {

@@ -43,6 +43,8 @@ pub struct Settings {
     pub flash_attention: bool,
     /// Whether eligible weights are copied into the layout that computes fastest.
     pub repack: Repack,
+    /// Whether an answer's numbers are the same whatever is computed beside it. Each sequence has cells of its own then.
+    pub deterministic: bool,
     /// Threads that compute.
     pub threads: u32,
 }
@@ -58,6 +60,7 @@ impl Default for Settings {
             kv: KvType::F16,
             flash_attention: true,
             repack: Repack::default(),
+            deterministic: false,
             threads: 2,
         }
     }
@@ -238,7 +241,12 @@ fn kv_cache(layers: &Layers, settings: Settings) -> Bytes {
 }
 
 pub(crate) fn windowed_cells(window: u64, settings: Settings) -> u64 {
-    settings.cells().min((window * u64::from(settings.parallel) + settings.step()).next_multiple_of(CELLS))
+    let parallel = u64::from(settings.parallel);
+    let cells = match settings.deterministic {
+        true => (window + settings.step()).next_multiple_of(CELLS) * parallel,
+        false => (window * parallel + settings.step()).next_multiple_of(CELLS),
+    };
+    settings.cells().min(cells)
 }
 
 /// The largest power-of-two matrix that divides a head of keys, and a 64 x 64 one for the values, in F32.

@@ -151,6 +151,9 @@ pub struct PlanArgs {
     /// Copy eligible weights into the layout that computes fastest
     #[arg(long, value_name = "on|off", default_value = "on", value_parser = parse_switch, action = clap::ArgAction::Set)]
     pub repack: bool,
+    /// Compute each answer with the same numbers whatever is computed beside it
+    #[arg(long, conflicts_with = "shared_context")]
+    pub deterministic: bool,
     /// Plan for a machine with so much memory, such as 16GiB, instead of this one
     #[arg(long, value_name = "SIZE")]
     pub ram: Option<Bytes>,

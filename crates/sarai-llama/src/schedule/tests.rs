@@ -131,14 +131,11 @@ struct Case {
 
 impl Case {
     fn new(parallel: usize, cells: usize, step_tokens: usize) -> Self {
-        let limits = Limits {
-            parallel,
-            cells,
-            step_tokens,
-            draft_tokens: 4,
-            sharing: Sharing::Prefixes,
-            seconds_per_foreign_cell: 1e-12,
-        };
+        Self::sharing(Sharing::Prefixes, parallel, cells, step_tokens)
+    }
+
+    fn sharing(sharing: Sharing, parallel: usize, cells: usize, step_tokens: usize) -> Self {
+        let limits = Limits { parallel, cells, step_tokens, draft_tokens: 4, sharing, seconds_per_foreign_cell: 1e-12 };
         Self { scheduler: Scheduler::new(limits), pool: Pool::new(cells), ended: Vec::new() }
     }
 
@@ -168,6 +165,8 @@ impl Case {
         let step = self.scheduler.fill(&mut self.pool);
         assert!(step.rows.len() <= self.scheduler.limits.step_tokens);
         if step.is_non_causal {
+            let has_own = matches!(self.scheduler.limits.sharing, Sharing::Own { .. });
+            assert!(!has_own || step.answers == 0, "a step of several sequences is computed in parts");
             assert_eq!(step.drafted, 0, "a draft beside it would see what follows it");
             let prompts: HashSet<_> = step.rows[step.answers..].iter().map(|row| row.sequence).collect();
             assert_eq!(
@@ -234,18 +233,19 @@ impl Case {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(300))]
 
     /// Prompts of a few shared beginnings, with pictures in them, of which some are cancelled: every other one ends with the answer that it would
     /// have had alone, and all cells come back.
     #[test]
     fn all_end_with_the_answer_that_they_would_have_alone(
+        sharing in prop::sample::select(vec![Sharing::Prefixes, Sharing::Own { may_cut: true }, Sharing::Own { may_cut: false }]),
         parallel in 1_usize..5,
         step_tokens in 10_usize..40,
         asked in prop::collection::vec((0_i32..4, 0_usize..60, 1_usize..30, 1_u32..12, 0_usize..40, any::<bool>()), 1..24),
     ) {
         let context = 150;
-        let mut case = Case::new(parallel, context * parallel, step_tokens);
+        let mut case = Case::sharing(sharing, parallel, context * parallel, step_tokens);
         let mut prompts = Vec::new();
         for (id, (beginning, shared, own, most, pause, cancelled)) in asked.iter().enumerate() {
             let id = id as u64;
@@ -328,15 +328,7 @@ fn a_prompt_that_waits_for_another_one_goes_on_alone_when_that_is_cancelled() {
 
 #[test]
 fn a_state_that_cannot_be_cut_is_continued_and_never_shared() {
-    let limits = Limits {
-        parallel: 2,
-        cells: 2048,
-        step_tokens: 64,
-        draft_tokens: 4,
-        sharing: Sharing::Whole,
-        seconds_per_foreign_cell: 1e-12,
-    };
-    let mut case = Case { scheduler: Scheduler::new(limits), pool: Pool::new(2048), ended: Vec::new() };
+    let mut case = Case::sharing(Sharing::Whole, 2, 2048, 64);
     case.ask(1, &numbers(0, 100), 1, 1024);
     while case.step() {}
     let (_, cached, _) = case.ended.remove(0);
@@ -375,4 +367,20 @@ fn what_is_kept_is_given_up_once_passing_over_it_has_cost_a_third_of_computing_i
     let cached: Vec<_> = case.ended.iter().map(|ended| ended.2).collect();
     assert_eq!(cached, [0, 0, 0, 64, 0]);
     assert_eq!(case.pool.used(), 64 + 65 + 64, "the first one has cost its worth, the one that was used again has not");
+}
+
+#[test]
+fn a_sequence_in_cells_of_its_own_is_continued_there_and_cut_only_where_it_keeps_their_order() {
+    for may_cut in [true, false] {
+        let mut case = Case::sharing(Sharing::Own { may_cut }, 2, 2048, 64);
+        case.ask(1, &numbers(0, 100), 1, 1024);
+        while case.step() {}
+        let longer = [tokens(&case.ended.remove(0).1), vec![5]].concat();
+        case.ask(2, &longer, 1, 1024);
+        while case.step() {}
+        case.ask(3, &[&longer[..90], &[7, 7]].concat(), 1, 1024);
+        while case.step() {}
+        let taken_over: Vec<_> = case.ended.iter().map(|ended| (ended.0, ended.2)).collect();
+        assert_eq!(taken_over, [(2, 100), (3, if may_cut { 90 } else { 0 })]);
+    }
 }

@@ -53,12 +53,13 @@ impl Engine {
 
     /// Whether a model of this file can be served by it: one without a projector can by any, the others need their own.
     #[must_use]
-    pub fn may_share(&self, path: &Path, projector: Option<&Path>) -> bool {
+    pub fn may_share(&self, path: &Path, projector: Option<&Path>, deterministic: bool) -> bool {
         let is_same_projector = match (&self.projector, projector) {
             (Some(own), Some(other)) => is_same_file(own, other),
             _ => true,
         };
-        self.process.is_none() && is_same_file(&self.path, path) && is_same_projector
+        let is_same_way = self.settings.deterministic == deterministic;
+        self.process.is_none() && is_same_file(&self.path, path) && is_same_projector && is_same_way
     }
 
     /// Whether a worker that was loaded by the one serves the other as well.

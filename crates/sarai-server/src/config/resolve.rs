@@ -426,6 +426,7 @@ impl Resolver<'_> {
         let path = self.folder.join(path);
         let is_llm = self.role() == ModelRole::Chat;
         let defaults = Settings::default();
+        let deterministic = written.deterministic.unwrap_or(defaults.deterministic);
         let settings = Settings {
             context_tokens: written.context_length.unwrap_or(defaults.context_tokens),
             parallel: written.parallel.unwrap_or(defaults.parallel),
@@ -437,7 +438,9 @@ impl Resolver<'_> {
             draft_tokens: written.draft_tokens.unwrap_or(defaults.draft_tokens),
             kv: written.kv.unwrap_or(defaults.kv),
             flash_attention: written.flash_attention.unwrap_or(defaults.flash_attention),
-            repack: if written.repack.unwrap_or(true) { machine_repack() } else { Repack::Off },
+            // Repacked matrices are multiplied in another way for one row than for several.
+            repack: if written.repack.unwrap_or(!deterministic) { machine_repack() } else { Repack::Off },
+            deterministic,
             threads: written.threads.unwrap_or_else(machine_threads),
         };
         if settings.kv != KvType::F16 && !settings.flash_attention {
@@ -445,10 +448,17 @@ impl Resolver<'_> {
                 format!("`{}` needs flash attention: remove flash_attention: false, or use f16", settings.kv.name());
             mistakes.push(self.mistake("kv_type", message));
         }
+        let against = [("shared_context", written.shared_context), ("repack", written.repack)];
+        for (name, _) in against.into_iter().filter(|(_, set)| deterministic && *set == Some(true)) {
+            let message = format!("cannot be kept beside `{name}: true`: remove one of them");
+            mistakes.push(self.mistake("deterministic", message));
+        }
         let evictable = !written.pinned && !written.resident;
         let keep_alive = self.keep_alive(mistakes);
         let projector = written.mmproj_path.as_ref().map(|path| self.folder.join(path));
-        if let Some(index) = engines.iter().position(|engine| engine.may_share(&path, projector.as_deref())) {
+        if let Some(index) =
+            engines.iter().position(|engine| engine.may_share(&path, projector.as_deref(), deterministic))
+        {
             let engine = &mut engines[index];
             engine.label = format!("{}+{}", engine.label, written.name);
             engine.settings.context_tokens = engine.settings.context_tokens.max(settings.context_tokens);

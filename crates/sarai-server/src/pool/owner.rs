@@ -540,6 +540,7 @@ pub(super) fn load_spec(
         kv: settings.kv,
         flash_attention: settings.flash_attention,
         repack: settings.repack != Repack::Off,
+        deterministic: settings.deterministic,
         idle: header.map(|header| idle_pieces(header, settings.repack)).unwrap_or_default(),
         purpose: header.map(purpose).unwrap_or_default(),
         park: config.park.clone(),

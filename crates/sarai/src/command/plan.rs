@@ -76,7 +76,8 @@ impl FilePlan {
             draft_tokens: 0,
             kv: args.kv,
             flash_attention: args.flash_attn,
-            repack: if args.repack { machine_repack() } else { Repack::Off },
+            repack: if args.repack && !args.deterministic { machine_repack() } else { Repack::Off },
+            deterministic: args.deterministic,
             threads: machine_threads(),
         };
         let mut plan = Plan::of(&file.header, settings, projector);
@@ -156,6 +157,7 @@ fn dry_run(path: &Path, header: &Header, settings: Settings) -> Result<EngineMem
         kv: settings.kv,
         flash_attention: settings.flash_attention,
         repack: settings.repack != Repack::Off,
+        deterministic: settings.deterministic,
         idle: Vec::new(),
         purpose: purpose(header),
         park: None,

@@ -30,7 +30,7 @@ fn the_shipped_configurations_have_no_mistakes() {
 #[test]
 fn check_reports_every_mistake_at_once_with_line_key_and_fix() {
     let folder = tempfile::tempdir().unwrap();
-    let config = "memory:\n  max_ram_gb: lots\n  strategy: hybrid\nmodels:\n  a:\n    backend: gguf_nativ\n    contxt_length: 5\n  b:\n    backend: gguf_native\n  c:\n    backend: ollama_http\n    url: ftp://x\n    aliases: [a]\n";
+    let config = "memory:\n  max_ram_gb: lots\n  strategy: hybrid\nmodels:\n  a:\n    backend: gguf_nativ\n    contxt_length: 5\n  b:\n    backend: gguf_native\n  c:\n    backend: ollama_http\n    url: ftp://x\n    aliases: [a]\n  d: { backend: gguf_native, gguf_path: x.gguf, shared_context: true, deterministic: true }\n";
     std::fs::write(folder.path().join("bad.yaml"), config).unwrap();
     let checked = sarai(&["check", "--config", "bad.yaml"], folder.path(), &[("MAX_CONCURRENT_LLMS", "many")]);
     let said = text(&checked);
@@ -43,11 +43,12 @@ fn check_reports_every_mistake_at_once_with_line_key_and_fix() {
         "bad.yaml:8: models.b.gguf_path: is missing",
         "bad.yaml:12: models.c.url: `ftp://x` is not a URL",
         "bad.yaml:13: models.c.aliases: the name `a` belongs to `a` already",
+        "bad.yaml:14: models.d.deterministic: cannot be kept beside `shared_context: true`: remove one of them",
         "MAX_CONCURRENT_LLMS: `many` is not a whole number",
     ] {
         assert!(said.contains(line), "{line}\nis not in\n{said}");
     }
-    assert!(said.contains("\n8 mistakes in the configuration"), "and nothing twice: {said}");
+    assert!(said.contains("\n9 mistakes in the configuration"), "and nothing twice: {said}");
 }
 
 #[test]

@@ -3,13 +3,11 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::{Ollama, Sarai, minilm, qwen, smollm2};
+use crate::support::{Ollama, Sarai, minilm, qwen, sketch, smollm2};
 
 #[test]
 fn the_official_clients_are_served() {
-    let sketches = std::env::var("SARAI_SKETCHES").expect("SARAI_SKETCHES is missing: run the tests with `make test`");
-    let sensing = format!("{sketches}/sensing/fitted");
-    let reciting = format!("{sketches}/sensing/reciting");
+    let (sensing, reciting) = (sketch("sensing/fitted"), sketch("sensing/reciting"));
     let config = format!(
         "memory: {{ max_concurrent_llms: 7 }}\nmodels:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 1024, parallel: 2, aliases: [tiny] }}\n  expert: {{ backend: ollama_http, fallback: gguf_native, url: \"{}\", gguf_path: {0}, context_length: 1024 }}\n  coder: {{ backend: gguf_native, gguf_path: {}, context_length: 2048 }}\n  minilm: {{ backend: gguf_native, gguf_path: {} }}\n  omni: {{ backend: gguf_native, gguf_path: {sensing}/qwen2vl.gguf, mmproj_path: {sensing}/mmproj-omni.gguf, context_length: 2048 }}\n  thinker: {{ backend: gguf_native, gguf_path: {reciting}/reasoning.gguf, context_length: 1024 }}\n  caller: {{ backend: gguf_native, gguf_path: {reciting}/calls.gguf, context_length: 4096 }}\n",
         smollm2(),

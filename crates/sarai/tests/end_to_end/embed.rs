@@ -1,7 +1,7 @@
 //! Vectors of a real model, through both APIs, beside those of the original.
 
 use crate::support::host::{Host, Step};
-use crate::support::{Ollama, Sarai, chat, minilm, smollm2};
+use crate::support::{Ollama, Sarai, chat, minilm, sketch, smollm2};
 use base64::Engine;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
@@ -144,8 +144,7 @@ async fn what_is_too_long_is_cut_or_refused_as_asked_and_what_is_wrong_is_a_400(
 /// Scores are those of llama.cpp's own server (`scripts/ranking_model.py`: real weights below a random head), alone and in company.
 #[tokio::test]
 async fn texts_are_ranked_as_llama_cpps_server_ranks_them() {
-    let folder = std::env::var("SARAI_SKETCHES").expect("SARAI_SKETCHES is missing: run the tests with `make test`");
-    let file = format!("{folder}/ranking/minilm.gguf");
+    let file = sketch("ranking/minilm.gguf");
     let sarai =
         Sarai::start(&format!("models:\n  ranker: {{ backend: gguf_native, gguf_path: {file}, role: embedding }}\n"));
     let references: Vec<Value> =

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::{Answer, Sarai, chat, is_alive, smollm2};
+use crate::support::{Answer, Sarai, chat, is_alive, sketch, smollm2};
 use futures_util::StreamExt;
 use serde_json::json;
 
@@ -126,8 +126,7 @@ async fn a_worker_killed_before_the_first_token_costs_its_request_nothing() {
 /// llama.cpp ends the process at a vocabulary that has a token twice.
 #[tokio::test]
 async fn a_file_that_ends_the_worker_is_told_with_llama_cpps_own_words() {
-    let folder = std::env::var("SARAI_SKETCHES").expect("SARAI_SKETCHES is missing: run the tests with `make test`");
-    let mut bytes = std::fs::read(format!("{folder}/sensing/reciting/reasoning.gguf")).unwrap();
+    let mut bytes = std::fs::read(sketch("sensing/reciting/reasoning.gguf")).unwrap();
     let at = bytes.windows(4).position(|four| four == b"-two").unwrap();
     bytes[at..at + 4].copy_from_slice(b"blue");
     let files = tempfile::tempdir().unwrap();

@@ -7,6 +7,7 @@ mod across;
 mod cache;
 mod cli;
 mod clients;
+mod deterministic;
 mod draft;
 mod drill;
 mod embed;

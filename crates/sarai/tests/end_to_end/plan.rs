@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::support::{BINARY, gemma, gguf, qwen, smollm2};
+use crate::support::{BINARY, gemma, gguf, qwen, sketch, smollm2};
 use serde_json::Value;
 
 fn plan(arguments: &[&str]) -> String {
@@ -67,14 +67,15 @@ fn the_formula_agrees_with_the_dry_run_on_every_architecture() {
         if !path.to_string_lossy().contains("mmproj") {
             assert_formula_is_the_dry_run(&path.to_string_lossy(), &["--ctx", "2048"]);
             assert_formula_is_the_dry_run(&path.to_string_lossy(), &["--ctx", "1024", "--parallel", "4"]);
+            let own_cells = ["--ctx", "1024", "--parallel", "4", "--deterministic"];
+            assert_formula_is_the_dry_run(&path.to_string_lossy(), &own_cells);
         }
     }
 }
 
 /// Small files of each architecture; `scripts/sketch_models.py` makes them.
 fn sketches() -> Vec<PathBuf> {
-    let folder = std::env::var("SARAI_SKETCHES").expect("SARAI_SKETCHES is missing: run the tests with `make test`");
-    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut files: Vec<_> = std::fs::read_dir(sketch(".")).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.retain(|path| path.extension().is_some_and(|extension| extension == "gguf"));
     files.sort();
     assert!(files.len() >= 16, "{files:?}");
@@ -129,6 +130,7 @@ fn a_file_that_is_none_and_an_argument_that_is_none_are_errors_that_name_them() 
     fails(&["Cargo.toml"], "is not a GGUF file");
     fails(&["x.gguf", "--kv", "q3"], "`q3` is no type of cache");
     fails(&["x.gguf", "--ctx", "0"], "0 is not in 16..=16777216");
+    fails(&["x.gguf", "--deterministic", "--shared-context"], "cannot be used with");
     fails(&["--ram", "lots"], "`lots` is no amount of memory");
 }
 

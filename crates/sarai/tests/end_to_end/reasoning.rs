@@ -2,13 +2,13 @@
 //! shows what reaches it, and one that recites shows what comes of its words (`scripts/sensing_models.py`).
 
 use crate::support::host::{Host, ollama};
-use crate::support::{Sarai, smollm2};
+use crate::support::{Sarai, sketch, smollm2};
 use serde_json::{Value, json};
 
 fn models() -> String {
-    let folder = std::env::var("SARAI_SKETCHES").expect("SARAI_SKETCHES is missing: run the tests with `make test`");
     format!(
-        "models:\n  thinker: {{ backend: gguf_native, gguf_path: {folder}/sensing/random/reasoning.gguf, context_length: 1024 }}\n  plain: {{ backend: gguf_native, gguf_path: {} }}\n",
+        "models:\n  thinker: {{ backend: gguf_native, gguf_path: {}, context_length: 1024 }}\n  plain: {{ backend: gguf_native, gguf_path: {} }}\n",
+        sketch("sensing/random/reasoning.gguf"),
         smollm2()
     )
 }
@@ -61,8 +61,7 @@ async fn reasoning_is_switched_by_the_fields_of_both_apis() {
 }
 
 fn reciting() -> String {
-    let folder = std::env::var("SARAI_SKETCHES").expect("SARAI_SKETCHES is missing: run the tests with `make test`");
-    format!("{folder}/sensing/reciting/reasoning.gguf")
+    sketch("sensing/reciting/reasoning.gguf")
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 
 use crate::support::host::{Host, openai};
 use crate::support::media::{BLUE, GREEN, RED, audio_part, base64, image_part, picture, png, text_part, wav};
-use crate::support::{Ollama, Sarai, chat, smollm2};
+use crate::support::{Ollama, Sarai, chat, sketch, smollm2};
 use futures_util::future::join_all;
 use image::ImageFormat;
 use serde_json::{Value, json};
@@ -13,10 +13,7 @@ const PAIRS: [(&str, &str, bool); 3] =
     [("gemma3", "gemma3", false), ("qwen2vl", "qwen2vl", false), ("omni", "qwen2vl", true)];
 
 fn file(kind: &str, name: &str) -> String {
-    let folder = std::env::var("SARAI_SKETCHES").expect("SARAI_SKETCHES is missing: run the tests with `make test`");
-    let path = format!("{folder}/sensing/{kind}/{name}.gguf");
-    assert!(std::path::Path::new(&path).exists(), "{path} is missing: run the tests with `make test`");
-    path
+    sketch(&format!("sensing/{kind}/{name}.gguf"))
 }
 
 /// All three models, and one that has no senses.

@@ -32,6 +32,14 @@ pub fn weights(file: &str) -> PathBuf {
     path
 }
 
+/// A folder or file among those that `scripts/sketch_models.py` and its like make.
+pub fn sketch(path: &str) -> String {
+    let folder = std::env::var("SARAI_SKETCHES").expect("SARAI_SKETCHES is missing: run the tests with `make test`");
+    let path = format!("{folder}/{path}");
+    assert!(std::path::Path::new(&path).exists(), "{path} is missing: run the tests with `make test`");
+    path
+}
+
 pub fn smollm2() -> String {
     weights("smollm2-135m-instruct-q4_1.gguf").display().to_string()
 }
