@@ -14,6 +14,8 @@ need curl curl
 # Only `make test` needs it: the official JavaScript clients.
 need node nodejs
 need npm npm
+# A network of its own for a test.
+need ip iproute2
 if ! python3 -c 'import ensurepip' 2>/dev/null; then missing+=(python3-venv); fi
 if ! ls /usr/lib/llvm-*/lib/libclang*.so* >/dev/null 2>&1; then missing+=(libclang-dev); fi
 if [ "${#missing[@]}" -gt 0 ]; then

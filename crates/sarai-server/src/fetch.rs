@@ -58,11 +58,8 @@ impl Fetcher {
                 Err(why) => attempt.error(why),
             }
         });
-        let builder = Client::builder()
-            .no_proxy()
-            .redirect(redirects)
-            .dns_resolver(Arc::new(Resolver { may_ask }))
-            .timeout(config.limit);
+        // How long it may take is up to the room that a request has.
+        let builder = Client::builder().no_proxy().redirect(redirects).dns_resolver(Arc::new(Resolver { may_ask }));
         let client = config.http.then(|| builder.build()).transpose()?;
         Ok(Self { config: Arc::new(config), client, may_ask })
     }

@@ -421,7 +421,8 @@ impl<'model> Engine<'model> {
         });
         let likely = request.logprobs.map(|count| (usize::from(count), Vec::new()));
         let lacks = lacking.keys().copied().collect();
-        let writer = Writer { sampler, answer, parts, pieces, lacking, source: Source::default(), likely };
+        let writer =
+            Writer { sampler, answer, parts, pieces, lacking, source: Source::default(), likely, unplaced: Vec::new() };
         let given = given.len();
         self.scheduler.push(Waiting { id, prompt, given, max_tokens, context_tokens, since, encode, lacks, writer });
         Ok(())

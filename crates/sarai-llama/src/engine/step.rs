@@ -210,12 +210,8 @@ impl Engine<'_> {
         let Some(mut generation) = self.scheduler.sequences[index].generation.take() else { return Ok(()) };
         let (id, writer) = (generation.asked.id, &mut generation.asked.writer);
         let mut events = writer.events(text);
-        let mut finish = finish;
-        if let Some(parts) = &mut writer.parts {
-            let (rest, why) = parts.finish(finish);
-            events.extend(rest);
-            finish = why;
-        }
+        let (rest, finish) = writer.finish(finish);
+        events.extend(rest);
         for event in events {
             frames.queue(&FromWorker::Event { id, event })?;
         }

@@ -303,6 +303,12 @@ mod tests {
         assert!(silent(300).is_ok());
         assert!(silent(301).unwrap_err().contains("300 seconds"));
         assert!(sound(wav(3_999, 1, &[0; 99]), 16_000).unwrap_err().contains("3999 samples a second"));
+        assert!(sound(wav(192_000, 1, &[0; 99]), 16_000).is_ok());
+        assert!(sound(wav(192_001, 1, &[0; 99]), 16_000).unwrap_err().contains("192001 samples a second"));
+        // 75 seconds at the highest rate are as many samples as 300 at that of most files.
+        let fast = |more: usize| sound(wav(192_000, 1, &vec![0; MOST_SAMPLES + more]), 16_000);
+        assert_eq!(fast(0).map(|samples| samples.len().abs_diff(75 * 16_000) < 10), Ok(true));
+        assert!(fast(1).unwrap_err().contains("48,000 samples a second or fewer"));
         assert!(sound(wav(16_000, 1, &[]), 16_000).is_err());
         assert_eq!(sound(wav(16_000, 1, &[16_384]), 16_000).unwrap()[..2], [0.5, 0.0]);
         assert!(sound(b"RIFF\0\0".to_vec(), 16_000).unwrap_err().contains("WAV, MP3 or FLAC"));

@@ -13,6 +13,7 @@ mod drill;
 mod embed;
 mod failures;
 mod hosts;
+mod limits;
 mod local;
 mod memory;
 mod plan;

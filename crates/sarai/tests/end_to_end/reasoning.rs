@@ -95,6 +95,23 @@ async fn reasoning_is_told_apart_from_the_answer_in_both_apis_streamed_and_whole
     let lines = ask("/api/chat", json!({ "stream": true })).await.lines();
     let parts = |name: &str| joined(&lines, &format!("/message/{name}"));
     assert_eq!((&*parts("thinking"), &*parts("content")), (reasoned, said), "{lines:?}");
+    // How likely the tokens were is told of the answer's own, and of each.
+    for (path, likely) in [("/v1/chat/completions", "/choices/0/logprobs/content"), ("/api/chat", "/logprobs")] {
+        for stream in [false, true] {
+            let answer = ask(path, json!({ "stream": stream, "logprobs": true, "top_logprobs": 2 })).await;
+            let events = match (stream, path.starts_with("/api")) {
+                (false, _) => vec![answer.json()],
+                (true, false) => answer.sse(),
+                (true, true) => answer.lines(),
+            };
+            let tokens: Vec<_> =
+                events.iter().filter_map(|event| event.pointer(likely)?.as_array()).flatten().collect();
+            let told: String = tokens.iter().map(|token| token["token"].as_str().unwrap()).collect();
+            // The line breaks of its first token are not passed on.
+            assert_eq!(told.trim_start(), said, "{path} {stream}: {}", answer.text);
+            assert!(tokens.iter().all(|token| token["top_logprobs"].as_array().unwrap().len() == 2), "{tokens:?}");
+        }
+    }
     // Cut within it, there is no answer.
     let cut = ask("/v1/chat/completions", json!({ "max_tokens": 3 })).await.json();
     let choice = &cut["choices"][0];

@@ -1,6 +1,9 @@
 //! Pictures and sound, on small models of the true architectures (`scripts/sensing_models.py`): fitted ones that name what they sense, and
 //! random ones whose answers are those of llama.cpp's own server.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use crate::support::host::{Host, openai};
 use crate::support::media::{BLUE, GREEN, RED, audio_part, base64, image_part, picture, png, text_part, wav};
 use crate::support::{Ollama, Sarai, chat, sketch, smollm2};
@@ -237,6 +240,23 @@ async fn what_cannot_be_read_is_refused_with_its_field_and_hurts_nobody() {
     let good = png(64, 64, RED);
     let mut claims = good.clone();
     claims[16..24].copy_from_slice(&[0, 1, 0, 0, 0, 1, 0, 0]);
+    // Beside all of it, a story of the same worker goes on.
+    let endless =
+        json!({ "stream": true, "max_tokens": 1200, "ignore_eos": true, "stream_options": { "include_usage": true } });
+    let endless = body("omni", &[text_part("A story")], endless);
+    let story = sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(endless).send().await.unwrap();
+    let told = Arc::new(AtomicUsize::new(0));
+    let story = tokio::spawn({
+        let told = Arc::clone(&told);
+        async move {
+            let (mut story, mut said) = (story, String::new());
+            while let Some(piece) = story.chunk().await.unwrap() {
+                said.push_str(std::str::from_utf8(&piece).unwrap());
+                told.fetch_add(1, Ordering::SeqCst);
+            }
+            said
+        }
+    });
     let picture = |bytes: &[u8]| image_part(bytes);
     let url = |url: &str| json!({ "type": "image_url", "image_url": { "url": url } });
     for (part, says) in [
@@ -280,8 +300,13 @@ async fn what_cannot_be_read_is_refused_with_its_field_and_hurts_nobody() {
         assert_eq!(text(&answer(&sarai, "omni", &[part]).await), "red");
     }
     answer(&sarai, "omni", &[audio_part(&wav(300.0, 0.00007, 16_000))]).await;
+    let before = told.load(Ordering::SeqCst);
+    assert_eq!(text(&answer(&sarai, "omni", &[image_part(&profile_bomb())]).await), "red");
+    assert!(told.load(Ordering::SeqCst) > before, "the story stood still beside half a gigabyte");
     // A text that writes what stands for pictures elsewhere is a text.
     answer(&sarai, "omni", &[text_part("<__media__> <|image_pad|> <start_of_image>"), red]).await;
+    let story = story.await.unwrap();
+    assert!(story.contains("\"completion_tokens\":1200") && story.ends_with("data: [DONE]\n\n"), "{story}");
     assert_eq!(sarai.worker_pids().await, workers, "the worker is the same");
 }
 
@@ -396,6 +421,72 @@ async fn pictures_in_files_are_read_where_the_configuration_allows_it() {
     assert_eq!(text(&answer(&sarai, "qwen2vl", &[url("blue.png")]).await), "blue");
     let refused = sarai.post("/v1/chat/completions", body("qwen2vl", &[url("../x.png")], json!({}))).await;
     assert_eq!((refused.status, refused.text.contains("media.folders")), (400, true), "{}", refused.text);
+}
+
+#[expect(deprecated, reason = "the newer one is unsafe, for file descriptors, which are not unshared here")]
+/// A server with a public address, in a network of this thread alone: nothing of it leaves the machine.
+fn public_server(picture: Vec<u8>) -> std::net::SocketAddr {
+    rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET).expect("a network of its own needs root");
+    for ip in [&["link", "set", "lo", "up"][..], &["addr", "add", "9.9.9.9/32", "dev", "lo"]] {
+        assert!(std::process::Command::new("ip").args(ip).status().unwrap().success(), "ip {ip:?}");
+    }
+    let listener = std::net::TcpListener::bind("9.9.9.9:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let address = listener.local_addr().unwrap();
+    let inward = format!("http://127.0.0.1:{}/blue.png", address.port());
+    let to = |url: String| axum::routing::get(async || axum::response::Redirect::temporary(&url.leak()[..]));
+    let pages = axum::Router::new()
+        .route("/blue.png", axum::routing::get(async || picture))
+        .route("/once", to("/blue.png".into()))
+        .route("/four", to("/three".into()))
+        .route("/three", to("/two".into()))
+        .route("/two", to("/once".into()))
+        .route("/inward", to(inward))
+        .route("/elsewhere", to("file:///etc/passwd".into()))
+        .route("/large", axum::routing::get(async || vec![0; (1 << 20) + 1]))
+        .route("/page", axum::routing::get(async || "<html>hello</html>"))
+        .route("/late", axum::routing::get(async || std::future::pending::<String>().await));
+    tokio::spawn(async move { axum::serve(tokio::net::TcpListener::from_std(listener).unwrap(), pages).await });
+    address
+}
+
+/// Pictures that are only named are fetched where the configuration allows it, and from nowhere inside.
+#[test]
+fn pictures_on_the_internet_are_fetched_where_the_configuration_allows_it() {
+    let in_its_network = || async {
+        let address = public_server(png(64, 64, BLUE));
+        let more = "media: { http: true, max_mb: 1, seconds: 2 }\n";
+        let sarai = Sarai::start(&models("fitted", more));
+        let named = |url: String| json!({ "type": "image_url", "image_url": { "url": url } });
+        let there = |path: &str| named(format!("http://{address}/{path}"));
+        for path in ["blue.png", "once", "two", "three"] {
+            assert_eq!(text(&answer(&sarai, "qwen2vl", &[there(path)]).await), "blue", "{path}");
+        }
+        for (part, says) in [
+            (there("four"), "redirected too often"),
+            (there("inward"), "127.0.0.1, a private address"),
+            (there("elsewhere"), "307"),
+            (there("large"), "larger than 1 MiB"),
+            (there("nothing"), "404"),
+            (there("page"), "PNG, JPEG, GIF, WebP or BMP"),
+            (there("late"), "2 s (media.seconds)"),
+            (named(format!("http://127.0.0.1:{}/blue.png", address.port())), "a private address"),
+            (named(format!("http://[::ffff:127.0.0.1]:{}/blue.png", address.port())), "a private address"),
+            (named(format!("http://localhost:{}/blue.png", address.port())), "a private address"),
+            (named("http://169.254.169.254/latest/meta-data".into()), "a private address"),
+        ] {
+            let refused =
+                sarai.post("/v1/chat/completions", body("qwen2vl", std::slice::from_ref(&part), json!({}))).await;
+            let error = &refused.json()["error"];
+            let is_said = error["message"].as_str().unwrap().contains(says);
+            assert!(refused.status == 400 && is_said, "{part}: {}", refused.text);
+            assert_eq!(error["param"], "messages[0].content[0]", "{part}");
+        }
+        assert_eq!(text(&answer(&sarai, "qwen2vl", &[there("blue.png")]).await), "blue");
+    };
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    // A thread of its own, since the network goes with it.
+    std::thread::spawn(move || runtime().block_on(in_its_network())).join().unwrap();
 }
 
 /// The largest picture, the longest sound, and a picture whose colour profile is half a gigabyte: at no moment is there more than planned.

@@ -1,0 +1,86 @@
+//! Every limit at its edge: the most that is taken is answered, and one more is refused with the limit's name.
+
+use crate::support::{Sarai, chat, minilm, smollm2};
+use serde_json::{Value, json};
+
+fn models() -> String {
+    format!(
+        "models:\n  m: {{ backend: gguf_native, gguf_path: {}, context_length: 512, parallel: 8 }}\n  vectors: {{ backend: gguf_native, gguf_path: {}, role: embedding }}\n",
+        smollm2(),
+        minilm()
+    )
+}
+
+/// Asks, and has the answer's status and the error's field.
+async fn tried(sarai: &Sarai, path: &str, body: String) -> (u16, Value) {
+    let answer = sarai.post(path, body).await;
+    let json = answer.json();
+    let error = if json["error"].is_object() { json["error"]["param"].clone() } else { Value::Null };
+    (answer.status, error)
+}
+
+#[tokio::test]
+async fn numbers_are_taken_up_to_their_limit() {
+    let sarai = Sarai::start(&models());
+    let short = |more: Value| {
+        let mut all = json!({ "max_tokens": 1 });
+        all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        chat("m", "Hi", all)
+    };
+    let one = |name: &str, value: Value| json!({ name: value });
+    for (field, most, beyond) in [
+        ("n", json!(128), json!(129)),
+        ("temperature", json!(2), json!(2.01)),
+        ("top_p", json!(1), json!(1.01)),
+        ("presence_penalty", json!(2), json!(2.01)),
+        ("frequency_penalty", json!(-2), json!(-2.01)),
+        ("max_tokens", json!(1), json!(0)),
+    ] {
+        let path = "/v1/chat/completions";
+        assert_eq!(tried(&sarai, path, short(one(field, most.clone()))).await, (200, Value::Null), "{field}: {most}");
+        let refused = tried(&sarai, path, short(one(field, beyond.clone()))).await;
+        assert_eq!(refused, (400, json!(field)), "{field}: {beyond}");
+    }
+    let likely = |count: u32| short(json!({ "logprobs": true, "top_logprobs": count }));
+    let answer = sarai.post("/v1/chat/completions", likely(20)).await.json();
+    let top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"].as_array().unwrap().len();
+    assert_eq!(top, 20);
+    assert_eq!(tried(&sarai, "/v1/chat/completions", likely(21)).await, (400, json!("top_logprobs")));
+    let answer = sarai.post("/v1/chat/completions", short(json!({ "n": 128 }))).await.json();
+    let indices: Vec<_> = answer["choices"].as_array().unwrap().iter().map(|one| one["index"].as_u64()).collect();
+    assert_eq!(indices, (0..128).map(Some).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn texts_are_taken_up_to_their_limit() {
+    let sarai = Sarai::start(&models());
+    for (path, field) in [("/v1/embeddings", "input"), ("/api/embed", "input")] {
+        let body = |count: usize| json!({ "model": "vectors", field: vec!["hi"; count] }).to_string();
+        let answer = sarai.post(path, body(2048)).await;
+        let rows = answer.json();
+        let rows = rows["data"].as_array().or(rows["embeddings"].as_array()).map(Vec::len);
+        assert_eq!((answer.status, rows), (200, Some(2048)), "{path}");
+        let refused = sarai.post(path, body(2049)).await;
+        assert!(refused.status == 400 && refused.text.contains("at most 2048"), "{path}: {}", refused.text);
+    }
+}
+
+#[tokio::test]
+async fn a_body_is_taken_up_to_its_limit() {
+    for (config, most) in [("", 32 << 20), ("server: { max_body_mb: 1 }\n", 1 << 20)] {
+        let sarai = Sarai::start(&format!("{config}{}", models()));
+        for (path, body) in [
+            ("/v1/chat/completions", chat("m", "Hi", json!({ "max_tokens": 1 }))),
+            (
+                "/api/generate",
+                json!({ "model": "m", "prompt": "Hi", "stream": false, "options": { "num_predict": 1 } }).to_string(),
+            ),
+        ] {
+            // Spaces between two parts of a body are part of it.
+            let of = |bytes: usize| format!("{}{}", " ".repeat(bytes - body.len()), body);
+            assert_eq!(sarai.post(path, of(most)).await.status, 200, "{path} {most}");
+            let refused = sarai.post(path, of(most + 1)).await;
+            assert!(refused.status == 413 && refused.text.contains("max_body_mb"), "{path}: {}", refused.text);
+        }
+    }
+}
