@@ -69,6 +69,23 @@ def top(seed):
         node = {"type": "object", "properties": {"value": leaf(chosen), "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}}
         node |= {"required": ["value", "next"], "additionalProperties": False}
         return {"$defs": {"node": node}, "type": "object", "properties": {"list": {"$ref": "#/$defs/node"}}, "required": ["list"]}
+    kind = chosen.random()
+    short = lambda: {"type": "integer", "minimum": 0, "maximum": chosen.randint(1, 99)}
+    if kind < 0.1:
+        # All of several.
+        parts = [{"type": "object", "properties": {name: short()}, "required": [name]} for name in ("a", "b", "c")[: chosen.randint(2, 3)]]
+        return {"allOf": parts}
+    if kind < 0.2:
+        # One of several, told apart by a constant.
+        one = lambda name: {"type": "object", "properties": {"kind": {"const": name}, name: short()}, "required": ["kind", name], "additionalProperties": False}
+        return {"oneOf": [one(name) for name in ("circle", "square", "line")[: chosen.randint(2, 3)]]}
+    if kind < 0.3:
+        # Whatever of many.
+        made = {"type": "object", "properties": {f"p{n}": short() for n in range(chosen.randint(6, 14))}, "additionalProperties": False}
+        return made | {"required": chosen.sample(list(made["properties"]), 2)}
+    if kind < 0.34:
+        # Not followed, and said so.
+        return {"type": "object", "properties": {"value": {"not": {"type": "string"}}}, "required": ["value"]}
     made = schema(chosen)
     return made if made.get("type") == "object" else {"type": "object", "properties": {"value": made}, "required": ["value"]}
 
@@ -85,6 +102,7 @@ def ask(seed):
         return "refused"
     choice, text = answer.choices[0], answer.choices[0].message.content
     if choice.finish_reason == "length":
+        assert answer.usage.completion_tokens == asked["max_tokens"], "it was cut before its limit"
         return "cut"
     assert choice.finish_reason == "stop", choice.finish_reason
     said = {word.removeprefix("schema:") for word in answer.sarai["degraded"]}
