@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jsonschema
 import openai
 
+PATTERNS = ["^[a-z]{2,5}$", "^(red|green)-[0-9]{1,3}$", "^[A-F0-9]{4}$", r"^\d{3}-\d{2}$", r"^\w+@(a|b)\.org$", "x[yz]$", r"^[^\d,]{1,4}$"]
 COUNT, AT_ONCE = 200, 8
 CLIENT = openai.OpenAI(base_url=f"{os.environ['SARAI_URL']}/v1", api_key="none", max_retries=0, timeout=300)
 
@@ -21,7 +22,7 @@ def leaf(chosen):
         [
             lambda: {"type": "string", "maxLength": chosen.randint(1, 8)},
             lambda: {"type": "string", "minLength": 2, "maxLength": 4},
-            lambda: {"type": "string", "pattern": chosen.choice(["^[a-z]{2,5}$", "^(red|green)-[0-9]{1,3}$", "^[A-F0-9]{4}$"])},
+            lambda: {"type": "string", "pattern": chosen.choice(PATTERNS)},
             lambda: {"type": "string", "format": chosen.choice(["date", "time", "uuid"])},
             lambda: {"type": "integer", "minimum": chosen.randint(-20, 5), "maximum": chosen.randint(6, 300)},
             lambda: {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": chosen.randint(2, 40)},
@@ -31,12 +32,16 @@ def leaf(chosen):
             lambda: {"const": chosen.choice(["only", 7, False, {"a": [1]}])},
             lambda: {"type": ["integer", "null"]},
             lambda: {"type": "number"},
+            lambda: {"type": "number", "minimum": 0, "maximum": chosen.choice([1, 0.5, 100, 2.75])},
+            lambda: {"type": "number", "exclusiveMinimum": chosen.choice([-1, 0, 9.99])},
+            lambda: {"type": ["number", "null"], "minimum": -90, "exclusiveMaximum": chosen.choice([-10, 0, 90])},
+            lambda: {"type": "integer", "minimum": 1, "maximum": 99, "multipleOf": chosen.choice([3, 5, 10])},
         ]
         if chosen.random() < 0.95
         # Not followed, and said so.
         else [
-            lambda: {"type": "number", "minimum": 0, "maximum": 1},
-            lambda: {"type": "integer", "minimum": 1, "maximum": 99, "multipleOf": 3},
+            lambda: {"type": "number", "multipleOf": 0.5},
+            lambda: {"type": "string", "pattern": "^(?=.)[a-z]{1,3}$"},
         ]
     )()
 

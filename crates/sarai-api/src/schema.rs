@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use sarai_core::schema::{MOST_REPEATED, multiples, number_rule, plain_pattern};
 use serde_json::{Map, Value};
 
 /// Keywords that are never followed.
@@ -23,7 +24,7 @@ const NEVER: [&str; 16] = [
     "unevaluatedItems",
     "additionalItems",
 ];
-/// Bounds of numbers: followed for whole ones.
+/// Bounds of numbers: followed for whole ones, and for others where a rule can be made.
 const BOUNDS: [&str; 4] = ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"];
 /// What a keyword that decides alone leaves unread beside it.
 const CONSTRAINTS: [&str; 17] = [
@@ -45,8 +46,6 @@ const CONSTRAINTS: [&str; 17] = [
     "allOf",
     "$ref",
 ];
-/// llama.cpp repeats nothing more often.
-const MOST_REPEATED: u64 = 2000;
 /// Forms of texts that it knows.
 const FORMATS: [&str; 9] = ["date", "time", "date-time", "uuid", "uuid1", "uuid2", "uuid3", "uuid4", "uuid5"];
 /// Deeper than any schema is meant to be.
@@ -73,22 +72,24 @@ fn look(schema: &Value, depth: usize, found: &mut BTreeSet<String>) {
             found.insert(keyword.to_owned());
         }
     };
-    NEVER.iter().for_each(|keyword| miss(keyword));
+    let (has_rule, has_multiples) = (number_rule(fields).is_some(), multiples(fields).is_some());
+    NEVER.iter().filter(|keyword| !(has_multiples && **keyword == "multipleOf")).for_each(|keyword| miss(keyword));
     if fields.get("uniqueItems") == Some(&Value::Bool(true)) {
         miss("uniqueItems");
     }
-    if !only_whole_numbers(fields) {
+    if !only_whole_numbers(fields) && !has_rule {
         BOUNDS.iter().for_each(|keyword| miss(keyword));
     }
     // Of two bounds on the same side, only one is read.
     for (one, other) in [("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")] {
-        if has(one) && has(other) {
+        if has(one) && has(other) && !has_rule && !has_multiples {
             miss(other);
         }
     }
     if has("pattern") {
         ["minLength", "maxLength", "format"].iter().for_each(|keyword| miss(keyword));
-        if !fields.get("pattern").and_then(Value::as_str).is_some_and(is_plain) {
+        let plain = fields.get("pattern").and_then(Value::as_str).and_then(plain_pattern);
+        if plain.is_none() {
             miss("pattern");
         }
     }
@@ -147,13 +148,6 @@ fn look(schema: &Value, depth: usize, found: &mut BTreeSet<String>) {
         };
         each.into_iter().for_each(|inner| look(inner, depth + 1, found));
     }
-}
-
-/// Whether a pattern has only what becomes a grammar as it is meant: anchored, letters, classes, groups and repetitions.
-fn is_plain(pattern: &str) -> bool {
-    let Some(inner) = pattern.strip_prefix('^').and_then(|pattern| pattern.strip_suffix('$')) else { return false };
-    let is_special = |c: char| matches!(c, '\\' | '.' | '^' | '$' | '"') || c.is_control();
-    !inner.contains(is_special) && !inner.contains("(?") && !inner.contains("*?") && !inner.contains("+?")
 }
 
 /// Whether a part of `allOf` is one whose properties are put to those of the others.
@@ -242,6 +236,9 @@ mod tests {
                 { "type": "object", "properties": { "kind": { "const": "b" } }, "required": ["kind"] },
             ] }),
             json!({ "type": "string", "pattern": "^[a-z]+$", "title": "t", "description": "d" }),
+            json!({ "type": "string", "pattern": "\\d{5}" }),
+            json!({ "type": "number", "minimum": 0, "exclusiveMinimum": 0, "maximum": 1 }),
+            json!({ "type": "integer", "minimum": 0, "exclusiveMinimum": 0, "multipleOf": 5 }),
         ] {
             assert!(missed(schema.clone()).is_empty(), "{schema}: {:?}", missed(schema.clone()));
         }
@@ -250,9 +247,10 @@ mod tests {
     #[test]
     fn what_they_do_not_follow_is_told_wherever_it_stands() {
         for (schema, wanted) in [
-            (json!({ "type": "number", "minimum": 1 }), "schema:minimum"),
+            (json!({ "type": "number", "minimum": 1e12 }), "schema:minimum"),
+            (json!({ "minimum": 1 }), "schema:minimum"),
             (
-                json!({ "type": "object", "properties": { "a": { "type": "array", "items": { "type": "integer", "multipleOf": 3 } } } }),
+                json!({ "type": "object", "properties": { "a": { "type": "array", "items": { "type": "number", "multipleOf": 0.01 } } } }),
                 "schema:multipleOf",
             ),
             (
@@ -263,8 +261,7 @@ mod tests {
             (json!({ "type": "string", "pattern": "^a*$", "maxLength": 3 }), "schema:maxLength"),
             (json!({ "anyOf": [{ "type": "string" }], "enum": ["a"] }), "schema:enum"),
             (json!({ "oneOf": [{ "type": "integer" }, { "type": "number" }] }), "schema:oneOf"),
-            (json!({ "type": "string", "pattern": "^\\d{5}$" }), "schema:pattern"),
-            (json!({ "type": "string", "pattern": "abc" }), "schema:pattern"),
+            (json!({ "type": "string", "pattern": "^\\bx$" }), "schema:pattern"),
             (json!({ "type": "string", "format": "email" }), "schema:format"),
             (json!({ "type": "string", "maxLength": 5000 }), "schema:maxLength"),
             (json!({ "allOf": [{ "$ref": "#/$defs/x" }] }), "schema:allOf"),

@@ -10,6 +10,7 @@ pub mod frame;
 pub mod media;
 pub mod memory;
 pub mod request;
+pub mod schema;
 pub mod tool;
 pub mod units;
 

@@ -22,6 +22,7 @@ mod prompt;
 mod reference;
 mod sampler;
 mod schedule;
+mod schema;
 mod sequence;
 mod trial;
 mod unit;

@@ -15,6 +15,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::prompt::internal;
+use crate::schema;
 
 /// Both APIs' -100 bans a token; for llama.cpp that is minus infinity, which JSON frames cannot carry.
 const BANNED: f32 = -100.0;
@@ -136,7 +137,7 @@ pub fn grammar(request: &GenerateRequest, form: Option<&ChatParams>) -> Result<O
         (Some(form), _) if !form.grammar.is_empty() => Ok(Some(form.grammar.clone())),
         (_, Format::Gbnf(grammar)) => Ok(Some(grammar.clone())),
         (_, format) => schema_of(format)
-            .map(|schema| llama_cpp_4::chat::json_schema_to_grammar(&schema, false))
+            .map(|schema| schema::grammar(&schema))
             .transpose()
             .map_err(|error| cannot(form_param(request), &error)),
     }
