@@ -8,6 +8,7 @@ behind them. `ENGINE="alone entering"` runs some of the parts only; `--peer` nam
 import argparse
 import base64
 import concurrent.futures
+import contextlib
 import http.client
 import inspect
 import json
@@ -321,6 +322,12 @@ def report(what, stock, sarai, higher_is_better=True):
     print(f"{what:<58} stock {spread(stock):<28} sarai {spread(sarai):<28} ratio {ratio:5.2f}{better}", flush=True)
 
 
+def own_memory(pid):
+    """Of a process, in MiB: not pages of files."""
+    with open(f"/proc/{pid}/status") as status:
+        return int(next(line for line in status if line.startswith("RssAnon:")).split()[1]) / 1024
+
+
 def percentile(values, share):
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
@@ -490,6 +497,48 @@ class Bench:
             thread.join()
         ratio = statistics.median(busy) / statistics.median(idle)
         print(f"30 tokens and one of answer: idle {spread(idle)} s, while another decodes {spread(busy)} s, ratio {ratio:.2f}")
+
+    def prefilling(self):
+        """One model reads prompts of 900 tokens while two others decode, beside the settings found by hand: -t 1 for all, and two threads for prompts"""
+        decoding, reading = ["smollm2", "gemma"], "qwen"
+        hands = {"-t 1": ("-t", "1"), "-t 1 -tb 2": ("-t", "1", "-tb", "2")}
+        with self.sarai([*decoding, reading]) as sarai:
+            for setting, more in hands.items():
+                servers = {model: self.stock(model, more=more) for model in [*decoding, reading]}
+                figures = {"decoding": ([], []), "reading": ([], [])}
+                try:
+                    for seed in range(self.rounds):
+                        for side, ports in enumerate(({model: server.port for model, server in servers.items()}, {model: sarai.port for model in servers})):
+                            with contextlib.ExitStack() as running:
+                                answers = [running.enter_context(Beside(ports[model], model)) for model in decoding]
+                                before, began = [len(beside.answer.times) for beside in answers], time.monotonic()
+                                asked = ask(ports[reading], reading, text(3000 + 10 * seed + side, 700), 1)
+                                took = time.monotonic() - began
+                                told = sum(len(beside.answer.times) for beside in answers) - sum(before)
+                            figures["decoding"][side].append(told / took)
+                            figures["reading"][side].append(asked.usage["prompt_tokens"] / asked.first)
+                finally:
+                    for server in servers.values():
+                        server.stop()
+                report(f"tokens/s of the two that decode, stock with {setting}", *figures["decoding"])
+                report(f"prompt tokens/s of the third, stock with {setting}", *figures["reading"])
+
+    def slots(self):
+        """Memory of its own that each further sequence of 2,048 tokens takes once it is filled, MiB"""
+        for model in ("smollm2", "gemma"):
+            takes = ([], [])
+            for parallel in (1, 8):
+                for side, make in enumerate((self.stock, lambda model, **settings: self.sarai([model], **settings))):
+                    with make(model, parallel=parallel) as server:
+                        with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
+                            list(pool.map(lambda n: ask(server.port, model, text(7000 + n, 1500), 8), range(parallel)))
+                        takes[side].append(own_memory(self.worker(server) if side else server.process.pid))
+            report(f"{model}: each further sequence, MiB", *[[(many - one) / 7] for one, many in takes], False)
+
+    def worker(self, server):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection.request("GET", "/api/ps")
+        return json.loads(connection.getresponse().read())["sarai"]["workers"][0]["pid"]
 
     def cold(self):
         """From nothing to the first token: a stock server's start, and sarai's load on demand."""
@@ -696,7 +745,7 @@ class Bench:
 
 
 def main():
-    parts = ["alone", "streams", "entering", "prefix", "together", "park", "cold", "embed", "media", "forms", "same", "draft", "quota"]
+    parts = ["alone", "streams", "entering", "prefix", "together", "prefilling", "slots", "park", "cold", "embed", "media", "forms", "same", "draft", "quota"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}")
     parser.add_argument("--peer", default=os.environ.get("LLAMA_SERVER"), help="a llama-server")

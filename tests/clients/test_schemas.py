@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jsonschema
 import openai
 
-PATTERNS = ["^[a-z]{2,5}$", "^(red|green)-[0-9]{1,3}$", "^[A-F0-9]{4}$", r"^\d{3}-\d{2}$", r"^\w+@(a|b)\.org$", "x[yz]$", r"^[^\d,]{1,4}$"]
+PATTERNS = ["^[a-z]{2,5}$", "^(red|green)-[0-9]{1,3}$", "^[A-F0-9]{4}$", r"^\d{3}-\d{2}$", r"^\w+@(a|b)\.org$", "x[yz]$", r"^[^\d,]{1,4}$", r"^v1\.?$", "^[^,-]{1,3}$", "^[ -~]{1,6}$", r"^\[\d\]$"]
 COUNT, AT_ONCE = 200, 8
 CLIENT = openai.OpenAI(base_url=f"{os.environ['SARAI_URL']}/v1", api_key="none", max_retries=0, timeout=300)
 
@@ -35,6 +35,8 @@ def leaf(chosen):
             lambda: {"type": "number", "minimum": 0, "maximum": chosen.choice([1, 0.5, 100, 2.75])},
             lambda: {"type": "number", "exclusiveMinimum": chosen.choice([-1, 0, 9.99])},
             lambda: {"type": ["number", "null"], "minimum": -90, "exclusiveMaximum": chosen.choice([-10, 0, 90])},
+            lambda: {"type": "integer", chosen.choice(["minimum", "exclusiveMinimum"]): chosen.choice([100, 1900, 15])},
+            lambda: {"type": "integer", chosen.choice(["maximum", "exclusiveMaximum"]): chosen.choice([0, -1, -100])},
             lambda: {"type": "integer", "minimum": 1, "maximum": 99, "multipleOf": chosen.choice([3, 5, 10])},
         ]
         if chosen.random() < 0.95
@@ -54,7 +56,7 @@ def schema(chosen, depth=0):
             names = chosen.sample(["name", "size", "tags", "when", "a b", "größe", "x-1"], chosen.randint(1, 3))
             required = chosen.sample(names, chosen.randint(0, len(names)))
             made = {"type": "object", "properties": {name: inner() for name in names}, "required": required}
-            return made | ({"additionalProperties": False} if chosen.random() < 0.7 else {})
+            return made | {"additionalProperties": chosen.choice([False, False, True, {"type": "integer"}])}
         case "array":
             least = chosen.randint(0, 2)
             made = {"type": "array", "items": inner(), "minItems": least, "maxItems": least + chosen.randint(0, 2)}

@@ -24,7 +24,7 @@ const NEVER: [&str; 16] = [
     "unevaluatedItems",
     "additionalItems",
 ];
-/// Bounds of numbers: followed for whole ones, and for others where a rule can be made.
+/// Bounds of numbers: followed where a rule can be made.
 const BOUNDS: [&str; 4] = ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"];
 /// What a keyword that decides alone leaves unread beside it.
 const CONSTRAINTS: [&str; 17] = [
@@ -77,7 +77,7 @@ fn look(schema: &Value, depth: usize, found: &mut BTreeSet<String>) {
     if fields.get("uniqueItems") == Some(&Value::Bool(true)) {
         miss("uniqueItems");
     }
-    if !only_whole_numbers(fields) && !has_rule {
+    if may_be_number(fields) && !has_rule && !has_multiples {
         BOUNDS.iter().for_each(|keyword| miss(keyword));
     }
     // Of two bounds on the same side, only one is read.
@@ -175,11 +175,12 @@ fn values_are_of_type(fields: &Map<String, Value>, keyword: &str) -> bool {
     }
 }
 
-fn only_whole_numbers(fields: &Map<String, Value>) -> bool {
+fn may_be_number(fields: &Map<String, Value>) -> bool {
+    let is_number = |kind: &Value| kind == "number" || kind == "integer";
     match fields.get("type") {
-        Some(Value::String(kind)) => kind != "number",
-        Some(Value::Array(kinds)) => !kinds.contains(&"number".into()),
-        _ => false,
+        Some(Value::Array(kinds)) => kinds.iter().any(is_number),
+        Some(kind) => is_number(kind),
+        None => true,
     }
 }
 

@@ -9,6 +9,8 @@ use serde_json::{Map, Value};
 const DECIMALS: usize = 6;
 /// Bounds beyond this are not told from their neighbours with so many decimals.
 const FURTHEST: f64 = 1e9;
+/// Whole numbers are told from their neighbours up to this.
+const FURTHEST_WHOLE: f64 = 1e15 - 1.0;
 /// Of the whole numbers that have no upper bound, the digits.
 const DIGITS: usize = 15;
 /// Decimals of a cell that a bound parts, at least, if there are so many.
@@ -16,20 +18,24 @@ const ENOUGH: u64 = 10;
 /// llama.cpp repeats nothing more often.
 pub const MOST_REPEATED: u64 = 2000;
 
-/// A rule in GBNF for the numbers that a schema's bounds allow, if it has any and they can be followed: it is of type `number`, alone or
-/// among others.
+/// A rule in GBNF for the numbers that a schema's bounds allow, if it has any and they can be followed: it is of type `number` or
+/// `integer`, alone or among others.
 #[must_use]
 pub fn number_rule(schema: &Map<String, Value>) -> Option<String> {
-    let is_number = match schema.get("type") {
-        Some(Value::String(kind)) => kind == "number",
-        Some(Value::Array(kinds)) => kinds.contains(&"number".into()),
+    let is_of = |wanted: &str| match schema.get("type") {
+        Some(Value::String(kind)) => kind == wanted,
+        Some(Value::Array(kinds)) => kinds.contains(&wanted.into()),
         _ => false,
     };
-    if !is_number || is_decided(schema) {
+    let has_decimals = is_of("number");
+    if !(has_decimals || is_of("integer")) || is_decided(schema) {
         return None;
     }
-    let least = tighter(bound(schema, "minimum", false)?, bound(schema, "exclusiveMinimum", true)?, f64::gt);
-    let most = tighter(bound(schema, "maximum", false)?, bound(schema, "exclusiveMaximum", true)?, f64::lt);
+    let furthest = if has_decimals { FURTHEST } else { FURTHEST_WHOLE };
+    let bound = |keyword: &str, is_excluded: bool| bound(schema, keyword, is_excluded, furthest);
+    let least = tighter(bound("minimum", false)?, bound("exclusiveMinimum", true)?, f64::gt);
+    let most = tighter(bound("maximum", false)?, bound("exclusiveMaximum", true)?, f64::lt);
+    let sizes = |from: Bound, to: Option<Bound>| if has_decimals { sizes(from, to) } else { whole_sizes(from, to) };
     let mirrored = |bound: Bound| Bound { at: -bound.at, ..bound };
     let zero = |is_excluded: bool| Bound { at: 0.0, is_excluded };
     let mut alternatives = Vec::new();
@@ -65,7 +71,7 @@ pub fn multiples(schema: &Map<String, Value>) -> Option<Vec<i64>> {
         (None, Some(most)) => (if most >= 0 { 0 } else { most.checked_sub(span)? }, most),
         (None, None) => (0, span),
     };
-    let first = least.checked_add((-least).rem_euclid(step))?;
+    let first = least.checked_add((step - least.rem_euclid(step)) % step)?;
     let all: Vec<_> =
         (0..MOST_MULTIPLES).filter_map(|n| first.checked_add(n * step)).take_while(|n| *n <= most).collect();
     (!all.is_empty()).then_some(all)
@@ -74,9 +80,12 @@ pub fn multiples(schema: &Map<String, Value>) -> Option<Vec<i64>> {
 /// How many multiples are named.
 const MOST_MULTIPLES: i64 = 200;
 
-/// Whether a keyword decides about the value beside which no bound is read.
+/// Whether a keyword stands there beside which no bound is read.
 fn is_decided(schema: &Map<String, Value>) -> bool {
-    ["$ref", "oneOf", "anyOf", "allOf", "const", "enum"].iter().any(|keyword| schema.contains_key(*keyword))
+    // What stands in them may be referred to, where it is.
+    let holds = ["$defs", "definitions", "properties", "items", "prefixItems", "additionalProperties"];
+    let decides = ["$ref", "oneOf", "anyOf", "allOf", "const", "enum"];
+    decides.iter().chain(&holds).any(|keyword| schema.contains_key(*keyword))
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -96,9 +105,9 @@ impl Bound {
 }
 
 /// A bound, or none; nothing at all if it is none that can be followed.
-fn bound(schema: &Map<String, Value>, keyword: &str, is_excluded: bool) -> Option<Option<Bound>> {
+fn bound(schema: &Map<String, Value>, keyword: &str, is_excluded: bool, furthest: f64) -> Option<Option<Bound>> {
     let Some(value) = schema.get(keyword) else { return Some(None) };
-    let at = value.as_f64().filter(|at| at.abs() <= FURTHEST)?;
+    let at = value.as_f64().filter(|at| at.abs() <= furthest)?;
     Some(Some(Bound { at, is_excluded }))
 }
 
@@ -107,6 +116,26 @@ fn tighter(one: Option<Bound>, other: Option<Bound>, is_tighter: fn(&f64, &f64) 
         (Some(one), Some(excluded)) if is_tighter(&one.at, &excluded.at) => Some(one),
         (_, Some(excluded)) => Some(excluded),
         (one, None) => one,
+    }
+}
+
+/// The first whole number from a bound that is not negative on.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small and not negative")]
+fn first(from: Bound) -> u64 {
+    from.at.ceil() as u64 + u64::from(!from.is_below(from.at.ceil()))
+}
+
+/// The last one up to such a bound, if there is one.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small and not negative")]
+fn last(to: Bound) -> Option<u64> {
+    (to.at.floor() as u64).checked_sub(u64::from(!to.is_above(to.at.floor())))
+}
+
+/// The whole numbers from one that is not negative to another one.
+fn whole_sizes(from: Bound, to: Option<Bound>) -> Option<String> {
+    match to.map(last) {
+        Some(None) => None,
+        last => whole(first(from), last.flatten()),
     }
 }
 
@@ -119,8 +148,7 @@ fn tighter(one: Option<Bound>, other: Option<Bound>, is_tighter: fn(&f64, &f64) 
 )]
 fn sizes(from: Bound, to: Option<Bound>) -> Option<String> {
     let is_within = |number: f64| from.is_below(number) && to.is_none_or(|to| to.is_above(number));
-    let first = from.at.ceil() as u64 + u64::from(!from.is_below(from.at.ceil()));
-    let last = to.map(|to| (to.at.floor() as u64).checked_sub(u64::from(!to.is_above(to.at.floor()))));
+    let (first, last) = (first(from), to.map(last));
     // All that begin with these and a point.
     let last_whole = to.map(|to| (to.at.floor() as u64).checked_sub(1));
     let mut alternatives = Vec::new();
@@ -206,10 +234,11 @@ fn alike(low: &str, high: &str) -> String {
     alternatives.join(" | ")
 }
 
-/// Any character of a text that needs no escape in JSON.
-const ANY: &str = r#"[^"\\\x00-\x1F]"#;
+/// Any character of a text that needs no escape in JSON, and ends no line.
+const ANY: &str = r#"[^\x22\x5C\x00-\x1F\u2028\u2029]"#;
 
-/// A pattern as llama.cpp makes grammars of it, with nothing in it that JSON would have to escape; none if it cannot be written so.
+/// A pattern as llama.cpp makes grammars of it, with nothing in it that JSON would have to escape; none if it cannot be written so. What is
+/// repeated stands in a group of its own: llama.cpp takes escaped characters together with their neighbours.
 #[must_use]
 pub fn plain_pattern(pattern: &str) -> Option<String> {
     let (begins, rest) = pattern.strip_prefix('^').map_or((false, pattern), |rest| (true, rest));
@@ -217,14 +246,19 @@ pub fn plain_pattern(pattern: &str) -> Option<String> {
     let inner = if is_end { &rest[..rest.len() - 1] } else { rest };
     let mut written = String::new();
     let mut chars = inner.chars().peekable();
+    let (mut depth, mut may_repeat) = (0_usize, false);
     while let Some(c) = chars.next() {
+        let repeats = may_repeat;
+        may_repeat = true;
         match c {
             '\\' => match chars.next()? {
                 'd' => written.push_str("[0-9]"),
                 'w' => written.push_str("[A-Za-z0-9_]"),
                 's' => written.push_str("[ ]"),
-                escaped if r"^$.[]()|{}*+?".contains(escaped) => written.extend(['\\', escaped]),
-                escaped if escaped.is_ascii_punctuation() && !['"', '\\'].contains(&escaped) => written.push(escaped),
+                escaped if r"^$.[]()|{}*+?".contains(escaped) => written.extend(['(', '\\', escaped, ')']),
+                escaped if is_harmless(escaped) && escaped.is_ascii_punctuation() => {
+                    written.extend(['(', escaped, ')'])
+                }
                 _ => return None,
             },
             '[' => written.push_str(&class(&mut chars)?),
@@ -233,30 +267,36 @@ pub fn plain_pattern(pattern: &str) -> Option<String> {
                 if chars.next_if_eq(&'?').is_some() {
                     chars.next_if_eq(&':')?;
                 }
+                depth += 1;
+                may_repeat = false;
                 written.push('(');
             }
-            '*' | '+' | '?' | '}' => {
+            ')' => {
+                depth = depth.checked_sub(1)?;
+                written.push(')');
+            }
+            '|' => {
+                may_repeat = false;
+                written.push('|');
+            }
+            '*' | '+' | '?' | '{' if repeats => {
                 written.push(c);
+                if c == '{' {
+                    written.push_str(&times(&mut chars)?);
+                }
                 // What matches at all is the same for those that take as little as they can.
                 chars.next_if_eq(&'?');
-                if chars.peek() == Some(&'+') {
-                    return None;
-                }
+                may_repeat = false;
             }
-            '{' => {
-                let times: String = std::iter::from_fn(|| chars.next_if(|c| c.is_ascii_digit() || *c == ',')).collect();
-                let mut counts = times.split(',').filter(|count| !count.is_empty());
-                let is_few = |count: &str| count.parse::<u64>().is_ok_and(|count| count <= MOST_REPEATED);
-                if chars.peek() != Some(&'}') || times.starts_with(',') || times.is_empty() || !counts.all(is_few) {
-                    return None;
-                }
-                written.push('{');
-                written.push_str(&times);
-            }
-            '^' | '$' | '"' => return None,
-            c if c.is_control() => return None,
-            c => written.push(c),
+            c if is_harmless(c) && !"^$*+?{}]".contains(c) => match c.is_ascii() {
+                true => written.push(c),
+                false => written.extend(['(', c, ')']),
+            },
+            _ => return None,
         }
+    }
+    if depth > 0 || written.contains("()") || written.contains("(|") || written.contains("|)") {
+        return None;
     }
     if begins && is_end {
         return Some(format!("^{written}$"));
@@ -267,38 +307,125 @@ pub fn plain_pattern(pattern: &str) -> Option<String> {
     Some(format!("^{}{written}{after}$", around(begins)))
 }
 
-/// The rest of a class of characters.
-fn class(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) -> Option<String> {
-    let mut written = String::from("[");
-    let is_negated = chars.next_if_eq(&'^').is_some();
-    if is_negated {
-        written.push('^');
-    }
-    let begins = written.len();
+/// Whether a character stands in JSON as it is.
+fn is_harmless(c: char) -> bool {
+    !c.is_control() && c != '"' && c != '\\'
+}
+
+/// The rest of `{2,5}`.
+fn times(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) -> Option<String> {
+    let mut times = String::new();
     loop {
         match chars.next()? {
-            ']' if written.len() == begins => return None,
-            ']' => break,
-            '\\' => match chars.next()? {
-                'd' => written.push_str("0-9"),
-                'w' => written.push_str("A-Za-z0-9_"),
-                's' => written.push(' '),
-                escaped @ ('-' | '[' | ']') => written.extend(['\\', escaped]),
-                escaped if escaped.is_ascii_punctuation() && !['"', '\\', '^'].contains(&escaped) => {
-                    written.push(escaped)
-                }
-                _ => return None,
-            },
-            c @ ('"' | '[') if !is_negated || c == '[' => return None,
-            c if c.is_control() => return None,
-            c => written.push(c),
+            '}' => break,
+            c @ ('0'..='9' | ',') => times.push(c),
+            _ => return None,
         }
     }
-    if is_negated {
-        written.push_str(r#""\\\x00-\x1F"#);
+    let (least, most) = times.split_once(',').unwrap_or((&times, &times));
+    let few = |count: &str| count.parse::<u64>().ok().filter(|count| *count <= MOST_REPEATED);
+    let least = few(least)?;
+    if !most.is_empty() && few(most)? < least {
+        return None;
     }
-    written.push(']');
-    Some(written)
+    times.push('}');
+    Some(times)
+}
+
+/// The rest of a class of characters, as ranges of what stands in JSON as it is.
+fn class(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) -> Option<String> {
+    let is_negated = chars.next_if_eq(&'^').is_some();
+    let mut ranges: Vec<(char, char)> = Vec::new();
+    // The character before, if a range may begin with it.
+    let mut before: Option<char> = None;
+    loop {
+        let c = chars.next()?;
+        if c == ']' {
+            break;
+        }
+        let is_range = c == '-' && before.is_some() && chars.peek().is_some_and(|next| *next != ']');
+        if is_range {
+            let (from, to) = (before.take()?, one(chars)?);
+            // A class cannot end a range.
+            let to = to.ok()?;
+            ranges.pop();
+            ranges.push((from, (to >= from).then_some(to)?));
+            continue;
+        }
+        let read = if c == '\\' { escaped(chars.next()?)? } else { Ok(c) };
+        match read {
+            Ok(c) => {
+                ranges.push((c, c));
+                before = Some(c);
+            }
+            Err(all) => {
+                ranges.extend(all);
+                before = None;
+                // `\w-z` is read in two ways; a `-` at the end is one in both.
+                if chars.peek() == Some(&'-') {
+                    chars.next();
+                    if chars.peek() != Some(&']') {
+                        return None;
+                    }
+                    ranges.push(('-', '-'));
+                }
+            }
+        }
+    }
+    if ranges.is_empty() {
+        return None;
+    }
+    let escaped_in_json = [('\0', '\u{1f}'), ('"', '"'), ('\\', '\\')];
+    let ranges = match is_negated {
+        true => [ranges.as_slice(), &escaped_in_json].concat(),
+        false => escaped_in_json.iter().fold(ranges, |ranges, taken| without(&ranges, *taken)),
+    };
+    let written: String = ranges.iter().map(|(from, to)| format!("{}-{}", code(*from), code(*to))).collect();
+    (!written.is_empty()).then(|| format!("[{}{written}]", if is_negated { "^" } else { "" }))
+}
+
+/// A character of a class, or several.
+type OneOrMore = Result<char, Vec<(char, char)>>;
+
+fn one(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) -> Option<OneOrMore> {
+    match chars.next()? {
+        '\\' => escaped(chars.next()?),
+        c => Some(Ok(c)),
+    }
+}
+
+fn escaped(c: char) -> Option<OneOrMore> {
+    match c {
+        'd' => Some(Err(vec![('0', '9')])),
+        'w' => Some(Err(vec![('A', 'Z'), ('a', 'z'), ('0', '9'), ('_', '_')])),
+        's' => Some(Err(vec![(' ', ' ')])),
+        c if c.is_ascii_punctuation() => Some(Ok(c)),
+        _ => None,
+    }
+}
+
+fn without(ranges: &[(char, char)], (first, last): (char, char)) -> Vec<(char, char)> {
+    let beside =
+        |c: char, by: i32| u32::try_from(i64::from(u32::from(c)) + i64::from(by)).ok().and_then(char::from_u32);
+    let mut left = Vec::new();
+    for &(from, to) in ranges {
+        if to < first || from > last {
+            left.push((from, to));
+            continue;
+        }
+        left.extend((from < first).then(|| beside(first, -1)).flatten().map(|end| (from, end)));
+        left.extend((to > last).then(|| beside(last, 1)).flatten().map(|begin| (begin, to)));
+    }
+    left
+}
+
+/// A character by its number.
+fn code(c: char) -> String {
+    match u32::from(c) {
+        number @ ..0x100 => format!("\\x{number:02X}"),
+        number @ ..0x1_0000 => format!("\\u{number:04X}"),
+        number => format!("\\U{number:08X}"),
+    }
 }
 
 #[cfg(test)]
@@ -357,6 +484,21 @@ mod tests {
                 &["-3", "-2.5", "-2.75", "-100"],
                 &["-2", "-2.4", "0", "3"],
             ),
+            (
+                json!({ "type": "integer", "minimum": 1900 }),
+                &["1900", "1999", "2024", "10000"],
+                &["190", "1899", "19", "1900.5", "-5"],
+            ),
+            (
+                json!({ "type": "integer", "exclusiveMaximum": -99.5 }),
+                &["-100", "-101", "-5000"],
+                &["-10", "-99", "-01", "1", "0"],
+            ),
+            (
+                json!({ "type": "integer", "minimum": -3, "maximum": 12 }),
+                &["-3", "0", "12"],
+                &["-4", "13", "1.5", "-0"],
+            ),
             (json!({ "type": "number", "minimum": 0.001, "maximum": 0.002 }), &["0.001", "0.0015"], &["0", "0.003"]),
         ] {
             let rule = rule(&schema).unwrap();
@@ -365,7 +507,8 @@ mod tests {
         }
         for schema in [
             json!({ "type": "number" }),
-            json!({ "type": "integer", "minimum": 1 }),
+            json!({ "type": "integer" }),
+            json!({ "type": "integer", "minimum": 1e16 }),
             json!({ "type": "number", "minimum": 2, "maximum": 1 }),
             json!({ "type": "number", "minimum": 1e12 }),
             json!({ "type": "number", "minimum": "1" }),
@@ -378,16 +521,18 @@ mod tests {
     #[test]
     fn patterns_are_anchored_and_their_classes_written_out() {
         for (pattern, plain) in [
-            ("^[a-z]{2,5}$", "^[a-z]{2,5}$"),
+            ("^[a-z]{2,5}$", r"^[\x61-\x7A]{2,5}$"),
             (r"^\d{3}-\d{4}$", "^[0-9]{3}-[0-9]{4}$"),
-            (r"^(?:a|b)+?$", "^(a|b)+$"),
-            (r"^[\w.-]+@example\.org$", r"^[A-Za-z0-9_.-]+@example\.org$"),
-            ("b", r#"^[^"\\\x00-\x1F]*(b)[^"\\\x00-\x1F]*$"#),
-            ("^a", r#"^(a)[^"\\\x00-\x1F]*$"#),
-            ("z$", r#"^[^"\\\x00-\x1F]*(z)$"#),
-            ("^a.c$", r#"^a[^"\\\x00-\x1F]c$"#),
-            ("^[^,]+$", r#"^[^,"\\\x00-\x1F]+$"#),
-            ("", r#"^[^"\\\x00-\x1F]*$"#),
+            ("^(?:a|b)+?$", "^(a|b)+$"),
+            (r"^v1\.?$", r"^v1(\.)?$"),
+            ("^é+$", "^(é)+$"),
+            ("b", r"^[^\x22\x5C\x00-\x1F\u2028\u2029]*(b)[^\x22\x5C\x00-\x1F\u2028\u2029]*$"),
+            ("^a", r"^(a)[^\x22\x5C\x00-\x1F\u2028\u2029]*$"),
+            ("z$", r"^[^\x22\x5C\x00-\x1F\u2028\u2029]*(z)$"),
+            ("^[^,-]+$", r"^[^\x2C-\x2C\x2D-\x2D\x00-\x1F\x22-\x22\x5C-\x5C]+$"),
+            ("^[ -~]+$", r"^[\x20-\x21\x23-\x5B\x5D-\x7E]+$"),
+            (r"^[\w.-]$", r"^[\x41-\x5A\x61-\x7A\x30-\x39\x5F-\x5F\x2E-\x2E\x2D-\x2D]$"),
+            ("", r"^[^\x22\x5C\x00-\x1F\u2028\u2029]*$"),
             ("^$", "^$"),
         ] {
             assert_eq!(plain_pattern(pattern).as_deref(), Some(plain), "{pattern}");
@@ -401,11 +546,59 @@ mod tests {
             "^a$b$",
             "^[$",
             "^a{3000}$",
+            "^a{1,2,3}$",
+            "^a{2,1}$",
             r#"^""$"#,
             r"\p{L}",
             "^a++$",
+            "^*a$",
+            "a)(b",
+            "^(a$",
+            r"^\[\d+]$",
+            r"^\{[a-z]+}$",
+            r"^[\w-z]$",
+            r"^[a-\d]$",
+            "^(|a)$",
+            "^[]$",
+            r#"^["]$"#,
         ] {
             assert_eq!(plain_pattern(pattern), None, "{pattern}");
+        }
+    }
+
+    /// Patterns of pieces that have something in them to get wrong.
+    fn patterns() -> impl Strategy<Value = String> {
+        let pieces = [
+            "a", "ab", "é", ".", r"\d", r"\w", r"\s", r"\.", r"\+", r"\-", "[a-c]", "[^a-]", "[^,-]", r"[\w-]",
+            r"[\w.-]", "[ -~]", "[A-z]", r"[^\d,]", r"[\s-]", r"[\.-z]", "(a|b)", "(?:ab|c)", "x", "-", ":", "|",
+        ];
+        let times = ["", "", "", "*", "+", "?", "{2}", "{1,3}", "+?"];
+        let piece = (prop::sample::select(pieces.to_vec()), prop::sample::select(times.to_vec()));
+        (any::<bool>(), prop::collection::vec(piece, 0..5), any::<bool>()).prop_map(|(begins, pieces, ends)| {
+            let inner: String = pieces
+                .iter()
+                .map(|(piece, times)| format!("{piece}{}", if *piece == "|" { "" } else { times }))
+                .collect();
+            format!("{}{inner}{}", if begins { "^" } else { "" }, if ends { "$" } else { "" })
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(3000))]
+
+        /// What the plain pattern lets through, the pattern matches, and JSON need not escape it.
+        #[test]
+        fn a_plain_pattern_lets_nothing_through_that_the_pattern_does_not(
+            pattern in patterns(), texts in prop::collection::vec("[abcxé0-9 ,.:+_~zA\"\\\\`-]{0,6}", 20),
+        ) {
+            let Some(plain) = plain_pattern(&pattern) else { return Ok(()) };
+            let Ok(original) = Regex::new(&pattern) else { return Ok(()) };
+            // A plain pattern's `|` is within its anchors, as llama.cpp has it.
+            let plain = Regex::new(&format!("^(?:{})$", plain.trim_start_matches('^').trim_end_matches('$'))).unwrap();
+            for text in texts.iter().filter(|text| plain.is_match(text)) {
+                prop_assert!(original.is_match(text), "{pattern:?} as {plain} lets {text:?} through");
+                prop_assert!(text.chars().all(is_harmless), "{pattern:?} as {plain} lets {text:?} through");
+            }
         }
     }
 

@@ -66,6 +66,10 @@ pub struct Parking {
 impl Parking {
     /// What is parked for this load; nothing if parking is off.
     pub fn open(spec: &LoadSpec, model: &LlamaModel) -> Option<Self> {
+        if spec.deterministic && model.n_swa() > 0 {
+            // llama.cpp brings a window's cells back in another order than that in which they were taken.
+            return None;
+        }
         let park = spec.park.as_ref()?;
         let key = key(spec, model)?;
         if let Err(error) = fs::DirBuilder::new().recursive(true).mode(0o700).create(&park.folder) {

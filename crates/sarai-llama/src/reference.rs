@@ -54,6 +54,10 @@ pub fn use_it() -> Result<(), String> {
         ggml_backend_free(backend);
         CAUGHT.get().is_some()
     };
+    if !is_caught {
+        // SAFETY: as above.
+        unsafe { (*functions).init_backend = made };
+    }
     if is_caught { Ok(()) } else { Err("`deterministic` is not known to this version of llama.cpp".into()) }
 }
 

@@ -19,9 +19,21 @@ pub fn grammar(schema: &str) -> Result<String, String> {
     let mut rules = Vec::new();
     rewrite(&mut value, 0, &mut rules);
     let grammar = convert(&value.to_string())?;
+    let grammar = without_escapes(&grammar);
     Ok(rules.iter().enumerate().fold(grammar, |grammar, (index, rule)| {
         grammar.replace(&format!("\"\\\"{}\\\"\"", written(index)), &format!("({rule})"))
     }))
+}
+
+/// Names of properties beside those that a schema knows: llama.cpp lets their first letter be one that JSON has to escape.
+fn without_escapes(grammar: &str) -> String {
+    let mut parts = grammar.split("[^\"");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |written, part| {
+        // The rule for any character has them already.
+        let escapes = if part.starts_with('\\') { "" } else { "\\\\\\x00-\\x1F" };
+        format!("{written}[^\"{escapes}{part}")
+    })
 }
 
 fn mark(index: usize) -> String {

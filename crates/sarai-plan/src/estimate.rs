@@ -87,6 +87,11 @@ impl Settings {
         Self { context_tokens, ubatch_tokens, parallel: TEXTS_AT_ONCE, shared_context: true, ..self }
     }
 
+    /// Whether each sequence has cells of its own: models that make vectors need none that are kept.
+    pub(crate) fn has_own_cells(&self) -> bool {
+        self.deterministic && !self.shared_context
+    }
+
     /// Tokens that one step really computes at most.
     pub(crate) fn step(&self) -> u64 {
         u64::from(self.ubatch_tokens.max(self.parallel)).min(self.cells())
@@ -242,7 +247,7 @@ fn kv_cache(layers: &Layers, settings: Settings) -> Bytes {
 
 pub(crate) fn windowed_cells(window: u64, settings: Settings) -> u64 {
     let parallel = u64::from(settings.parallel);
-    let cells = match settings.deterministic {
+    let cells = match settings.has_own_cells() {
         true => (window + settings.step()).next_multiple_of(CELLS) * parallel,
         false => (window * parallel + settings.step()).next_multiple_of(CELLS),
     };

@@ -24,7 +24,7 @@ pub(crate) fn compute(header: &Header, layers: &Layers, settings: Settings) -> B
     };
     let attends = layers.encoder || layers.layers.iter().any(|layer| layer.keys > 0);
     // A token sees the cells of all, or those of its own sequence.
-    let apart = if settings.deterministic && !layers.encoder { u128::from(settings.parallel) } else { 1 };
+    let apart = if settings.has_own_cells() && !layers.encoder { u128::from(settings.parallel) } else { 1 };
     let seen = |cells: u64| if attends { u128::from(cells) / apart } else { 0 };
     let (full, windowed) = (seen(full), seen(windowed));
     let heads = u128::from(header.arch_size_of_layer("attention.head_count", 0).unwrap_or(0));

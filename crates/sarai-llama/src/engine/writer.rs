@@ -1,6 +1,7 @@
 //! What writes an answer: it chooses the tokens, and makes of them what is passed on.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use llama_cpp_4::model::Special;
 use llama_cpp_4::token::LlamaToken;
@@ -56,25 +57,23 @@ impl Writer {
         (self.placed(rest), why)
     }
 
-    /// Puts how likely the tokens of the answer's own text were before it. Marks stand between the parts, so each is the last text that
-    /// is as long as it.
+    /// Puts how likely the tokens of the answer's own text were before it. Beside the parts stand marks, which are in no part.
     fn placed(&mut self, events: Vec<Event>) -> Vec<Event> {
-        if events.is_empty() {
-            return events;
-        }
-        let mut left = std::mem::take(&mut self.unplaced);
+        let calls = events.iter().any(|event| matches!(event, Event::ToolCall(_)));
         let mut placed = Vec::with_capacity(2 * events.len());
-        for event in events.into_iter().rev() {
-            let length = match &event {
-                Event::Text(text) | Event::Reasoning(text) => text.len(),
-                _ => usize::MAX,
-            };
-            let likely = left.split_off(last(&left, length));
-            let is_told = matches!(event, Event::Text(_)) && !likely.is_empty();
+        for event in events {
+            if let Event::Text(text) | Event::Reasoning(text) = &event {
+                // What follows a call is the next call's; else, the text is what came last.
+                let found = spanned(&self.unplaced, text.as_bytes(), !calls);
+                let rest = self.unplaced.split_off(found.end);
+                let likely = self.unplaced.split_off(found.start);
+                self.unplaced = rest;
+                if matches!(event, Event::Text(_)) && !likely.is_empty() {
+                    placed.push(Event::Logprobs(likely));
+                }
+            }
             placed.push(event);
-            placed.extend(is_told.then_some(Event::Logprobs(likely)));
         }
-        placed.reverse();
         placed
     }
 
@@ -99,13 +98,37 @@ impl Writer {
     }
 }
 
-/// Where the last tokens begin that together are so many bytes.
-fn last(tokens: &[TokenLogprob], length: usize) -> usize {
-    let mut bytes = 0;
-    let is_of_it = |token: &&TokenLogprob| {
-        let is_short = bytes < length;
-        bytes += token.bytes.len();
-        is_short
-    };
-    tokens.len() - tokens.iter().rev().take_while(is_of_it).count()
+/// Which tokens have a part in a text: where it stands for the first time, or for the last; those before it if it stands nowhere.
+fn spanned(tokens: &[TokenLogprob], text: &[u8], is_last: bool) -> Range<usize> {
+    let joined: Vec<u8> = tokens.iter().flat_map(|token| token.bytes.iter().copied()).collect();
+    let mut places = joined.windows(text.len().max(1)).enumerate().filter(|(_, bytes)| *bytes == text);
+    let place = if is_last { places.next_back() } else { places.next() };
+    let Some((from, _)) = place else { return tokens.len()..tokens.len() };
+    let mut end = 0;
+    let ends: Vec<_> = tokens
+        .iter()
+        .map(|token| {
+            end += token.bytes.len();
+            end
+        })
+        .collect();
+    let start = ends.partition_point(|end| *end <= from);
+    start..ends.partition_point(|end| *end < from + text.len()) + 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_found_by_the_text_that_they_have_a_part_in() {
+        let token = |text: &str| TokenLogprob { bytes: text.as_bytes().to_vec(), logprob: 0.0, top: Vec::new() };
+        let tokens: Vec<_> =
+            ["<think>", "a", "</think>", "\n\nFor", "ty", ".", "<call>", "."].into_iter().map(token).collect();
+        assert_eq!(spanned(&tokens, b"Forty", true), 3..5);
+        assert_eq!(spanned(&tokens, b".", false), 5..6);
+        assert_eq!(spanned(&tokens, b".", true), 7..8);
+        assert_eq!(spanned(&tokens, b"nowhere", true), 8..8);
+        assert_eq!(spanned(&[], b"x", true), 0..0);
+    }
 }

@@ -306,7 +306,15 @@ async fn reach(url: &str) -> Option<()> {
 const IDLE: Duration = Duration::from_secs(4);
 
 fn make_client(connect: Duration) -> Result<Client, reqwest::Error> {
-    Client::builder().no_proxy().tcp_nodelay(true).pool_idle_timeout(IDLE).connect_timeout(connect).build()
+    // A request goes to the host that the configuration names, and to no other.
+    let redirects = reqwest::redirect::Policy::none();
+    Client::builder()
+        .no_proxy()
+        .redirect(redirects)
+        .tcp_nodelay(true)
+        .pool_idle_timeout(IDLE)
+        .connect_timeout(connect)
+        .build()
 }
 
 /// Which model of which host.
@@ -555,8 +563,12 @@ impl Lines {
                 return Ok(Some(event));
             }
         }
-        match self.buffer.len() > MAX_LINE_BYTES {
-            true => Err(RemoteCause::Garbled(format!("a line of more than {MAX_LINE_BYTES} bytes"))),
+        let (most, what) = match self.reader {
+            Reader::Whole(_) => (MAX_WHOLE_BYTES, "an answer"),
+            _ => (MAX_LINE_BYTES, "a line"),
+        };
+        match self.buffer.len() > most {
+            true => Err(RemoteCause::Garbled(format!("{what} of more than {most} bytes"))),
             false => Ok(None),
         }
     }

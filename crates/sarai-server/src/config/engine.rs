@@ -78,10 +78,13 @@ impl Engine {
     }
 }
 
-/// A name for what belongs to a file, told from files of the same name elsewhere.
-pub(super) fn folder_name(path: &Path, projector: Option<&Path>) -> String {
+/// A name for what belongs to a file as it is computed there, told from files of the same name elsewhere.
+pub(super) fn folder_name(path: &Path, projector: Option<&Path>, deterministic: bool) -> String {
     let mut hasher = DefaultHasher::new();
     path.hash(&mut hasher);
+    if deterministic {
+        deterministic.hash(&mut hasher);
+    }
     if let Some(projector) = projector {
         projector.hash(&mut hasher);
     }

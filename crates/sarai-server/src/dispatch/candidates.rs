@@ -297,17 +297,26 @@ pub async fn expected_now(health: &Health, remote: &Remote, request: &GenerateRe
 
 /// What this request would meet at a host, and what is known of it.
 pub fn expected(health: &Health, remote: &Remote, request: &GenerateRequest) -> (Expected, Known) {
+    let answer_tokens = request.max_tokens.map_or(USUAL_ANSWER, |most| most.min(USUAL_ANSWER));
+    health.expected(remote, prompt_tokens(request), answer_tokens)
+}
+
+/// How long a prompt is, as far as can be told without its model: pictures and tools are read too.
+pub fn prompt_tokens(request: &GenerateRequest) -> u32 {
     let bytes = match &request.prompt {
         Prompt::Raw(text) => text.len(),
         Prompt::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
     };
-    let prompt_tokens = u32::try_from(bytes / BYTES_PER_TOKEN).unwrap_or(u32::MAX).saturating_add(16);
-    let answer_tokens = request.max_tokens.map_or(USUAL_ANSWER, |most| most.min(USUAL_ANSWER));
-    health.expected(remote, prompt_tokens, answer_tokens)
+    let tools = request.tools.as_ref().map_or(0, |tools| tools.definitions.len());
+    let media = request.media().count().saturating_mul(MEDIA_TOKENS);
+    let tokens = ((bytes + tools) / BYTES_PER_TOKEN).saturating_add(media).saturating_add(16);
+    u32::try_from(tokens).unwrap_or(u32::MAX)
 }
 
 /// A low guess of what a token is, so that a deadline is not too short.
 const BYTES_PER_TOKEN: usize = 3;
+/// What a picture or a piece of sound is, in tokens of text: a high guess, with its encoding.
+const MEDIA_TOKENS: usize = 1024;
 /// Tokens of an answer whose end is not known.
 const USUAL_ANSWER: u32 = 256;
 

@@ -36,7 +36,7 @@ pub async fn open(
         opened = &mut asked => return Hedged::Host(opened),
         () = sleep(known.pace.late(expected)) => {}
     }
-    if !warm::is_free(dispatch, worker).await {
+    if !warm::is_free(dispatch, worker, request.residence).await {
         return Hedged::Host(asked.await);
     }
     tracing::info!(deployment = candidate.label(), after = ?began.elapsed(), "late: the worker is asked as well");

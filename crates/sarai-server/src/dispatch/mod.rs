@@ -78,6 +78,8 @@ struct Ask<'a> {
     worker: Option<Candidate>,
     /// Whose breaker is open: asked only when nobody else answered.
     last_resort: Vec<Candidate>,
+    /// Since when a place is waited for, whoever has it.
+    arrived: Instant,
 }
 
 impl Ask<'_> {
@@ -120,7 +122,16 @@ impl Dispatch {
         let tiers = near_first(tiers(&self.catalogs.now(), &self.health, model, &request)?, &self.health);
         let is_own = |one: &&Candidate| one.model.name == model.name && one.remote().is_none();
         let worker = tiers.iter().flatten().find(is_own).cloned();
-        let mut ask = Ask { model, request, manner, ticket, attempts: Vec::new(), worker, last_resort: Vec::new() };
+        let mut ask = Ask {
+            model,
+            request,
+            manner,
+            ticket,
+            attempts: Vec::new(),
+            worker,
+            last_resort: Vec::new(),
+            arrived: Instant::now(),
+        };
         for tier in tiers {
             if let Some(answer) = self.ask_tier(&mut ask, tier).await? {
                 return Ok(answer);
@@ -130,9 +141,9 @@ impl Dispatch {
             let place = match candidate.remote() {
                 None => None,
                 Some(remote) => {
-                    let limit = candidate.model.deadlines.queue;
+                    let until = ask.arrived + candidate.model.deadlines.queue;
                     // Who waits in vain keeps the reason for which the breaker is open.
-                    let place = ask.ticket.aside(timeout(limit, self.health.place(&[remote]))).await?;
+                    let place = ask.ticket.aside(timeout_at(until, self.health.place(&[remote]))).await?;
                     let Ok((_, place)) = place else { continue };
                     place
                 }
@@ -176,8 +187,7 @@ impl Dispatch {
     async fn ask_tier(&self, ask: &mut Ask<'_>, tier: Tier) -> Result<Option<Answer>, Error> {
         let mut left = self.fitting(ask, tier);
         spread(&mut left, &ask.request, &self.health);
-        let arrived = Instant::now();
-        while let Some((deadline, found)) = ask.ticket.aside(self.wait_for_place(&left, arrived)).await? {
+        while let Some((deadline, found)) = ask.ticket.aside(self.wait_for_place(&left, ask.arrived)).await? {
             let Some((index, place)) = found else {
                 let late = |candidate: &Candidate| Error::Deadline {
                     model: candidate.model.name.clone(),
@@ -270,8 +280,8 @@ impl Dispatch {
             let place = match candidate.remote() {
                 None => Some(None),
                 Some(remote) => {
-                    let limit = candidate.model.deadlines.queue;
-                    let place = ask.ticket.aside(timeout(limit, self.health.place(&[remote]))).await?;
+                    let until = ask.arrived + candidate.model.deadlines.queue;
+                    let place = ask.ticket.aside(timeout_at(until, self.health.place(&[remote]))).await?;
                     place.ok().map(|(_, place)| place)
                 }
             };

@@ -9,13 +9,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
-use sarai_core::{Api, Error, Event, FinishReason, GenerateRequest, Phase, Prompt, Timings, Usage};
+use sarai_core::{Api, Error, Event, FinishReason, GenerateRequest, Phase, Prompt, RemoteCause, Timings, Usage};
 use tokio::time::timeout;
 
-use super::candidates::{Candidate, tiers, to_resume};
+use super::candidates::{Candidate, expected, tiers, to_resume};
 use super::{Dispatch, attempt, is_allowed};
 use crate::backend::EventStream;
-use crate::config::{Deployment, Model, Resume};
+use crate::config::{Deployment, Model, Remote, Resume};
 use crate::health::Place;
 
 /// How often one answer is resumed at most.
@@ -117,10 +117,16 @@ impl Running {
         }
         let reason = format!("{}: {error}", self.candidate.label());
         tracing::warn!(reason, characters = self.journal.chars().count(), "an answer broke off");
-        for candidate in self.candidates() {
+        let candidates = self.candidates();
+        for (index, candidate) in candidates.iter().enumerate() {
             let given =
                 Given { dispatch: &self.dispatch, request: &self.request, text: &self.journal, pieces: self.pieces };
-            match given.go_on(&candidate).await {
+            let has_worker = candidates[index + 1..].iter().any(|one| one.deployment().engine().is_some());
+            let outcome = match candidate.remote().filter(|_| has_worker) {
+                Some(remote) => given.unless_late(candidate, remote).await,
+                None => given.go_on(candidate).await,
+            };
+            match outcome {
                 Ok(events) => {
                     tracing::info!(deployment = candidate.label(), "it goes on");
                     self.events = events;
@@ -129,7 +135,7 @@ impl Running {
                         reason,
                         degraded: candidate.degraded.clone(),
                     });
-                    self.candidate = candidate;
+                    self.candidate = candidate.clone();
                     return Ok(());
                 }
                 Err(error) => tracing::warn!(deployment = candidate.label(), %error, "cannot go on"),
@@ -145,7 +151,8 @@ impl Running {
         let all = to_resume(tiers, &self.candidate);
         let health = &self.dispatch.health;
         let may = |candidate: &Candidate| {
-            let same = candidate.model.name == self.model.name;
+            // As the one that wrote the text, which may be a fallback.
+            let same = candidate.model.name == self.candidate.model.name;
             (same || self.model.resume == Resume::Any)
                 && is_allowed(candidate, self.strict)
                 && candidate.is_too_far(health).is_none()
@@ -167,6 +174,15 @@ struct Given<'a> {
 }
 
 impl Given<'_> {
+    /// As a host goes on, unless it is late: a worker could meanwhile.
+    async fn unless_late(&self, candidate: &Candidate, remote: &Remote) -> Result<EventStream, Error> {
+        let (expected, known) = expected(&self.dispatch.health, remote, self.request);
+        let limit = known.pace.late(expected);
+        let cause = RemoteCause::Late { seconds: limit.as_secs() };
+        let late = Error::Remote { host: remote.url.clone(), cause };
+        timeout(limit, self.go_on(candidate)).await.unwrap_or(Err(late))
+    }
+
     async fn go_on(&self, candidate: &Candidate) -> Result<EventStream, Error> {
         let request = self.request;
         match candidate.deployment() {

@@ -37,9 +37,9 @@ async fn warm(dispatch: &Dispatch, model: &Model, engine: EngineId, context_toke
 }
 
 /// Whether a worker can be asked without anybody else going for it.
-pub async fn is_free(dispatch: &Dispatch, worker: &Candidate) -> bool {
+pub async fn is_free(dispatch: &Dispatch, worker: &Candidate, residence: Residence) -> bool {
     let Some((engine, context_tokens)) = worker.deployment().engine() else { return false };
-    let Ok(want) = dispatch.want(engine, context_tokens, Residence::default()).await else { return false };
+    let Ok(want) = dispatch.want(engine, context_tokens, residence).await else { return false };
     let Some(what_if) = dispatch.pool.what_if(engine, want).await else { return false };
     what_if.effects.iter().any(|effect| matches!(effect, Effect::Grant(id, _) if *id == engine))
         && !what_if.effects.iter().any(|effect| matches!(effect, Effect::Stop(_) | Effect::Resize(..)))

@@ -78,6 +78,13 @@ impl Breaker {
         self.failures = FAILURES - 1;
     }
 
+    /// Whoever probed it is gone: it is to be probed anew.
+    pub fn interrupted(&mut self, now: Instant) {
+        if self.state == State::HalfOpen {
+            self.state = State::Open { until: now };
+        }
+    }
+
     /// A stream came to its own end. One that began before the host asked for time changes nothing about that.
     pub fn succeeded(&mut self, now: Instant) {
         match self.state {

@@ -8,6 +8,8 @@ use tokio::time::Instant;
 
 /// What was seen of a host's models counts for so long.
 const FRESH: Duration = Duration::from_secs(20);
+/// For so long a model that is new in a host's list may still be loading, unless it answers.
+const LOADS_FOR: Duration = Duration::from_secs(120);
 /// Between two looks at a host that is in use.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// A round trip within a local network; of several, the shortest counts, for a host may be busy.
@@ -32,6 +34,8 @@ pub struct Host {
     free: Arc<Semaphore>,
     round_trips: Vec<Duration>,
     loaded: Option<(Instant, Vec<String>)>,
+    /// Those that a look was the first to show, and when: Ollama lists a model from the beginning of its load.
+    newly: Vec<(String, Instant)>,
     looked: Option<Instant>,
 }
 
@@ -42,7 +46,7 @@ impl Host {
     /// A host of which nothing is known.
     pub fn new(most: Option<usize>) -> Self {
         let free = Arc::new(Semaphore::new(most.unwrap_or(UNLIMITED)));
-        Self { most, free, round_trips: Vec::new(), loaded: None, looked: None }
+        Self { most, free, round_trips: Vec::new(), loaded: None, newly: Vec::new(), looked: None }
     }
 
     /// Changes how many requests it answers for us; those under way go on.
@@ -91,11 +95,18 @@ impl Host {
         if self.round_trips.len() > LOOKS {
             self.round_trips.remove(0);
         }
+        let seen = look.loaded.as_ref();
+        self.newly.retain(|(name, since)| now - *since < LOADS_FOR && seen.is_some_and(|seen| seen.contains(name)));
+        if let (Some((_, before)), Some(seen)) = (&self.loaded, seen) {
+            let new = seen.iter().filter(|name| !before.contains(name));
+            self.newly.extend(new.map(|name| (name.clone(), now)));
+        }
         self.loaded = look.loaded.map(|loaded| (now, loaded));
     }
 
     /// A model has just answered there: it is loaded.
     pub fn has(&mut self, model: &str, now: Instant) {
+        self.newly.retain(|(name, _)| !is_same(name, model));
         match &mut self.loaded {
             Some((_, loaded)) if loaded.iter().any(|known| is_same(known, model)) => {}
             Some((_, loaded)) => loaded.push(model.to_owned()),
@@ -106,7 +117,8 @@ impl Host {
     /// Whether a model is loaded there; `None` if that is not known.
     pub fn is_loaded(&self, model: &str, now: Instant) -> Option<bool> {
         let (_, loaded) = self.loaded.as_ref().filter(|(seen, _)| now - *seen < FRESH)?;
-        Some(loaded.iter().any(|known| is_same(known, model)))
+        let may_load = self.newly.iter().any(|(name, since)| now - *since < LOADS_FOR && is_same(name, model));
+        Some(!may_load && loaded.iter().any(|known| is_same(known, model)))
     }
 
     /// The shortest round trip that was seen lately.
@@ -134,6 +146,22 @@ mod tests {
     fn look(ms: u64, loaded: &[&str]) -> Look {
         let loaded = Some(loaded.iter().map(|name| (*name).to_owned()).collect());
         Look { round_trip: Duration::from_millis(ms), loaded }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_model_that_is_new_in_the_list_is_loading_until_it_answers() {
+        let (mut host, now) = (Host::new(None), Instant::now());
+        host.saw(look(1, &["old"]), now);
+        assert_eq!(host.is_loaded("old", now), Some(true), "whoever looks first cannot know");
+        host.saw(look(1, &["old", "new:latest"]), now + LOOK_EVERY);
+        let later = now + LOOK_EVERY;
+        assert_eq!((host.is_loaded("old", later), host.is_loaded("new", later)), (Some(true), Some(false)));
+        host.has("new", later);
+        assert_eq!(host.is_loaded("new", later), Some(true));
+        host.saw(look(1, &["old", "new:latest", "other"]), later + LOOK_EVERY);
+        let much_later = later + LOOK_EVERY + LOADS_FOR;
+        host.saw(look(1, &["old", "new:latest", "other"]), much_later);
+        assert_eq!(host.is_loaded("other", much_later), Some(true), "somebody else has asked for it");
     }
 
     #[tokio::test(start_paused = true)]

@@ -84,6 +84,8 @@ struct Entries {
     deployments: HashMap<Key, Entry>,
     /// By URL.
     hosts: HashMap<String, Host>,
+    /// Of deployments that the configuration does not have any more, and that were left alone: if they come back, they still are.
+    left: HashMap<Key, Breaker>,
     /// What models can do on Ollama hosts, and when that was asked.
     capabilities: HashMap<Key, (Vec<String>, Instant)>,
 }
@@ -100,6 +102,8 @@ struct Table {
     changed: watch::Sender<u64>,
 }
 
+/// A deployment that comes back after this is asked like a new one.
+const LEFT_LAST: Duration = Duration::from_secs(600);
 /// For so long it counts what a model can do on a host.
 const CAPABILITIES_LAST: Duration = Duration::from_secs(300);
 
@@ -149,7 +153,7 @@ impl Health {
             let entry = old.deployments.remove(&key(remote)).unwrap_or_else(|| Entry {
                 remote: remote.clone(),
                 deadlines: model.deadlines,
-                breaker: Breaker::default(),
+                breaker: old.left.remove(&key(remote)).unwrap_or_default(),
                 prober: None,
                 loader: None,
                 turn: 0,
@@ -167,6 +171,17 @@ impl Health {
         }
         // One that comes back meanwhile has the places that are taken now.
         entries.hosts.extend(old.hosts.into_iter().filter(|(_, host)| host.outstanding() > 0));
+        entries.capabilities = old.capabilities;
+        entries.left = old.left;
+        let now = Instant::now();
+        for (key, entry) in &mut old.deployments {
+            entry.breaker.interrupted(now);
+            entries.left.insert(key.clone(), entry.breaker.clone());
+        }
+        entries.left.retain(|_, breaker| matches!(breaker.state(), State::Open { until } if now < until + LEFT_LAST));
+        for entry in entries.deployments.values_mut() {
+            self.table.probe_if_open(entry);
+        }
         drop(entries);
         let tasks = old.deployments.into_values().flat_map(|entry| [entry.prober, entry.loader]);
         tasks.flatten().for_each(|task| task.abort());
@@ -364,17 +379,22 @@ impl Health {
             let _ = self.table.opened.try_send(remote.clone());
             self.table.tell();
         }
-        if entry.breaker.state() != State::Closed && entry.prober.as_ref().is_none_or(AbortHandle::is_finished) {
-            entry.turn += 1;
-            let prober = tokio::spawn(self.table.clone().probe_until_closed(remote.clone(), entry.turn));
-            entry.prober = Some(prober.abort_handle());
-        }
+        self.table.probe_if_open(entry);
     }
 }
 
 impl Table {
     fn lock(&self) -> MutexGuard<'_, Entries> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has a deployment that is left alone asked for a token now and then, unless that is under way.
+    fn probe_if_open(&self, entry: &mut Entry) {
+        if entry.breaker.state() != State::Closed && entry.prober.as_ref().is_none_or(AbortHandle::is_finished) {
+            entry.turn += 1;
+            let prober = tokio::spawn(self.clone().probe_until_closed(entry.remote.clone(), entry.turn));
+            entry.prober = Some(prober.abort_handle());
+        }
     }
 
     fn tell(&self) {

@@ -723,7 +723,7 @@ async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer
     let amid = [Harm::Cut, Harm::Stall, Harm::Garbage, Harm::Crumbs];
     let amid = amid.into_iter().flat_map(|harm| [40, 900].map(|after| (harm, after)));
     let first = INSTEAD.map(Harm::Instead).into_iter().chain([Harm::Late, Harm::HugeLine]);
-    let suffer = async |(harm, after): (Harm, usize)| {
+    for (harm, after) in amid.chain(first.map(|harm| (harm, 0))) {
         let sarai = Sarai::start(&config(&harming(&ollama.url, harm, after)));
         let streamed = sarai.post("/v1/chat/completions", body.clone()).await;
         let what = format!("{harm:?} after {after} bytes: {}", streamed.text);
@@ -741,10 +741,7 @@ async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer
         let whole = sarai.post("/v1/chat/completions", plain.clone()).await;
         assert_eq!(whole.status, 200, "{harm:?} {after}: {}", whole.text);
         assert!(whole.json()["choices"][0]["message"]["content"].as_str().unwrap().len() > 20);
-    };
-    // Most of it is waiting.
-    let harms = futures_util::stream::iter(amid.chain(first.map(|harm| (harm, 0))));
-    harms.for_each_concurrent(2, suffer).await;
+    }
 }
 
 /// Its host holds one request and takes no more; the others wait for it without keeping anybody from an answer.

@@ -21,6 +21,7 @@ mod pressure;
 mod process;
 mod reasoning;
 mod remote;
+mod resuming;
 mod senses;
 mod several;
 mod support;

@@ -1,0 +1,161 @@
+//! Who goes on, who is waited for, and where a request may go, when hosts break off, hang, are full or point elsewhere.
+
+use crate::support::host::{Host, Step, line, ok, ollama};
+use crate::support::{Answer, Ollama, Sarai, chat, smollm2};
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+fn text_of(answer: &Answer) -> String {
+    answer.sse().iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect()
+}
+
+async fn ask(sarai: &Sarai, more: Value) -> Answer {
+    let mut all = json!({ "temperature": 0, "max_tokens": 12 });
+    all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    sarai.post("/v1/chat/completions", chat("solar", "Hello.", all)).await
+}
+
+fn worker() -> String {
+    format!("fallback: gguf_native, gguf_path: {}, context_length: 1024", smollm2())
+}
+
+/// Sends so much, and is gone.
+fn cut(text: &'static str) -> Host {
+    Host::start(move |_, _| vec![Step::Send(format!("{}{}", ok("application/x-ndjson"), line(text)))])
+}
+
+/// The policy is about the model that has written the text, which is not the one that was asked for.
+#[tokio::test]
+async fn a_fallback_that_breaks_off_goes_on_at_another_host_of_its_own() {
+    let (first, second) = (cut("The answer"), Host::start(|_, _| ollama(&["The answer", " is 42."])));
+    let sarai = Sarai::start(&format!(
+        "models:\n  solar: {{ backend: ollama_http, url: \"{}\", fallback_models: [other] }}\n  other: {{ backend: ollama_http, urls: [\"{}\", {{ url: \"{}\", priority: 1 }}], model_name: m }}\n",
+        Ollama::unreachable(),
+        first.url,
+        second.url
+    ));
+    let answer = ask(&sarai, json!({ "stream": true })).await;
+    assert_eq!(text_of(&answer), "The answer is 42.", "{}", answer.text);
+    assert!(answer.text.ends_with("data: [DONE]\n\n"), "{}", answer.text);
+}
+
+/// The other host could go on, and says nothing; the worker can at once.
+#[tokio::test]
+async fn who_should_go_on_and_hangs_gives_way_to_the_worker() {
+    let (first, hangs) = (cut("The answer is"), Host::start(|_, _| vec![Step::Hold]));
+    let sarai = Sarai::start(&format!(
+        "models:\n  solar: {{ backend: ollama_http, urls: [\"{}\", {{ url: \"{}\", priority: 1 }}], model_name: m, {} }}\n",
+        first.url,
+        hangs.url,
+        worker()
+    ));
+    let answer = ask(&sarai, json!({ "stream": true })).await;
+    let end = answer.sse().into_iter().find(|event| event["sarai"]["resumed"].is_array()).unwrap();
+    assert_eq!(end["sarai"]["resumed"][0]["by"], "solar@gguf_native", "{end}");
+    assert!(text_of(&answer).starts_with("The answer is") && answer.text.ends_with("data: [DONE]\n\n"));
+    hangs.until("it is let go of", |asked| asked.len() == 1 && asked[0].left.is_some()).await;
+}
+
+#[tokio::test]
+async fn a_host_that_points_elsewhere_is_not_followed() {
+    let elsewhere = Host::start(|_, _| ollama(&["from elsewhere"]));
+    let head = format!(
+        "HTTP/1.1 307 Temporary Redirect\r\nlocation: {}/api/chat\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
+        elsewhere.url
+    );
+    let host = Host::start(move |_, _| vec![Step::Send(head.clone())]);
+    let sarai = Sarai::start(&format!(
+        "models:\n  solar: {{ backend: ollama_http, url: \"{}\", model_name: m, {} }}\n",
+        host.url,
+        worker()
+    ));
+    let answer = ask(&sarai, json!({})).await;
+    assert_eq!(answer.header("x-sarai-served-by"), Some("solar@gguf_native"), "{}", answer.text);
+    assert!(answer.header("x-sarai-fallback-reason").unwrap().contains("307"));
+    assert!(elsewhere.asked().is_empty(), "a prompt goes where the configuration says");
+}
+
+/// Speech, say, is one line of megabytes.
+#[tokio::test]
+async fn an_answer_that_comes_whole_may_be_longer_than_a_line_of_a_stream() {
+    let host = Host::start(|_, _| {
+        let audio = json!({ "id": "a", "data": "A".repeat(3 << 20), "transcript": "hello" });
+        let message = json!({ "role": "assistant", "content": "hello", "audio": audio });
+        let body = json!({ "choices": [{ "index": 0, "message": message, "finish_reason": "stop" }] });
+        vec![Step::Send(format!("{}{body}", ok("application/json")))]
+    });
+    let sarai = Sarai::start(&format!("models:\n  solar: {{ backend: openai_http, url: \"{}/v1\" }}\n", host.url));
+    let answer = ask(&sarai, json!({})).await;
+    let spoken = answer.json()["choices"][0]["message"]["audio"]["data"].as_str().map(str::len);
+    assert_eq!((answer.status, spoken), (200, Some(3 << 20)), "{}", answer.text.chars().take(300).collect::<String>());
+}
+
+/// Hosts of two priorities, all full: the deadline of the queue is one for all of it.
+#[tokio::test]
+async fn a_place_is_waited_for_once() {
+    let (one, other) = (Host::start(|_, _| vec![Step::Hold]), Host::start(|_, _| vec![Step::Hold]));
+    let of =
+        |host: &Host, priority: u32| format!("{{ url: \"{}\", priority: {priority}, max_outstanding: 1 }}", host.url);
+    let sarai = Sarai::start(&format!(
+        "models:\n  solar:\n    backend: ollama_http\n    urls: [{}, {}]\n    model_name: m\n    deadlines: {{ queue_seconds: 4 }}\n",
+        of(&one, 0),
+        of(&other, 1)
+    ));
+    let waits = async {
+        one.until("it is full", |asked| asked.len() == 1).await;
+        let other_too = async {
+            other.until("it is full too", |asked| asked.len() == 1).await;
+            let began = Instant::now();
+            let answer = ask(&sarai, json!({})).await;
+            assert!(answer.text.contains("queue"), "{}", answer.text);
+            began.elapsed()
+        };
+        // The second one waits for the first host, and goes to the other when its time is over.
+        tokio::select! {
+            took = other_too => took,
+            answer = ask(&sarai, json!({})) => panic!("{}", answer.text),
+        }
+    };
+    let took = tokio::select! {
+        took = waits => took,
+        answer = ask(&sarai, json!({})) => panic!("{}", answer.text),
+    };
+    assert!(took < Duration::from_secs(7), "4 s, and not once more for each host: {took:?}");
+}
+
+/// What was known of a host is known when it comes back.
+#[tokio::test]
+async fn a_breaker_is_as_open_when_its_host_leaves_and_returns() {
+    let broken = Host::start(|_, _| {
+        vec![Step::Send("HTTP/1.1 500 Oops\r\nconnection: close\r\ncontent-length: 0\r\n\r\n".into())]
+    });
+    let fine = Host::start(|_, _| ollama(&["fine"]));
+    let folder = tempfile::tempdir().unwrap();
+    let hosts = folder.path().join("hosts");
+    std::fs::write(&hosts, format!("{}\n", broken.url)).unwrap();
+    let config = format!(
+        "models:\n  solar: {{ backend: ollama_http, hosts_file: {}, model_name: m, {} }}\n",
+        hosts.display(),
+        worker()
+    );
+    let sarai = Sarai::start(&config);
+    for _ in 0..2 {
+        assert_eq!(ask(&sarai, json!({})).await.status, 200);
+    }
+    let shows = |url: &str, is: &str, ps: &Value| {
+        let all = ps["models"][0]["deployments"].as_array().unwrap();
+        all.iter().any(|one| {
+            one.to_string().contains(url.trim_start_matches("http://"))
+                && (one["breaker"] == "closed") == (is == "closed")
+        })
+    };
+    sarai.until("it is left alone", |ps| shows(&broken.url, "open", ps)).await;
+    std::fs::write(&hosts, format!("{}\n", fine.url)).unwrap();
+    sarai.until("another one is there", |ps| shows(&fine.url, "closed", ps)).await;
+    std::fs::write(&hosts, format!("{}\n", broken.url)).unwrap();
+    sarai.until("it is back", |ps| ps.to_string().contains(broken.url.trim_start_matches("http://"))).await;
+    assert!(shows(&broken.url, "open", &sarai.ps().await), "{}", sarai.ps().await);
+    let asked = broken.asked().len();
+    assert_eq!(ask(&sarai, json!({})).await.header("x-sarai-served-by"), Some("solar@gguf_native"));
+    assert_eq!(broken.asked().len(), asked, "and nobody asks it but its probes");
+}
