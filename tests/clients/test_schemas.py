@@ -101,7 +101,7 @@ def ask(seed):
     wanted = top(seed)
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted}}
     messages = [{"role": "user", "content": "Fill in the form with something short."}]
-    asked = {"temperature": 0.8, "seed": seed, "max_tokens": 64, "response_format": form}
+    asked = {"temperature": 0.8, "seed": seed, "max_tokens": 48, "response_format": form}
     try:
         answer = CLIENT.chat.completions.create(model="plain", messages=messages, **asked)
     except openai.BadRequestError as error:

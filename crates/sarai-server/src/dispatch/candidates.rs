@@ -7,7 +7,8 @@ use sarai_api::ollama::ignored_by_ollama;
 use sarai_api::openai::remote::unknown_to_openai;
 use sarai_api::schema::not_followed;
 use sarai_api::translate::can_be_asked;
-use sarai_core::{Api, Error, Format, GenerateRequest, MediaSource, Need, Prompt, Purpose, ToolChoice};
+use sarai_core::{Api, Error, Extras, Format, GenerateRequest, MediaSource, Need, Prompt, Purpose, ToolChoice};
+use serde_json::Value;
 
 use crate::catalog::Catalog;
 use crate::config::{Deployment, Model, PROCESS, Remote, backend_name};
@@ -151,6 +152,17 @@ fn lacking(model: &Model, Need { param, lack, .. }: &Need) -> Error {
     Error::invalid(param, message)
 }
 
+/// Whether a part of a message that has no word here, such as a video, is only named.
+fn names_elsewhere(extras: &Extras) -> bool {
+    fn all(value: Option<&Value>) -> impl Iterator<Item = &Value> {
+        value.and_then(Value::as_array).into_iter().flatten()
+    }
+    let is_address = |text: &str| text.contains("://") && !text.starts_with("data:");
+    let is_named = |value: &Value| value.get("url").unwrap_or(value).as_str().is_some_and(is_address);
+    let mut parts = all(extras.fields.get("messages")).flat_map(|message| all(message.get("content")));
+    parts.any(|part| part["type"] != "text" && part.as_object().is_some_and(|part| part.values().any(is_named)))
+}
+
 /// Whether a deployment can do what the request needs: what only the client's own API says, only a host that speaks it
 /// understands; tools and pictures have words in both.
 fn is_able(catalog: &Catalog, health: &Health, deployment: &Deployment, request: &GenerateRequest) -> bool {
@@ -158,7 +170,7 @@ fn is_able(catalog: &Catalog, health: &Health, deployment: &Deployment, request:
     match (&request.extras, deployment) {
         (Some(extras), Deployment::Remote(remote) | Deployment::Process { remote, .. }) => {
             // A command of this machine is not told where to look: what is named to it would be read by its own rules.
-            let is_told = matches!(deployment, Deployment::Remote(_)) || !is_named();
+            let is_told = matches!(deployment, Deployment::Remote(_)) || !(is_named() || names_elsewhere(extras));
             (extras.needs.is_empty() || remote.api == extras.api || can_be_asked(remote.api, request))
                 && is_told
                 && !request.media().any(|media| health.lacks(remote, media.kind))

@@ -57,7 +57,8 @@ pub async fn open(
                 drop(asked);
                 let cause = RemoteCause::Late { seconds: began.elapsed().as_secs() };
                 let late = Error::Remote { host: remote.url.clone(), cause };
-                if dispatch.health.of(remote).is_loaded == Some(false) {
+                // What is seen counts for a while only: a load may take longer.
+                if known.loads() || dispatch.health.of(remote).loads() {
                     // A host that loads takes its time, and gives it up with the request: it is to have the model for the next one.
                     dispatch.health.load_aside(remote, &candidate.model.deadlines);
                 } else {

@@ -117,8 +117,12 @@ impl Host {
     /// Whether a model is loaded there; `None` if that is not known.
     pub fn is_loaded(&self, model: &str, now: Instant) -> Option<bool> {
         let (_, loaded) = self.loaded.as_ref().filter(|(seen, _)| now - *seen < FRESH)?;
-        let may_load = self.newly.iter().any(|(name, since)| now - *since < LOADS_FOR && is_same(name, model));
-        Some(!may_load && loaded.iter().any(|known| is_same(known, model)))
+        Some(loaded.iter().any(|known| is_same(known, model)))
+    }
+
+    /// Whether a model is new in its list, and has not answered yet.
+    pub fn may_load(&self, model: &str, now: Instant) -> bool {
+        self.newly.iter().any(|(name, since)| now - *since < LOADS_FOR && is_same(name, model))
     }
 
     /// The shortest round trip that was seen lately.
@@ -152,16 +156,17 @@ mod tests {
     async fn a_model_that_is_new_in_the_list_is_loading_until_it_answers() {
         let (mut host, now) = (Host::new(None), Instant::now());
         host.saw(look(1, &["old"]), now);
-        assert_eq!(host.is_loaded("old", now), Some(true), "whoever looks first cannot know");
+        assert!(!host.may_load("old", now), "whoever looks first cannot know");
         host.saw(look(1, &["old", "new:latest"]), now + LOOK_EVERY);
         let later = now + LOOK_EVERY;
-        assert_eq!((host.is_loaded("old", later), host.is_loaded("new", later)), (Some(true), Some(false)));
+        assert_eq!((host.may_load("old", later), host.may_load("new", later)), (false, true));
+        assert_eq!(host.is_loaded("new", later), Some(true), "a request goes there all the same");
         host.has("new", later);
-        assert_eq!(host.is_loaded("new", later), Some(true));
+        assert!(!host.may_load("new", later));
         host.saw(look(1, &["old", "new:latest", "other"]), later + LOOK_EVERY);
         let much_later = later + LOOK_EVERY + LOADS_FOR;
         host.saw(look(1, &["old", "new:latest", "other"]), much_later);
-        assert_eq!(host.is_loaded("other", much_later), Some(true), "somebody else has asked for it");
+        assert!(!host.may_load("other", much_later), "somebody else has asked for it");
     }
 
     #[tokio::test(start_paused = true)]

@@ -65,10 +65,19 @@ pub struct Known {
     pub pace: Pace,
     /// Whether its model is loaded there, if that is known.
     pub is_loaded: Option<bool>,
+    /// Whether it is new in the list of what is loaded, and has not answered yet: it may be loading.
+    pub may_load: bool,
     /// The shortest round trip to its host that was seen lately.
     pub round_trip: Option<Duration>,
     /// Whether that is beyond the local network.
     pub is_far: bool,
+}
+
+impl Known {
+    /// Whether a request has its model loaded, or waits for that.
+    pub fn loads(&self) -> bool {
+        self.is_loaded == Some(false) || self.may_load
+    }
 }
 
 /// All remote deployments.
@@ -223,6 +232,7 @@ impl Health {
             outstanding: host.map_or(0, Host::outstanding),
             pace: entry.map(|entry| entry.pace).unwrap_or_default(),
             is_loaded: host.and_then(|host| host.is_loaded(&remote.model_name, now)),
+            may_load: host.is_some_and(|host| host.may_load(&remote.model_name, now)),
             round_trip: host.and_then(Host::round_trip),
             is_far: host.is_some_and(Host::is_far),
         }
@@ -267,7 +277,7 @@ impl Health {
     pub fn expected(&self, remote: &Remote, prompt_tokens: u32, answer_tokens: u32) -> (Expected, Known) {
         self.table.look_if_due(remote);
         let known = self.of(remote);
-        let is_resident = known.is_loaded == Some(true);
+        let is_resident = known.is_loaded == Some(true) && !known.may_load;
         (Expected { prompt_tokens, answer_tokens, is_resident }, known)
     }
 
@@ -288,7 +298,7 @@ impl Health {
             return false;
         }
         let looked = timeout(LOOK_NOW, self.table.look(remote)).await;
-        looked == Ok(true) && self.of(remote).is_loaded == Some(false)
+        looked == Ok(true) && self.of(remote).loads()
     }
 
     /// Has a host load a model, aside, unless that is under way: who asked for it has an answer from elsewhere.

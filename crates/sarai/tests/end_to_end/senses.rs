@@ -338,6 +338,43 @@ async fn a_model_that_lacks_the_sense_is_never_asked() {
     }
 }
 
+/// What the GGUF cannot do is asked of the model that it falls back to, and only that.
+#[tokio::test]
+async fn a_video_and_speech_go_to_the_model_that_takes_them() {
+    let host = Host::start(|_, _| {
+        openai(&[json!({ "choices": [{ "delta": { "content": "a film" }, "finish_reason": "stop" }] })])
+    });
+    let eyes = format!(
+        "models:\n  eyes: {{ backend: gguf_native, gguf_path: {}, mmproj_path: {}, context_length: 2048, fallback_models: [full] }}\n",
+        file("fitted", "qwen2vl"),
+        file("fitted", "mmproj-qwen2vl")
+    );
+    let sarai = Sarai::start(&format!("{eyes}  full: {{ backend: openai_http, url: \"{}/v1\" }}\n", host.url));
+    assert_eq!(text(&answer(&sarai, "eyes", &[image_part(&png(64, 64, RED))]).await), "red");
+    let film = json!({ "type": "video_url", "video_url": { "url": "data:video/mp4;base64,aGk=" } });
+    let parts = [text_part("which"), film];
+    let seen = sarai.post("/v1/chat/completions", body("eyes", &parts, json!({}))).await;
+    assert_eq!((seen.status, text(&seen.json())), (200, "a film"), "{}", seen.text);
+    assert!(seen.header("x-sarai-served-by").unwrap().starts_with("full@"));
+    assert_eq!(host.asked()[0].body["messages"][0]["content"], json!(parts));
+    let speech = json!({ "modalities": ["text", "audio"], "audio": { "voice": "Chelsie", "format": "wav" } });
+    let spoken = sarai.post("/v1/chat/completions", body("eyes", &[text_part("which")], speech)).await;
+    assert!(spoken.header("x-sarai-served-by").is_some_and(|by| by.starts_with("full@")), "{}", spoken.text);
+
+    // A command of this machine is never told where to look, and is not started for it.
+    let command = "  full: { backend: process, command: \"sleep ${PORT}\", memory_gb: 1 }\n";
+    let sarai = Sarai::start(&format!("{eyes}{command}"));
+    for url in ["http://127.0.0.1/film.mp4", "file:///etc/passwd", "https://example.org/film.mp4"] {
+        for part in
+            [json!({ "type": "video_url", "video_url": { "url": url } }), json!({ "type": "video", "video": url })]
+        {
+            let refused = sarai.post("/v1/chat/completions", body("eyes", &[part], json!({}))).await;
+            assert_eq!(refused.status, 400, "{url}: {}", refused.text);
+        }
+    }
+    assert!(sarai.worker_pids().await.is_empty());
+}
+
 /// A host of the client's API gets what the client sent, URLs too.
 #[tokio::test]
 async fn a_host_gets_pictures_as_they_were_sent() {
