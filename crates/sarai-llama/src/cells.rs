@@ -112,6 +112,11 @@ impl Sharing {
         }
     }
 
+    /// Whether each sequence has cells of its own.
+    pub fn has_own_cells(self) -> bool {
+        matches!(self, Self::Own { .. })
+    }
+
     /// How many sequences there are, those included that are computed at once. llama.cpp computes only so many of them, and
     /// takes memory for those; each of the others is only a number, whose cells nobody else needs.
     pub fn sequences(self, parallel: usize) -> usize {

@@ -312,7 +312,7 @@ impl<W> Scheduler<W> {
         while self.kept_tokens() > MOST_OWNERS * self.limits.cells {
             self.evict(cells);
         }
-        if matches!(self.limits.sharing, Sharing::Own { .. }) {
+        if self.limits.sharing.has_own_cells() {
             return;
         }
         let seconds = DEAR * self.limits.seconds_per_foreign_cell;
@@ -349,7 +349,7 @@ impl<W> Scheduler<W> {
     /// A prompt whose next piece of media takes a step of its own: llama.cpp computes sequences that have cells of their own in
     /// parts of the same length, and the piece must not be parted.
     fn alone(&self) -> Option<usize> {
-        let has_own = matches!(self.limits.sharing, Sharing::Own { .. });
+        let has_own = self.limits.sharing.has_own_cells();
         // Answers go on between two of them.
         let may = has_own && !(self.was_alone && self.running().any(|generation| generation.next.is_some()));
         let is_next = |one: &Sequence<W>| !one.is_stuck() && one.next_of_prompt().is_some_and(Unit::is_non_causal);
@@ -439,7 +439,7 @@ impl<W> Scheduler<W> {
                 let is_of_it =
                     |(at, unit): &(usize, &Unit)| matches!(unit, Unit::Media { index, .. } if *index as usize == *at);
                 let length = ahead.iter().enumerate().take_while(is_of_it).count();
-                let may_be_beside = step.rows.is_empty() || !matches!(self.limits.sharing, Sharing::Own { .. });
+                let may_be_beside = step.rows.is_empty() || !self.limits.sharing.has_own_cells();
                 step.is_non_causal = may_be_beside && step.rows.len() == step.answers && step.drafted == 0;
                 if step.is_non_causal { length } else { 0 }
             }

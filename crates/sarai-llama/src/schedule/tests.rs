@@ -165,7 +165,7 @@ impl Case {
         let step = self.scheduler.fill(&mut self.pool);
         assert!(step.rows.len() <= self.scheduler.limits.step_tokens);
         if step.is_non_causal {
-            let has_own = matches!(self.scheduler.limits.sharing, Sharing::Own { .. });
+            let has_own = self.scheduler.limits.sharing.has_own_cells();
             assert!(!has_own || step.answers == 0, "a step of several sequences is computed in parts");
             assert_eq!(step.drafted, 0, "a draft beside it would see what follows it");
             let prompts: HashSet<_> = step.rows[step.answers..].iter().map(|row| row.sequence).collect();

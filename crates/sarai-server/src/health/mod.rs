@@ -74,7 +74,7 @@ pub struct Known {
 }
 
 impl Known {
-    /// Whether a request has its model loaded, or waits for that.
+    /// Whether a request would wait for its model to be loaded there, as far as that is known.
     pub fn loads(&self) -> bool {
         self.is_loaded == Some(false) || self.may_load
     }

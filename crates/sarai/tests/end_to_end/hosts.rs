@@ -24,10 +24,6 @@ fn with_worker(more: &str) -> String {
     format!("    fallback: gguf_native\n    gguf_path: {}\n    context_length: 1024\n{more}", smollm2())
 }
 
-fn text_of(answer: &Answer) -> String {
-    answer.sse().iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect()
-}
-
 async fn ask(sarai: &Sarai, more: Value) -> Answer {
     sarai.post("/v1/chat/completions", chat("solar", "Hello.", more)).await
 }
@@ -360,7 +356,7 @@ async fn a_stall_is_noticed_within_a_few_of_the_hosts_usual_gaps_also_after_a_re
     let began = Instant::now();
     let answer = ask(&sarai, json!({ "stream": true, "max_tokens": 40 })).await;
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
-    assert!(text_of(&answer).starts_with("0 1 2 3 "), "{}", answer.text);
+    assert!(answer.said().starts_with("0 1 2 3 "), "{}", answer.text);
     let end = answer.sse().into_iter().find(|event| event["sarai"]["resumed"].is_array()).expect("it is resumed");
     assert!(end["sarai"]["resumed"][0]["reason"].as_str().unwrap().contains("sent nothing"), "{end}");
 }
@@ -507,7 +503,7 @@ async fn hosts_come_and_go_while_the_server_runs_and_a_bad_file_changes_nothing(
     assert_eq!(content().await, "from a");
 
     let events = Answer::of(running).await;
-    assert_eq!(text_of(&events), (0..40).map(|n| format!("{n} ")).collect::<String>(), "a running answer goes on");
+    assert_eq!(events.said(), (0..40).map(|n| format!("{n} ")).collect::<String>(), "a running answer goes on");
     assert!(events.text.ends_with("data: [DONE]\n\n"));
 }
 
@@ -718,7 +714,7 @@ async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer
     let body = chat("solar", "Count from one to twenty.", json!({ "stream": true, "max_tokens": 24 }));
     let plain = chat("solar", "Count from one to twenty.", json!({ "max_tokens": 24 }));
     let direct = Sarai::start(&config(&ollama.url));
-    let whole = text_of(&direct.post("/v1/chat/completions", body.clone()).await);
+    let whole = direct.post("/v1/chat/completions", body.clone()).await.said();
     drop(direct);
     let amid = [Harm::Cut, Harm::Stall, Harm::Garbage, Harm::Crumbs];
     let amid = amid.into_iter().flat_map(|harm| [40, 900].map(|after| (harm, after)));
@@ -729,7 +725,7 @@ async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer
         let what = format!("{harm:?} after {after} bytes: {}", streamed.text);
         assert_eq!(streamed.status, 200, "{what}");
         assert!(streamed.text.ends_with("data: [DONE]\n\n"), "{what}");
-        let said = text_of(&streamed);
+        let said = streamed.said();
         // What the host said stands at the beginning, and the rest follows once.
         let common = said.chars().zip(whole.chars()).take_while(|(a, b)| a == b).count();
         let end = streamed.sse().into_iter().find(|event| event["sarai"].is_object()).unwrap();

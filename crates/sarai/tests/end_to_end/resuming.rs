@@ -5,10 +5,6 @@ use crate::support::{Answer, Ollama, Sarai, chat, smollm2};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
-fn text_of(answer: &Answer) -> String {
-    answer.sse().iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect()
-}
-
 async fn ask(sarai: &Sarai, more: Value) -> Answer {
     let mut all = json!({ "temperature": 0, "max_tokens": 12 });
     all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -35,7 +31,7 @@ async fn a_fallback_that_breaks_off_goes_on_at_another_host_of_its_own() {
         second.url
     ));
     let answer = ask(&sarai, json!({ "stream": true })).await;
-    assert_eq!(text_of(&answer), "The answer is 42.", "{}", answer.text);
+    assert_eq!(answer.said(), "The answer is 42.", "{}", answer.text);
     assert!(answer.text.ends_with("data: [DONE]\n\n"), "{}", answer.text);
 }
 
@@ -52,7 +48,7 @@ async fn who_should_go_on_and_hangs_gives_way_to_the_worker() {
     let answer = ask(&sarai, json!({ "stream": true })).await;
     let end = answer.sse().into_iter().find(|event| event["sarai"]["resumed"].is_array()).unwrap();
     assert_eq!(end["sarai"]["resumed"][0]["by"], "solar@gguf_native", "{end}");
-    assert!(text_of(&answer).starts_with("The answer is") && answer.text.ends_with("data: [DONE]\n\n"));
+    assert!(answer.said().starts_with("The answer is") && answer.text.ends_with("data: [DONE]\n\n"));
     hangs.until("it is let go of", |asked| asked.len() == 1 && asked[0].left.is_some()).await;
 }
 

@@ -192,6 +192,11 @@ impl Answer {
     }
 
     /// The JSON of every SSE event, `[DONE]` left out.
+    /// The text of a stream of OpenAI's chat.
+    pub fn said(&self) -> String {
+        self.sse().iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect()
+    }
+
     pub fn sse(&self) -> Vec<Value> {
         let data = self.text.lines().filter_map(|line| line.strip_prefix("data: "));
         data.filter(|data| *data != "[DONE]").map(|data| serde_json::from_str(data).unwrap()).collect()

@@ -1,0 +1,13 @@
+//! Parts of JSON schemas in the words that llama.cpp makes grammars of: it knows no bounds of numbers that are not whole, and of
+//! patterns only those that are anchored, without classes such as `\d`.
+//!
+//! Whatever is written so is allowed by the schema; not all that the schema allows is written so.
+
+mod number;
+mod pattern;
+
+pub use number::{multiples, number_rule};
+pub use pattern::plain_pattern;
+
+/// llama.cpp repeats nothing more often.
+pub const MOST_REPEATED: u64 = 2000;
