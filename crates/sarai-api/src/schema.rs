@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use sarai_core::schema::{MOST_REPEATED, multiples, number_rule, plain_pattern};
+use sarai_core::schema::{MOST_REPEATED, multiples, number_rule, parts, plain_pattern, target};
 use serde_json::{Map, Value};
 
 /// Keywords that are never followed.
@@ -48,24 +48,44 @@ const CONSTRAINTS: [&str; 17] = [
 ];
 /// Forms of texts that it knows.
 const FORMATS: [&str; 9] = ["date", "time", "date-time", "uuid", "uuid1", "uuid2", "uuid3", "uuid4", "uuid5"];
-/// Deeper than any schema is meant to be.
-const DEEPEST: usize = 64;
 
 /// The keywords of a schema that an answer of a local model may break, sorted.
 #[must_use]
 pub fn not_followed(schema: &str) -> Vec<String> {
     let mut found = BTreeSet::new();
     if let Ok(schema) = serde_json::from_str(schema) {
-        look(&schema, 0, &mut found);
+        look_through(&schema, &mut found);
     }
     found.into_iter().map(|keyword| format!("schema:{keyword}")).collect()
 }
 
-fn look(schema: &Value, depth: usize, found: &mut BTreeSet<String>) {
-    let Value::Object(fields) = schema else { return };
-    if depth > DEEPEST {
-        return;
+/// The same of the arguments of tools that are to be called strictly.
+#[must_use]
+pub fn not_followed_by_calls(definitions: &str) -> Vec<String> {
+    let tools: Vec<Value> = serde_json::from_str(definitions).unwrap_or_default();
+    let mut found = BTreeSet::new();
+    for function in tools.iter().map(|tool| &tool["function"]).filter(|function| function["strict"] == true) {
+        look_through(&function["parameters"], &mut found);
     }
+    found.into_iter().map(|keyword| format!("tools:{keyword}")).collect()
+}
+
+/// Looks at a document's schema, and at all that it refers to.
+fn look_through(document: &Value, found: &mut BTreeSet<String>) {
+    let (mut seen, mut left) = (BTreeSet::new(), vec![document]);
+    while let Some(schema) = left.pop() {
+        let Value::Object(fields) = schema else { continue };
+        look(fields, found);
+        left.extend(parts(fields).into_iter().map(|(_, part)| part));
+        if let Some(reference) = fields.get("$ref").and_then(Value::as_str)
+            && seen.insert(reference)
+        {
+            left.extend(target(document, reference));
+        }
+    }
+}
+
+fn look(fields: &Map<String, Value>, found: &mut BTreeSet<String>) {
     let has = |keyword: &str| fields.contains_key(keyword);
     let mut miss = |keyword: &str| {
         if fields.contains_key(keyword) {
@@ -138,15 +158,6 @@ fn look(schema: &Value, depth: usize, found: &mut BTreeSet<String>) {
     }
     if fields.get("oneOf").and_then(Value::as_array).is_some_and(|options| !exclude_each_other(options)) {
         found.insert("oneOf".to_owned());
-    }
-    for (keyword, value) in fields {
-        let each: Vec<&Value> = match (keyword.as_str(), value) {
-            ("properties" | "$defs" | "definitions", Value::Object(all)) => all.values().collect(),
-            ("items" | "prefixItems" | "anyOf" | "oneOf" | "allOf", Value::Array(all)) => all.iter().collect(),
-            ("items" | "additionalProperties", one) => vec![one],
-            _ => continue,
-        };
-        each.into_iter().for_each(|inner| look(inner, depth + 1, found));
     }
 }
 
@@ -240,6 +251,9 @@ mod tests {
             json!({ "type": "string", "pattern": "\\d{5}" }),
             json!({ "type": "number", "minimum": 0, "exclusiveMinimum": 0, "maximum": 1 }),
             json!({ "type": "integer", "minimum": 0, "exclusiveMinimum": 0, "multipleOf": 5 }),
+            // Nothing refers to it.
+            json!({ "$defs": { "x": { "type": "array", "uniqueItems": true } }, "type": "string" }),
+            json!({ "type": "object", "properties": { "next": { "$ref": "#" } } }),
         ] {
             assert!(missed(schema.clone()).is_empty(), "{schema}: {:?}", missed(schema.clone()));
         }
@@ -268,8 +282,23 @@ mod tests {
             (json!({ "allOf": [{ "$ref": "#/$defs/x" }] }), "schema:allOf"),
             (json!({ "type": "string", "enum": ["a", 1] }), "schema:type"),
             (json!({ "type": "string", "not": { "const": "a" } }), "schema:not"),
+            (
+                json!({ "parts": { "x": { "type": "array", "uniqueItems": true } }, "$ref": "#/parts/x" }),
+                "schema:uniqueItems",
+            ),
         ] {
             assert_eq!(missed(schema.clone()), [wanted], "{schema}");
         }
+    }
+
+    #[test]
+    fn what_calls_may_break_is_told_of_strict_tools() {
+        let tool = |strict: bool| {
+            json!({ "type": "function", "function": { "name": "f", "strict": strict,
+                "parameters": { "type": "object", "properties": { "x": { "type": "array", "uniqueItems": true } } } } })
+        };
+        let missed = |tools: Value| not_followed_by_calls(&tools.to_string());
+        assert_eq!(missed(json!([tool(false), tool(true)])), ["tools:uniqueItems"]);
+        assert!(missed(json!([tool(false)])).is_empty());
     }
 }

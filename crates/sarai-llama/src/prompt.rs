@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::media::{Part, parts_of};
 use crate::sampler::schema_of;
+use crate::schema::{Words, broken_tool};
 
 /// A request as the model is to read it.
 pub struct Rendered {
@@ -43,10 +44,7 @@ pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateR
         Prompt::Chat(messages) => {
             // Nobody can know it, so nobody writes it into a message.
             let mark = format!("<media {:032x} ", rand::random::<u128>());
-            let chat = templates.apply(&chat_params(messages, &mark, request)).map_err(|error| {
-                let param = if request.tools.is_some() { "tools" } else { "messages" };
-                Error::invalid(param, format!("the model's chat template refuses the `{param}`: {error}"))
-            })?;
+            let chat = apply(templates, messages, &mark, request)?;
             let media: Vec<_> = request.media().cloned().collect();
             let rendering = match media.is_empty() {
                 true => Rendering::Tokens(chat.tokenize_prompt(model, AddBos::Always).map_err(internal)?),
@@ -93,6 +91,40 @@ fn given_tokens(model: &LlamaModel, given: &str) -> Result<Vec<LlamaToken>, Erro
     Ok(at.map_or(plain, |at| behind[at + 1..].to_vec()))
 }
 
+/// Applies the template to the messages and tools. The model is shown the tools as they are; the grammar of their calls is made of
+/// the words that llama.cpp knows.
+fn apply(
+    templates: &ChatTemplates,
+    messages: &[Message],
+    mark: &str,
+    request: &GenerateRequest,
+) -> Result<ChatParams, Error> {
+    let params = chat_params(messages, mark, request);
+    let Some(tools) = &request.tools else {
+        let refuses =
+            |error| Error::invalid("messages", format!("the model's chat template refuses the `messages`: {error}"));
+        return templates.apply(&params).map_err(refuses);
+    };
+    let shown = shown(tools);
+    let refuses = |error| {
+        let why = broken_tool(&shown).unwrap_or_else(|| format!("the model's chat template refuses them: {error}"));
+        Error::invalid("tools", format!("cannot make calls of the `tools`: {why}"))
+    };
+    let mut words = Words::default();
+    let params = match schema_of(&request.format).and_then(|schema| serde_json::from_str(&schema).ok()) {
+        Some(schema) => params.with_json_schema(words.of(&schema).to_string()),
+        None => params,
+    };
+    let written = words.of_tools(&shown);
+    let mut chat = templates.apply(&params.clone().with_tools(shown.clone())).map_err(refuses)?;
+    if let Some(written) = written.filter(|_| !chat.grammar.is_empty()) {
+        chat.grammar = templates.apply(&params.with_tools(written)).map_err(refuses)?.grammar;
+    }
+    chat.grammar = words.put_in(&chat.grammar);
+    Ok(chat)
+}
+
+/// All but the tools themselves.
 fn chat_params(messages: &[Message], mark: &str, request: &GenerateRequest) -> ChatApplyParams {
     let mut marks = 0;
     let messages: Value = messages.iter().map(|one| message(one, mark, &mut marks)).collect();
@@ -108,16 +140,11 @@ fn chat_params(messages: &[Message], mark: &str, request: &GenerateRequest) -> C
         ToolChoice::Auto => LlamaToolChoice::Auto,
         ToolChoice::Required | ToolChoice::Named(_) => LlamaToolChoice::Required,
     };
-    let params = params
+    params
         .with_reasoning_format(ReasoningFormat::Auto)
         .with_enable_thinking(request.think.unwrap_or(true))
-        .with_tools(shown(tools))
         .with_tool_choice(choice)
-        .with_parallel_tool_calls(tools.parallel.unwrap_or(true));
-    match schema_of(&request.format) {
-        Some(schema) => params.with_json_schema(schema),
-        None => params,
-    }
+        .with_parallel_tool_calls(tools.parallel.unwrap_or(true))
 }
 
 /// The definitions that the model is shown: all, or the one that it must call.

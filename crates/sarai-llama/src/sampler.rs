@@ -12,7 +12,6 @@ use llama_cpp_4::token::data::LlamaTokenData;
 use llama_cpp_4::token::data_array::LlamaTokenDataArray;
 use sarai_core::{Error, Format, GenerateRequest, Sampling};
 use serde::Deserialize;
-use serde_json::{Map, Value};
 
 use crate::prompt::internal;
 use crate::schema;
@@ -148,7 +147,8 @@ pub fn form_param(request: &GenerateRequest) -> &str {
     if request.tools.is_some() { "tools" } else { &request.format_param }
 }
 
-fn cannot(param: &str, error: &dyn std::fmt::Display) -> Error {
+/// A form that llama.cpp has no grammar for.
+pub fn cannot(param: &str, error: &dyn std::fmt::Display) -> Error {
     Error::invalid(param, format!("llama.cpp cannot make a grammar of `{param}`: {error}"))
 }
 
@@ -224,40 +224,12 @@ fn set_calls(params: &mut CommonSamplerParams, model: &LlamaModel, form: &ChatPa
     Ok(())
 }
 
-/// A schema as llama.cpp reads it: one that is just `true` stands as an empty one, and that nothing follows a fixed row of items
-/// goes without saying.
-fn prepared(schema: &str) -> String {
-    let Ok(mut value) = serde_json::from_str::<Value>(schema) else { return schema.to_owned() };
-    prepare(&mut value);
-    value.to_string()
-}
-
-fn prepare(schema: &mut Value) {
-    if *schema == Value::Bool(true) {
-        *schema = Value::Object(Map::new());
-    }
-    let Value::Object(fields) = schema else { return };
-    if fields.contains_key("prefixItems") && fields.get("items") == Some(&Value::Bool(false)) {
-        fields.remove("items");
-    }
-    for (keyword, value) in fields {
-        match (keyword.as_str(), value) {
-            ("properties" | "$defs" | "definitions", Value::Object(all)) => all.values_mut().for_each(prepare),
-            ("items" | "prefixItems" | "anyOf" | "oneOf" | "allOf", Value::Array(all)) => {
-                all.iter_mut().for_each(prepare)
-            }
-            ("items", one) => prepare(one),
-            _ => {}
-        }
-    }
-}
-
 /// The schema of a form of JSON.
 pub fn schema_of(format: &Format) -> Option<String> {
     match format {
         Format::Text | Format::Gbnf(_) => None,
         Format::Json => Some(r#"{"type":"object"}"#.to_owned()),
-        Format::Schema(schema) => Some(prepared(schema)),
+        Format::Schema(schema) => Some(schema.clone()),
     }
 }
 
@@ -284,14 +256,7 @@ fn set_scalars(params: &mut CommonSamplerParams, context_tokens: usize, sampling
 
 #[cfg(test)]
 mod tests {
-    use super::{prepared, without_preface};
-
-    #[test]
-    fn schemas_that_say_nothing_more_are_written_as_llama_cpp_reads_them() {
-        let schema = r#"{"prefixItems":[true,{"const":{"items":false}}],"items":false}"#;
-        assert_eq!(prepared(schema), r#"{"prefixItems":[{},{"const":{"items":false}}]}"#);
-        assert_eq!(prepared(r#"{"items":false}"#), r#"{"items":false}"#, "which is refused");
-    }
+    use super::without_preface;
 
     #[test]
     fn a_call_that_must_be_made_is_made_at_once() {

@@ -1,28 +1,131 @@
 //! The grammar of a JSON schema: llama.cpp's own, with what it knows no rules for written in other words, or put in afterwards.
 
 use llama_cpp_4::chat::json_schema_to_grammar;
-use sarai_core::schema::{multiples, number_rule, plain_pattern};
+use sarai_core::schema::{multiples, number_rule, parts, parts_mut, plain_pattern, target};
 use serde_json::{Map, Value, json};
 
-/// Deeper than any schema is meant to be.
-const DEEPEST: usize = 64;
-/// Stands for a number in a grammar, until its rule takes its place. No schema's own constant begins so.
-const MARK: &str = "\u{1}number";
+/// Numbers from here on stand for rules in a grammar, until these take their place: no schema's own constant is one of them.
+const MARK: u64 = 7_301_859_264_017_530_000;
 
 /// The grammar of a schema.
 ///
 /// # Errors
-/// llama.cpp cannot make one.
+/// llama.cpp cannot make one; says where in the schema.
 pub fn grammar(schema: &str) -> Result<String, String> {
-    let convert = |schema: &str| json_schema_to_grammar(schema, false).map_err(|error| error.to_string());
-    let Ok(mut value) = serde_json::from_str(schema) else { return convert(schema) };
-    let mut rules = Vec::new();
-    rewrite(&mut value, 0, &mut rules);
-    let grammar = convert(&value.to_string())?;
-    let grammar = without_escapes(&grammar);
-    Ok(rules.iter().enumerate().fold(grammar, |grammar, (index, rule)| {
-        grammar.replace(&format!("\"\\\"{}\\\"\"", written(index)), &format!("({rule})"))
-    }))
+    let document: Value = serde_json::from_str(schema).map_err(|error| error.to_string())?;
+    let mut words = Words::default();
+    let written = words.of(&document);
+    let grammar = json_schema_to_grammar(&written.to_string(), false);
+    let grammar = grammar.map_err(|error| place_named(&document, words.as_asked(&error.to_string())))?;
+    Ok(words.put_in(&grammar))
+}
+
+/// Schemas in the words that llama.cpp knows, and the rules that belong into the grammar that it makes of them.
+#[derive(Default)]
+pub struct Words {
+    rules: Vec<String>,
+    /// What is referred to gets names that differ: llama.cpp takes `a_b` and `a-b` for the same, and `#/$defs/a` of two tools.
+    references: Vec<String>,
+}
+
+impl Words {
+    /// A schema in these words.
+    pub fn of(&mut self, document: &Value) -> Value {
+        let first = self.references.len();
+        let mut written = self.rewritten(document, document, first);
+        let mut definitions = Map::new();
+        let mut next = first;
+        while let Some(definition) = self.references.get(next).and_then(|reference| target(document, reference)) {
+            let definition = self.rewritten(definition, document, first);
+            definitions.insert(named(next), definition);
+            next += 1;
+        }
+        if let Value::Object(fields) = &mut written
+            && fields.remove("$defs").is_some() | !definitions.is_empty()
+        {
+            fields.insert("$defs".into(), definitions.into());
+        }
+        written
+    }
+
+    /// The definitions of tools, with their arguments' schemas in these words; nothing if they are so already.
+    pub fn of_tools(&mut self, definitions: &str) -> Option<String> {
+        let mut tools: Vec<Value> = serde_json::from_str(definitions).ok()?;
+        let mut has_changed = false;
+        for parameters in tools.iter_mut().filter_map(|tool| tool.pointer_mut("/function/parameters")) {
+            let written = self.of(parameters);
+            has_changed |= *parameters != written;
+            *parameters = written;
+        }
+        has_changed.then(|| Value::from(tools).to_string())
+    }
+
+    /// A grammar with the rules in it.
+    pub fn put_in(&self, grammar: &str) -> String {
+        self.rules.iter().enumerate().fold(without_escapes(grammar), |grammar, (index, rule)| {
+            grammar.replace(&format!("\"{}\"", mark(index)), &format!("({rule})"))
+        })
+    }
+
+    /// What llama.cpp says, with the names that the client has given.
+    pub fn as_asked(&self, said: &str) -> String {
+        self.references.iter().enumerate().rev().fold(said.to_owned(), |said, (index, reference)| {
+            said.replace(&format!("#/$defs/{}", named(index)), reference)
+        })
+    }
+
+    /// One schema of a document whose references are counted from the first on.
+    fn rewritten(&mut self, schema: &Value, document: &Value, first: usize) -> Value {
+        let mut fields = match schema {
+            Value::Bool(true) => Map::new(),
+            Value::Object(fields) => fields.clone(),
+            other => return other.clone(),
+        };
+        // That nothing follows a fixed row of items goes without saying.
+        if fields.contains_key("prefixItems") && fields.get("items") == Some(&Value::Bool(false)) {
+            fields.remove("items");
+        }
+        if let Some(plain) = fields.get("pattern").and_then(Value::as_str).and_then(plain_pattern) {
+            fields["pattern"] = plain.into();
+        }
+        if let Some(Value::String(reference)) = fields.get_mut("$ref")
+            && target(document, reference).is_some()
+        {
+            let known = self.references[first..].iter().position(|known| known == reference);
+            let index = first + known.unwrap_or(self.references.len() - first);
+            if known.is_none() {
+                self.references.push(reference.clone());
+            }
+            *reference = format!("#/$defs/{}", named(index));
+        }
+        for part in parts_mut(&mut fields) {
+            // Without further items, or names, is no schema.
+            if !part.is_boolean() || *part == Value::Bool(true) {
+                *part = self.rewritten(part, document, first);
+            }
+        }
+        if let Some(all) = multiples(&fields) {
+            return json!({ "enum": all });
+        }
+        let Some(rule) = number_rule(&fields) else { return fields.into() };
+        let number = json!({ "const": mark(self.rules.len()) });
+        self.rules.push(rule);
+        match others(&fields) {
+            others if others.is_empty() => number,
+            others => {
+                let all: Vec<_> = [number].into_iter().chain(others).collect();
+                json!({ "anyOf": all })
+            }
+        }
+    }
+}
+
+fn mark(index: usize) -> u64 {
+    MARK + index as u64
+}
+
+fn named(index: usize) -> String {
+    format!("{index}.")
 }
 
 /// Names of properties beside those that a schema knows: llama.cpp lets their first letter be one that JSON has to escape.
@@ -36,50 +139,6 @@ fn without_escapes(grammar: &str) -> String {
     })
 }
 
-fn mark(index: usize) -> String {
-    format!("{MARK}{index}.")
-}
-
-/// As it stands in a grammar.
-fn written(index: usize) -> String {
-    mark(index).replace('\u{1}', "\\\\u0001")
-}
-
-fn rewrite(schema: &mut Value, depth: usize, rules: &mut Vec<String>) {
-    let Value::Object(fields) = schema else { return };
-    if depth > DEEPEST {
-        return;
-    }
-    if let Some(plain) = fields.get("pattern").and_then(Value::as_str).and_then(plain_pattern) {
-        fields["pattern"] = plain.into();
-    }
-    for (keyword, value) in fields.iter_mut() {
-        match (keyword.as_str(), value) {
-            ("properties" | "$defs" | "definitions", Value::Object(all)) => {
-                all.values_mut().for_each(|inner| rewrite(inner, depth + 1, rules));
-            }
-            ("items" | "prefixItems" | "anyOf" | "oneOf" | "allOf", Value::Array(all)) => {
-                all.iter_mut().for_each(|inner| rewrite(inner, depth + 1, rules));
-            }
-            ("items" | "additionalProperties", one) => rewrite(one, depth + 1, rules),
-            _ => {}
-        }
-    }
-    if let Some(all) = multiples(fields) {
-        *schema = json!({ "enum": all });
-    } else if let Some(rule) = number_rule(fields) {
-        let number = json!({ "const": mark(rules.len()) });
-        rules.push(rule);
-        *schema = match others(fields) {
-            others if others.is_empty() => number,
-            others => {
-                let all: Vec<_> = [number].into_iter().chain(others).collect();
-                json!({ "anyOf": all })
-            }
-        };
-    }
-}
-
 /// What else than a number it may be.
 fn others(fields: &Map<String, Value>) -> Vec<Value> {
     let kinds = fields.get("type").and_then(Value::as_array);
@@ -90,6 +149,45 @@ fn others(fields: &Map<String, Value>) -> Vec<Value> {
         other.into()
     };
     others.map(of).collect()
+}
+
+/// The tool whose arguments have no grammar, and why.
+pub fn broken_tool(definitions: &str) -> Option<String> {
+    let tools: Vec<Value> = serde_json::from_str(definitions).unwrap_or_default();
+    tools.iter().enumerate().find_map(|(index, tool)| {
+        let why = grammar(&tool.pointer("/function/parameters")?.to_string()).err()?;
+        Some(format!("`tools[{index}].function.parameters`: {why}"))
+    })
+}
+
+/// What llama.cpp says of a schema; of a broken pattern it does not say where that stands.
+fn place_named(document: &Value, said: String) -> String {
+    const NAMES: &str = "Invalid pattern ";
+    let Some((_, pattern)) = said.split_once(NAMES) else { return said };
+    let is_named = |schema: &Value| schema["pattern"].as_str().is_some_and(|one| pattern.starts_with(one));
+    match place_of(document, &is_named) {
+        Some(place) => format!("JSON schema error at {place}: invalid pattern {pattern}"),
+        None => said,
+    }
+}
+
+/// Where the first schema of a document stands that is wanted.
+fn place_of(document: &Value, is_wanted: &dyn Fn(&Value) -> bool) -> Option<String> {
+    let (mut seen, mut left) = (Vec::new(), vec![("#".to_owned(), document)]);
+    while let Some((place, schema)) = left.pop() {
+        if is_wanted(schema) {
+            return Some(place);
+        }
+        let Value::Object(fields) = schema else { continue };
+        left.extend(parts(fields).into_iter().map(|(at, part)| (format!("{place}/{at}"), part)));
+        if let Some(reference) = fields.get("$ref").and_then(Value::as_str)
+            && !seen.contains(&reference)
+        {
+            seen.push(reference);
+            left.extend(target(document, reference).map(|target| (reference.to_owned(), target)));
+        }
+    }
+    None
 }
 
 #[cfg(test)]
@@ -105,13 +203,63 @@ mod tests {
             json!({ "type": "object", "properties": { "x": number }, "required": ["x"] }),
             json!({ "type": "array", "items": { "type": ["number", "null"], "minimum": 0 } }),
             json!({ "$defs": { "n": number }, "$ref": "#/$defs/n" }),
+            json!({ "components": { "n": number }, "type": "array", "items": { "$ref": "#/components/n" } }),
         ] {
             let grammar = grammar(&schema.to_string()).unwrap();
             assert!(grammar.contains("\".\" [0-9]{1,6}"), "{schema}: {grammar}");
-            assert!(!grammar.contains("number0") && !grammar.contains("u0001"), "{schema}: {grammar}");
+            assert!(!grammar.contains("73018592640175"), "{schema}: {grammar}");
         }
         let property = json!({ "type": "object", "properties": { "type": { "type": "string" }, "minimum": { "type": "integer" } } });
         let as_it_is = json_schema_to_grammar(&property.to_string(), false).unwrap();
         assert_eq!(grammar(&property.to_string()).unwrap(), as_it_is);
+    }
+
+    #[test]
+    fn schemas_that_say_nothing_more_are_written_as_llama_cpp_reads_them() {
+        let written = |schema: Value| Words::default().of(&schema);
+        let fixed = json!({ "prefixItems": [true, { "const": { "items": false } }], "items": false });
+        assert_eq!(written(fixed), json!({ "prefixItems": [{}, { "const": { "items": false } }] }));
+        for as_it_is in [json!({ "items": false }), json!({ "type": "object", "additionalProperties": false })] {
+            assert_eq!(written(as_it_is.clone()), as_it_is);
+        }
+    }
+
+    #[test]
+    fn what_is_referred_to_is_told_apart_by_its_whole_name() {
+        let constant = |value: &str| json!({ "const": value });
+        let schema = json!({
+            "$defs": { "a_b": constant("one"), "a-b": constant("two"), "a b": { "$ref": "#/$defs/a~1b" }, "a/b": constant("three") },
+            "prefixItems": [{ "$ref": "#/$defs/a_b" }, { "$ref": "#/$defs/a-b" }, { "$ref": "#/$defs/a b" }],
+        });
+        let grammar = grammar(&schema.to_string()).unwrap();
+        for value in ["one", "two", "three"] {
+            assert!(grammar.contains(value), "{value}: {grammar}");
+        }
+        let tree =
+            json!({ "type": "object", "properties": { "next": { "$ref": "#" } }, "additionalProperties": false });
+        assert!(super::grammar(&tree.to_string()).is_ok());
+    }
+
+    #[test]
+    fn what_has_no_grammar_is_said_by_its_place() {
+        let object =
+            |part: Value| json!({ "type": "object", "properties": { "x": { "type": "array", "items": part } } });
+        for (schema, place) in [
+            (object(json!({ "type": "string", "pattern": "^(a$" })), "#/properties/x/items: invalid pattern ^(a$"),
+            (object(json!({ "$ref": "#/$defs/none" })), "#/properties/x/items: "),
+            (object(json!({ "type": "text" })), "#/properties/x/items: "),
+            (
+                json!({ "$defs": { "some": { "type": "string", "pattern": "^(a$" } }, "$ref": "#/$defs/some" }),
+                "#/$defs/some: invalid pattern",
+            ),
+            (json!({ "$defs": { "some": { "type": "text" } }, "$ref": "#/$defs/some" }), "#/$defs/some: "),
+        ] {
+            let said = grammar(&schema.to_string()).unwrap_err();
+            assert!(said.contains(place), "{schema}: {said}");
+        }
+        let tool = |part: Value| json!({ "type": "function", "function": { "name": "f", "parameters": object(part) } });
+        let tools = json!([tool(json!({})), tool(json!({ "type": "text" }))]);
+        let said = broken_tool(&tools.to_string()).unwrap();
+        assert!(said.contains("`tools[1].function.parameters`") && said.contains("#/properties/x/items"), "{said}");
     }
 }

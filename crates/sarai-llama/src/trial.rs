@@ -3,7 +3,11 @@
 //! else; answers go on meanwhile.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
@@ -14,8 +18,9 @@ use llama_cpp_4::token::LlamaToken;
 use llama_cpp_4::token::data::LlamaTokenData;
 use llama_cpp_4::token::data_array::LlamaTokenDataArray;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, SeekFrom, ftruncate, memfd_create, seek};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
-use sarai_core::{Error, GenerateRequest, Message, Prompt, Role};
+use sarai_core::{Error, Format, GenerateRequest, Message, Prompt, Role};
 
 use crate::channel::Incoming;
 use crate::{prompt, sampler};
@@ -26,16 +31,22 @@ const BUSY: Duration = Duration::from_millis(500);
 const WITHIN: Duration = Duration::from_secs(8);
 /// Memory that it may take beyond what there is.
 const MORE_BYTES: u64 = 128 << 20;
+/// What it may say: llama.cpp repeats a grammar that it refuses, from where it is wrong on and once more.
+const SAID_BYTES: u64 = 80 << 20;
+/// Of which so much is told.
+const TOLD_BYTES: usize = 400;
 /// How C++ says that there is none left.
 const NO_MEMORY: &str = "bad_alloc";
 /// Forms that are remembered.
 const REMEMBERED: usize = 256;
 
 /// What has become of a form.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ended {
     /// It can be used.
     Well,
+    /// Its grammar is none, for this reason.
+    Refused(String),
     /// It ends the process.
     Badly,
     /// It takes too much time or memory.
@@ -47,10 +58,11 @@ pub enum Ended {
 impl Ended {
     /// # Errors
     /// The form of the request cannot be used, or was not tried.
-    fn allows(self, request: &GenerateRequest) -> Result<(), Error> {
+    fn allows(&self, request: &GenerateRequest) -> Result<(), Error> {
         let param = sampler::form_param(request);
         let why = match self {
             Self::Well => return Ok(()),
+            Self::Refused(why) => return Err(sampler::cannot(param, why)),
             Self::Badly => "it ends in a dead end, or refers to itself without end",
             Self::Late => "it takes too much time or memory: say less, repeat less, or nest repetitions less",
             Self::Unfinished => {
@@ -135,7 +147,7 @@ impl Trials {
             if self.ended.len() >= REMEMBERED {
                 self.ended.pop_front();
             }
-            self.ended.push_back((form, ended));
+            self.ended.push_back((form, ended.clone()));
         }
         let (tried, waiting) = self.waiting.drain(..).partition(|untried| form_of(&untried.request) == form);
         self.waiting = waiting;
@@ -159,9 +171,8 @@ fn form_of(request: &GenerateRequest) -> u64 {
     hasher.finish()
 }
 
-/// Makes the grammar of a request's form, as it will be made; false if there is not enough memory for it. What its compiler refuses is
-/// told when it is made, in its words.
-fn begins(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateRequest) -> bool {
+/// Makes the grammar of a request's form, as it will be made. What llama.cpp says of a schema is told when it is made.
+fn begins(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateRequest) -> Ended {
     let prompt = match request.prompt {
         Prompt::Chat(_) => Prompt::Chat(vec![Message::new(Role::User, "Hi")]),
         Prompt::Raw(_) => Prompt::Raw("Hi".into()),
@@ -171,31 +182,57 @@ fn begins(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateReque
     let rendered = prompt::render(model, templates, &short).or_else(|_| prompt::render(model, templates, request));
     let grammar = rendered.and_then(|rendered| sampler::grammar(request, rendered.form.as_ref()));
     match grammar {
-        Ok(Some(grammar)) => compiles(model, &grammar),
-        Ok(None) => true,
-        Err(error) => !error.to_string().contains(NO_MEMORY),
+        Ok(Some(grammar)) => compiles(model, &grammar, matches!(request.format, Format::Gbnf(_))),
+        Ok(None) => Ended::Well,
+        Err(error) if error.to_string().contains(NO_MEMORY) => Ended::Late,
+        Err(_) => Ended::Well,
     }
 }
 
-/// Compiles a grammar, and asks it for the first token; false if there is not enough memory for it.
-fn compiles(model: &LlamaModel, grammar: &str) -> bool {
+/// Compiles a grammar, and asks it for the first token. Places in it mean something to its author alone.
+fn compiles(model: &LlamaModel, grammar: &str, is_the_clients: bool) -> Ended {
     let mut sampler = match LlamaSampler::try_grammar(model, grammar, "root") {
         Ok(sampler) => sampler,
-        Err(error) => return !error.to_string().contains(NO_MEMORY),
+        Err(error) if error.to_string().contains(NO_MEMORY) => return Ended::Late,
+        // What llama.cpp says goes there alone.
+        Err(error) => {
+            let said = std::fs::read("/proc/self/fd/2").unwrap_or_default();
+            let why = reason(&String::from_utf8_lossy(&said), grammar, is_the_clients);
+            return Ended::Refused(why.unwrap_or_else(|| error.to_string()));
+        }
     };
     let all = (0..model.n_vocab()).map(|id| LlamaTokenData::new(LlamaToken(id), 0.0, 0.0));
     sampler.apply(&mut LlamaTokenDataArray::new(all.collect(), false));
-    true
+    Ended::Well
 }
 
-/// A copy of this process, which does one thing and is gone.
-struct Copy(Option<Pid>);
+/// Why a grammar is refused, by what llama.cpp has written: the reason, the grammar from there on, and all of it.
+fn reason(said: &str, grammar: &str, has_place: bool) -> Option<String> {
+    let Some((_, parsed)) = said.split_once("error parsing grammar: ") else {
+        return said.lines().map(str::trim).rfind(|line| !line.is_empty()).map(str::to_owned);
+    };
+    let said = parsed.split_once(&format!("\n\n{grammar}")).map_or(parsed, |(said, _)| said);
+    let at = said.match_indices(" at ").find(|(at, mark)| grammar.ends_with(&said[at + mark.len()..]));
+    let Some((at, mark)) = at else { return said.lines().next().map(str::to_owned) };
+    let (why, read) = (&said[..at], &grammar[..grammar.len() - said[at + mark.len()..].len()]);
+    let line = read.matches('\n').count() + 1;
+    let column = read.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+    Some(if has_place { format!("{why} in line {line}, column {column}") } else { why.to_owned() })
+}
+
+/// How a copy ends whose form is refused, and one that has no memory left.
+const REFUSED: i32 = 2;
+const WITHOUT_MEMORY: i32 = 1;
+
+/// A copy of this process, which does one thing and is gone; what it says is kept.
+struct Copy(Option<(Pid, File)>);
 
 impl Copy {
-    /// Has something done in a copy; false is that it could not be done.
+    /// Has something done in a copy.
     #[expect(unsafe_code, reason = "fork, and what a copy may do before it is gone")]
-    fn begin(what: impl FnOnce() -> bool) -> Self {
+    fn begin(what: impl FnOnce() -> Ended) -> Self {
         let most = MORE_BYTES.saturating_add(address_space());
+        let Ok(said) = memfd_create("trial", MemfdFlags::CLOEXEC).map(File::from) else { return Self(None) };
         // SAFETY: the copy has this thread alone. glibc leaves its allocator usable there; nothing is called that waits for another
         // thread, and `_exit` runs none of what the original has to do at its end.
         let pid = unsafe { libc::fork() };
@@ -207,6 +244,7 @@ impl Copy {
             };
             limit(libc::RLIMIT_AS, most);
             limit(libc::RLIMIT_CORE, 0);
+            limit(libc::RLIMIT_FSIZE, SAID_BYTES);
             let busy = libc::timeval { tv_sec: 0, tv_usec: i64::from(BUSY.subsec_micros()) };
             let once = libc::itimerval { it_interval: libc::timeval { tv_sec: 0, tv_usec: 0 }, it_value: busy };
             // SAFETY: constants, C strings, and plain values that outlive the calls; the environment has no other reader in the copy.
@@ -215,20 +253,29 @@ impl Copy {
                 // Its signal ends the copy.
                 libc::setitimer(libc::ITIMER_PROF, &raw const once, std::ptr::null_mut());
                 libc::setenv(c"GGML_NO_BACKTRACE".as_ptr(), c"1".as_ptr(), 1);
-                let nothing = libc::open(c"/dev/null".as_ptr(), libc::O_WRONLY);
-                libc::dup2(nothing, libc::STDERR_FILENO);
+                libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+                libc::dup2(said.as_raw_fd(), libc::STDERR_FILENO);
             }
-            let code = i32::from(!what());
+            let code = match what() {
+                Ended::Refused(why) => {
+                    // It alone is left of what was said.
+                    let _ = ftruncate(&said, 0).and_then(|()| seek(&said, SeekFrom::Start(0)));
+                    let _ = (&said).write_all(why.as_bytes());
+                    REFUSED
+                }
+                Ended::Late => WITHOUT_MEMORY,
+                _ => 0,
+            };
             // SAFETY: ends the copy at once.
             unsafe { libc::_exit(code) };
         }
-        Self(if pid > 0 { Pid::from_raw(pid) } else { None })
+        Self(if pid > 0 { Pid::from_raw(pid).map(|pid| (pid, said)) } else { None })
     }
 
     /// Waits for its end.
     fn ended(self) -> Ended {
         // Without a copy nothing can be tried: that is no fault of the form.
-        let Some(pid) = self.0 else { return Ended::Well };
+        let Some((pid, said)) = self.0 else { return Ended::Well };
         if !ends_within(pid, WITHIN) {
             let _ = kill_process(pid, Signal::KILL);
             let _ = waitpid(Some(pid), WaitOptions::empty());
@@ -237,12 +284,20 @@ impl Copy {
         let Ok(Some((_, status))) = waitpid(Some(pid), WaitOptions::empty()) else { return Ended::Unfinished };
         match (status.exit_status(), status.terminating_signal()) {
             (Some(0), _) => Ended::Well,
+            (Some(REFUSED), _) => Ended::Refused(beginning(&said)),
             (_, Some(libc::SIGABRT | libc::SIGSEGV)) => Ended::Badly,
             (Some(_), _) | (_, Some(libc::SIGPROF)) => Ended::Late,
             // Such as by the kernel, for want of memory.
             _ => Ended::Unfinished,
         }
     }
+}
+
+/// The beginning of what was said, as far as it is told.
+fn beginning(said: &File) -> String {
+    let mut bytes = [0; TOLD_BYTES];
+    let read = said.read_at(&mut bytes, 0).unwrap_or(0);
+    String::from_utf8_lossy(&bytes[..read]).trim_end_matches('\u{fffd}').to_owned()
 }
 
 fn ends_within(pid: Pid, limit: Duration) -> bool {
@@ -272,8 +327,14 @@ mod tests {
 
     #[test]
     fn what_ends_well_badly_or_never_is_told_apart_and_the_original_goes_on() {
-        assert_eq!(Copy::begin(|| true).ended(), Ended::Well);
-        assert_eq!(Copy::begin(|| false).ended(), Ended::Late);
+        assert_eq!(Copy::begin(|| Ended::Well).ended(), Ended::Well);
+        assert_eq!(Copy::begin(|| Ended::Late).ended(), Ended::Late);
+        let why = "x".repeat(TOLD_BYTES);
+        let refused = || {
+            let _ = writeln!(std::io::stderr(), "said before");
+            Ended::Refused(format!("{why} and so on"))
+        };
+        assert_eq!(Copy::begin(refused).ended(), Ended::Refused(why.clone()));
         assert_eq!(Copy::begin(|| std::process::abort()).ended(), Ended::Badly);
         assert_eq!(
             Copy::begin(|| loop {
@@ -282,10 +343,31 @@ mod tests {
             .ended(),
             Ended::Late
         );
-        let greedy = || std::hint::black_box(vec![1_u8; 1 << 30]).len() > 1;
+        let greedy = || {
+            std::hint::black_box(vec![1_u8; 1 << 30]);
+            Ended::Well
+        };
         assert_eq!(Copy::begin(greedy).ended(), Ended::Badly, "an allocation that fails ends the process");
         assert_eq!(Copy(None).ended(), Ended::Well);
-        let killed = || kill_process(rustix::process::getpid(), Signal::KILL).is_ok();
+        let killed = || {
+            let _ = kill_process(rustix::process::getpid(), Signal::KILL);
+            Ended::Well
+        };
         assert_eq!(Copy::begin(killed).ended(), Ended::Unfinished);
+    }
+
+    #[test]
+    fn a_grammar_that_is_none_is_wrong_in_a_line_and_column() {
+        let grammar = "root ::= a\na ::= \"b\" at \"c\nd\" )\n";
+        let refused = format!("parse: error parsing grammar: expecting newline or end at )\n\n\n{grammar}\nfailed");
+        let why = |is_the_clients: bool| reason(&refused, grammar, is_the_clients).unwrap();
+        assert_eq!(why(true), "expecting newline or end in line 3, column 4");
+        assert_eq!(why(false), "expecting newline or end");
+        let unknown = "parse: error parsing grammar: Undefined rule identifier 'b'\n\nroot ::= b\n";
+        assert_eq!(reason(unknown, "root ::= b", true).unwrap(), "Undefined rule identifier 'b'");
+        assert_eq!(
+            reason("grammar does not contain a 'root' symbol\n", "a ::= b", true).unwrap(),
+            "grammar does not contain a 'root' symbol"
+        );
     }
 }

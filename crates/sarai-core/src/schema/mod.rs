@@ -4,9 +4,11 @@
 //! Whatever is written so is allowed by the schema; not all that the schema allows is written so.
 
 mod number;
+mod parts;
 mod pattern;
 
 pub use number::{multiples, number_rule};
+pub use parts::{parts, parts_mut, target};
 pub use pattern::plain_pattern;
 
 /// llama.cpp repeats nothing more often.

@@ -77,10 +77,7 @@ const MOST_MULTIPLES: i64 = 200;
 
 /// Whether a keyword stands there beside which no bound is read.
 fn is_decided(schema: &Map<String, Value>) -> bool {
-    // What stands in them may be referred to, where it is.
-    let holds = ["$defs", "definitions", "properties", "items", "prefixItems", "additionalProperties"];
-    let decides = ["$ref", "oneOf", "anyOf", "allOf", "const", "enum"];
-    decides.iter().chain(&holds).any(|keyword| schema.contains_key(*keyword))
+    ["$ref", "oneOf", "anyOf", "allOf", "const", "enum"].iter().any(|keyword| schema.contains_key(*keyword))
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use sarai_api::ollama::ignored_by_ollama;
 use sarai_api::openai::remote::unknown_to_openai;
-use sarai_api::schema::not_followed;
+use sarai_api::schema::{not_followed, not_followed_by_calls};
 use sarai_api::translate::can_be_asked;
 use sarai_core::{Api, Error, Extras, Format, GenerateRequest, MediaSource, Need, Prompt, Purpose, ToolChoice};
 use serde_json::Value;
@@ -228,10 +228,12 @@ fn degraded(asked: &Model, model: &Model, deployment: &Deployment, request: &Gen
             _ => Vec::new(),
         },
     };
-    let is_local = matches!(deployment, Deployment::Local { .. });
-    if is_local && request.tools.is_some() && request.format.is_constrained() {
-        // One grammar is for both, and a call has not that form.
-        lost.push("tools".to_owned());
+    if let (Deployment::Local { .. }, Some(tools)) = (deployment, &request.tools) {
+        lost.extend(not_followed_by_calls(&tools.definitions));
+        if request.format.is_constrained() {
+            // One grammar is for both, and a call has not that form.
+            lost.push("tools".to_owned());
+        }
     }
     if let Some(extras) = request.extras.as_deref()
         && !matches!(deployment, Deployment::Remote(remote) | Deployment::Process { remote, .. } if remote.api == extras.api)

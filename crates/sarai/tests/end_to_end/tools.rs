@@ -52,7 +52,8 @@ fn calls(answer: &Answer) -> Vec<(String, Value)> {
         true => add(&answer.json()["choices"][0]["message"]["tool_calls"]),
         false => answer.sse().iter().for_each(|event| add(&event["choices"][0]["delta"]["tool_calls"])),
     }
-    calls.into_iter().map(|(name, arguments)| (name, serde_json::from_str(&arguments).unwrap())).collect()
+    let read = |arguments: &str| serde_json::from_str(arguments).unwrap_or_else(|_| panic!("{}", answer.text));
+    calls.into_iter().map(|(name, arguments)| (name, read(&arguments))).collect()
 }
 
 /// Qwen2.5-Coder-0.5B writes its calls as bare JSON, without its template's marks.
@@ -84,6 +85,60 @@ async fn a_model_decides_must_call_must_call_this_one_or_may_not() {
     let wrong = ask(&sarai, json!({ "tool_choice": { "type": "function", "function": { "name": "nobody" } } })).await;
     assert_eq!((wrong.status, &wrong.json()["error"]["param"]), (400, &json!("tool_choice")), "{}", wrong.text);
     assert!(wrong.text.contains("get_time"), "it says which there are: {}", wrong.text);
+}
+
+/// Bounds and patterns too, of all tools, each by its own definitions.
+#[tokio::test]
+async fn arguments_of_a_call_that_must_be_made_keep_their_schema() {
+    let sarai = Sarai::start(&models());
+    let tool = |name: &str, days: i64, code: &str| {
+        let place = json!({ "type": "object", "properties": { "code": { "type": "string", "pattern": code } }, "required": ["code"] });
+        let days = json!({ "type": "integer", "minimum": days });
+        let parameters = json!({
+            "type": "object", "properties": { "days": days, "place": { "$ref": "#/$defs/Place" } },
+            "required": ["days", "place"], "$defs": { "Place": place },
+        });
+        json!({ "type": "function", "function": { "name": name, "strict": true, "parameters": parameters } })
+    };
+    let tools = json!([tool("forecast", 1_900, "^[0-9]{5}$"), tool("history", 20, "^[A-Z]{3}$")]);
+    for (name, least, is_of) in [
+        (
+            "forecast",
+            1_900,
+            (|code: &str| code.len() == 5 && code.bytes().all(|byte| byte.is_ascii_digit())) as fn(&str) -> bool,
+        ),
+        ("history", 20, |code: &str| code.len() == 3 && code.bytes().all(|byte| byte.is_ascii_uppercase())),
+    ] {
+        for seed in 0..2 {
+            let choice = json!({ "type": "function", "function": { "name": name } });
+            let more = json!({ "tools": tools, "tool_choice": choice, "temperature": 1.2, "seed": seed });
+            let answer = ask(&sarai, more).await;
+            let calls = calls(&answer);
+            let (called, arguments) = &calls[0];
+            assert_eq!(called, name);
+            assert!(arguments["days"].as_i64().unwrap() >= least, "{arguments}");
+            assert!(is_of(arguments["place"]["code"].as_str().unwrap()), "{arguments}");
+            assert_eq!(answer.header("x-sarai-degraded"), None);
+        }
+    }
+    let more = json!({ "tools": tools, "tool_choice": "required", "parallel_tool_calls": false, "temperature": 1.2, "seed": 5 });
+    for (name, arguments) in calls(&ask(&sarai, more).await) {
+        assert_eq!(arguments["place"]["code"].as_str().unwrap().len(), if name == "forecast" { 5 } else { 3 });
+    }
+    let unique = json!({ "type": "object", "properties": { "x": { "type": "array", "uniqueItems": true } } });
+    let strict = |is_strict: bool| json!([{ "type": "function", "function": { "name": "f", "strict": is_strict, "parameters": unique } }]);
+    let told = async |is_strict: bool| {
+        ask(&sarai, json!({ "tools": strict(is_strict), "max_tokens": 1 }))
+            .await
+            .header("x-sarai-degraded")
+            .map(str::to_owned)
+    };
+    assert_eq!((told(true).await.as_deref(), told(false).await), (Some("tools:uniqueItems"), None));
+    let broken = json!({ "type": "object", "properties": { "x": { "$ref": "#/nowhere" } } });
+    let tools = json!([tools[0], { "type": "function", "function": { "name": "f", "parameters": broken } }]);
+    let answer = ask(&sarai, json!({ "tools": tools })).await;
+    assert!(answer.status == 400 && answer.text.contains("`tools[1].function.parameters`"), "{}", answer.text);
+    assert!(answer.text.contains("#/properties/x"), "{}", answer.text);
 }
 
 /// One that recites (`scripts/sensing_models.py`) calls two tools in one answer, and writes arguments in several tokens.
@@ -175,7 +230,13 @@ async fn an_answer_follows_a_grammar_and_what_is_none_is_a_400_that_says_where()
     assert!((3..=5).contains(&n), "{said}");
     let missing = json!({ "type": "object", "properties": { "x": { "$ref": "#/nowhere" } } });
     for (more, says) in [
-        (json!({ "grammar": "root ::= \"open" }), "grammar of `grammar`"),
+        (json!({ "grammar": "root ::= \"open" }), "unexpected end of input"),
+        (json!({ "grammar": "root ::= a\na ::= \"x\" )" }), "expecting newline or end in line 2, column 11"),
+        (json!({ "grammar": "root ::= b" }), "Undefined rule identifier 'b'"),
+        (
+            json!({ "json_schema": { "type": "array", "items": { "type": "string", "pattern": "^(a$" } } }),
+            "#/items: invalid pattern ^(a$",
+        ),
         (json!({ "json_schema": missing }), "#/properties/x"),
         (
             json!({ "response_format": { "type": "json_schema", "json_schema": { "name": "a", "schema": missing } } }),
