@@ -112,6 +112,15 @@ test("OpenAI: tools, whole and streamed", async () => {
       assert.deepEqual([name, JSON.parse(text).city], ["get_weather", "Oslo"]);
       assert.equal(answer.choices[0].finish_reason, "tool_calls");
     }
+    // The template shows the model its call and the result.
+    const called = whole.choices[0].message;
+    const told = [...messages, called, { role: "tool", tool_call_id: called.tool_calls[0].id, content: '{"degrees": -3}' }];
+    const asked_again = { ...asked, messages: told, max_tokens: 8 };
+    const after = await openai.chat.completions.create(asked_again);
+    assert.ok(after.usage.prompt_tokens > whole.usage.prompt_tokens + 30);
+    const counted = { ...asked_again, stream_options: { include_usage: true } };
+    const { usage } = await openai.chat.completions.stream(counted).finalChatCompletion();
+    assert.equal(usage.prompt_tokens, after.usage.prompt_tokens);
   }
 });
 
@@ -126,6 +135,8 @@ test("OpenAI: an answer parsed by zod, and vectors", async () => {
   assert.equal(Buffer.from(coded.data[0].embedding, "base64").length, 4 * 384);
   const made = await openai.embeddings.create({ model: "minilm", input: ["A cat.", "A bank."] });
   assert.deepEqual(made.data.map((row) => row.embedding.length), [384, 384]);
+  const short = await openai.embeddings.create({ model: "minilm", input: "A cat.", dimensions: 64 });
+  assert.equal(short.data[0].embedding.length, 64);
 });
 
 test("OpenAI: errors have their types", async () => {
@@ -145,6 +156,16 @@ test("Ollama: a chat, tools, a form and vectors", async () => {
   }
   const formed = await ollama.chat({ model: "coder", messages, format: city, options });
   assert.equal(typeof JSON.parse(formed.message.content).city, "string");
+  let text = "";
+  for await (const part of await ollama.chat({ model: "coder", messages, format: city, options, stream: true })) {
+    text += part.message.content;
+  }
+  assert.equal(typeof JSON.parse(text).city, "string");
+  const told = [...messages, whole.message, { role: "tool", tool_name: "get_weather", content: '{"degrees": -3}' }];
+  const after = await ollama.chat({ model: "coder", messages: told, tools, options: { num_predict: 1 } });
+  assert.ok(after.prompt_eval_count > whole.prompt_eval_count + 30);
+  const short = await ollama.embed({ model: "minilm", input: ["A cat."], dimensions: 64 });
+  assert.equal(short.embeddings[0].length, 64);
   const made = await ollama.embed({ model: "minilm", input: ["A cat."] });
   assert.equal(made.embeddings[0].length, 384);
 });

@@ -305,6 +305,8 @@ mod tests {
         assert!(sound(wav(3_999, 1, &[0; 99]), 16_000).unwrap_err().contains("3999 samples a second"));
         assert!(sound(wav(192_000, 1, &[0; 99]), 16_000).is_ok());
         assert!(sound(wav(192_001, 1, &[0; 99]), 16_000).unwrap_err().contains("192001 samples a second"));
+        assert!(sound(wav(4_000, 1, &[0; 99]), 16_000).is_ok());
+        assert!(sound(wav(3_999, 1, &[0; 99]), 16_000).unwrap_err().contains("3999 samples a second"));
         // 75 seconds at the highest rate are as many samples as 300 at that of most files.
         let fast = |more: usize| sound(wav(192_000, 1, &vec![0; MOST_SAMPLES + more]), 16_000);
         assert_eq!(fast(0).map(|samples| samples.len().abs_diff(75 * 16_000) < 10), Ok(true));
