@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use sarai_core::schema::{MOST_REPEATED, multiples, number_rule, parts, plain_pattern, target};
+use sarai_core::schema::{MOST_ITEMS, MOST_REPEATED, multiples, number_rule, parts, plain_pattern, target};
 use serde_json::{Map, Value};
 
 /// Keywords that are never followed.
@@ -113,8 +113,8 @@ fn look(fields: &Map<String, Value>, found: &mut BTreeSet<String>) {
             miss("pattern");
         }
     }
-    for bound in ["minLength", "maxLength", "minItems", "maxItems"] {
-        if fields.get(bound).and_then(Value::as_u64).is_some_and(|bound| bound > MOST_REPEATED) {
+    for (bound, most) in [("maxLength", MOST_REPEATED), ("maxItems", MOST_ITEMS)] {
+        if fields.get(bound).and_then(Value::as_u64).is_some_and(|bound| bound > most) {
             miss(bound);
         }
     }

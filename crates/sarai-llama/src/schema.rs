@@ -1,7 +1,7 @@
 //! The grammar of a JSON schema: llama.cpp's own, with what it knows no rules for written in other words, or put in afterwards.
 
 use llama_cpp_4::chat::json_schema_to_grammar;
-use sarai_core::schema::{multiples, number_rule, parts, parts_mut, plain_pattern, target};
+use sarai_core::schema::{MOST_ITEMS, multiples, number_rule, parts, parts_mut, plain_pattern, target};
 use serde_json::{Map, Value, json};
 
 /// Numbers from here on stand for rules in a grammar, until these take their place: no schema's own constant is one of them.
@@ -84,6 +84,9 @@ impl Words {
         // That nothing follows a fixed row of items goes without saying.
         if fields.contains_key("prefixItems") && fields.get("items") == Some(&Value::Bool(false)) {
             fields.remove("items");
+        }
+        if fields.get("maxItems").and_then(Value::as_u64).is_some_and(|most| most > MOST_ITEMS) {
+            fields.remove("maxItems");
         }
         if let Some(plain) = fields.get("pattern").and_then(Value::as_str).and_then(plain_pattern) {
             fields["pattern"] = plain.into();

@@ -13,3 +13,5 @@ pub use pattern::plain_pattern;
 
 /// llama.cpp repeats nothing more often.
 pub const MOST_REPEATED: u64 = 2000;
+/// Items of an array that may have none are repeated within a group, which counts too.
+pub const MOST_ITEMS: u64 = 1990;
