@@ -60,6 +60,9 @@ pub enum RemoteCause {
         "says that the prompt is too long for it ({0}): shorten the prompt, or give the model a longer context there"
     )]
     TooLong(String),
+    /// Its model, or what stands before it, does not do what was asked for; another one may.
+    #[error("does not do what was asked for: {0}")]
+    Unable(String),
     /// It reported an error inside a stream.
     #[error("reported an error: {0}")]
     Reported(String),
@@ -90,6 +93,12 @@ pub enum RemoteCause {
 }
 
 impl RemoteCause {
+    /// Whether it is about this request, and no fault of the host.
+    #[must_use]
+    pub const fn is_of_the_request(&self) -> bool {
+        matches!(self, Self::TooLong(_) | Self::Unable(_))
+    }
+
     /// A short fixed word for headers, logs and metrics.
     #[must_use]
     pub const fn slug(&self) -> &'static str {
@@ -98,6 +107,7 @@ impl RemoteCause {
             Self::ModelMissing(_) => "model_missing",
             Self::Status { .. } => "bad_status",
             Self::TooLong(_) => "context_length_exceeded",
+            Self::Unable(_) => "unsupported",
             Self::Reported(_) => "reported_error",
             Self::Garbled(_) => "garbled",
             Self::Unanswered | Self::Cut => "cut",

@@ -281,11 +281,18 @@ fn is_the_clients(request: &GenerateRequest) -> bool {
 /// Why a host does not do what it was asked for: by the client's fault, or its own.
 async fn refusal(response: Response, url: &str, model_name: &str) -> Error {
     let status = response.status();
-    let is_clients =
-        [StatusCode::BAD_REQUEST, StatusCode::PAYLOAD_TOO_LARGE, StatusCode::UNPROCESSABLE_ENTITY].contains(&status);
+    // A page of what stands before it is no word of the host's.
+    let is_of_the_api = kind(response.headers()).is_none_or(|kind| kind.eq_ignore_ascii_case(JSON));
+    let is_refused = is_of_the_api && [StatusCode::BAD_REQUEST, StatusCode::UNPROCESSABLE_ENTITY].contains(&status);
+    let is_large = status == StatusCode::PAYLOAD_TOO_LARGE;
     let cause = match refused(response, model_name).await {
-        RemoteCause::Status { message, .. } if is_clients && is_about_length(&message) => RemoteCause::TooLong(message),
-        RemoteCause::Status { message, .. } if is_clients => {
+        RemoteCause::Status { message, .. } if (is_refused || is_large) && is_about_length(&message) => {
+            RemoteCause::TooLong(message)
+        }
+        RemoteCause::Status { message, .. } if is_large || (is_refused && is_about_ability(&message)) => {
+            RemoteCause::Unable(message)
+        }
+        RemoteCause::Status { message, .. } if is_refused => {
             let message = format!("host {url} refuses the request: {message}");
             return Error::InvalidRequest { message, param: None };
         }
@@ -411,6 +418,15 @@ fn is_about_length(message: &str) -> bool {
     ]
     .iter()
     .any(|words| message.contains(words))
+}
+
+/// Whether a host refuses a request for what its model cannot do, or was not started for: these are the words of Ollama, and of
+/// vLLM and llama.cpp's server.
+fn is_about_ability(message: &str) -> bool {
+    let message = message.to_lowercase();
+    ["does not support", "is not supported by this model", "requires --", "requires `--"]
+        .iter()
+        .any(|words| message.contains(words))
 }
 
 /// Seconds, or a date.

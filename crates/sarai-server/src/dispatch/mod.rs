@@ -15,11 +15,12 @@ mod warm;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use futures_util::{StreamExt, stream};
 use sarai_api::Served;
 use sarai_core::{Attempt, Error, GenerateRequest, Phase, RemoteCause, Residence};
 use sarai_plan::{EngineId, Want};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 use crate::admission::Ticket;
 use crate::backend::EventStream;
@@ -76,6 +77,8 @@ struct Ask<'a> {
     attempts: Vec<Attempt>,
     /// The model's own worker, which may be asked while a host is late.
     worker: Option<Candidate>,
+    /// Whether it has been asked because all places at the hosts were taken.
+    has_asked_worker: bool,
     /// Whose breaker is open: asked only when nobody else answered.
     last_resort: Vec<Candidate>,
     /// Since when a place is waited for, whoever has it.
@@ -119,7 +122,10 @@ impl Dispatch {
         if request.media().next().is_some() {
             self.read_capabilities(model).await;
         }
-        let tiers = near_first(tiers(&self.catalogs.now(), &self.health, model, &request)?, &self.health);
+        let tiers = tiers(&self.catalogs.now(), &self.health, model, &request)?;
+        let remotes = tiers.iter().flatten().filter_map(Candidate::remote);
+        join_all(remotes.map(|remote| self.health.measure(remote))).await;
+        let tiers = near_first(tiers, &self.health);
         let is_own = |one: &&Candidate| one.model.name == model.name && one.remote().is_none();
         let worker = tiers.iter().flatten().find(is_own).cloned();
         let mut ask = Ask {
@@ -129,6 +135,7 @@ impl Dispatch {
             ticket,
             attempts: Vec::new(),
             worker,
+            has_asked_worker: false,
             last_resort: Vec::new(),
             arrived: Instant::now(),
         };
@@ -187,7 +194,22 @@ impl Dispatch {
     async fn ask_tier(&self, ask: &mut Ask<'_>, tier: Tier) -> Result<Option<Answer>, Error> {
         let mut left = self.fitting(ask, tier);
         spread(&mut left, &ask.request, &self.health);
-        while let Some((deadline, found)) = ask.ticket.aside(self.wait_for_place(&left, ask.arrived)).await? {
+        loop {
+            let waits = async {
+                tokio::select! {
+                    biased;
+                    found = self.wait_for_place(&left, ask.arrived) => Ok(found),
+                    worker = self.wait_for_worker(ask, &left) => Err(worker),
+                }
+            };
+            let found = match ask.ticket.aside(waits).await? {
+                Ok(found) => found,
+                Err(worker) => match self.ask_worker(ask, &left, &worker).await? {
+                    None => continue,
+                    answer => return Ok(answer),
+                },
+            };
+            let Some((deadline, found)) = found else { break };
             let Some((index, place)) = found else {
                 let late = |candidate: &Candidate| Error::Deadline {
                     model: candidate.model.name.clone(),
@@ -248,6 +270,37 @@ impl Dispatch {
                 }
             }
         }
+    }
+
+    /// The model's own worker, once a place at a host is waited for as long as it is usual for the host to answer, and nobody else
+    /// has to go for it. It does not end otherwise.
+    async fn wait_for_worker(&self, ask: &Ask<'_>, left: &[Candidate]) -> Candidate {
+        let worker = ask.worker.clone().filter(|worker| !ask.has_asked_worker && is_allowed(worker, ask.manner.strict));
+        let (Some(worker), Some(remote)) = (worker, left.iter().find_map(Candidate::remote)) else {
+            return std::future::pending().await;
+        };
+        let (expected, known) = candidates::expected(&self.health, remote, &ask.request);
+        let patience = known.pace.late(expected);
+        sleep_until(ask.arrived + patience).await;
+        while !warm::is_free(self, &worker, ask.request.residence).await {
+            sleep(patience).await;
+        }
+        worker
+    }
+
+    async fn ask_worker(
+        &self,
+        ask: &mut Ask<'_>,
+        left: &[Candidate],
+        worker: &Candidate,
+    ) -> Result<Option<Answer>, Error> {
+        ask.has_asked_worker = true;
+        let seconds = ask.arrived.elapsed().as_secs();
+        let reason = format!("all places at its hosts were taken for {seconds} s, and a worker was free");
+        for candidate in left {
+            ask.note(candidate, Error::Unavailable { model: candidate.model.name.clone(), reason: reason.clone() });
+        }
+        self.ask_one(ask, worker, None).await
     }
 
     /// Those whose answer would do; of the others it is noted why not.
@@ -430,13 +483,15 @@ fn failed(model: &Model, mut attempts: Vec<Attempt>) -> Error {
         )
     };
     let too_long = attempts.iter().position(is_too_long);
+    let is_of_the_request =
+        |attempt: &Attempt| matches!(&*attempt.error, Error::Remote { cause, .. } if cause.is_of_the_request());
     match (attempts.len(), too_long) {
         (0, _) => Error::Unavailable {
             model: model.name.clone(),
             reason: "no deployment of it answers requests in this version".into(),
         },
         (_, Some(index)) => *attempts.swap_remove(index).error,
-        (1, None) => *attempts.swap_remove(0).error,
+        (_, None) if attempts.len() == 1 || attempts.iter().all(is_of_the_request) => *attempts.swap_remove(0).error,
         _ => Error::AllFailed { model: model.name.clone(), attempts },
     }
 }

@@ -6,6 +6,7 @@ use tokio::sync::mpsc;
 
 use super::Dispatch;
 use super::candidates::Candidate;
+use crate::catalog::Catalog;
 use crate::config::{Deployment, Model, Remote};
 
 /// Loads the fallback of whatever host's breaker opens, for as long as somebody can tell. One at a time, and only where
@@ -13,18 +14,18 @@ use crate::config::{Deployment, Model, Remote};
 pub async fn warm_fallbacks(dispatch: Dispatch, mut opened: mpsc::Receiver<Remote>) {
     while let Some(remote) = opened.recv().await {
         for model in &dispatch.catalogs.now().models {
-            if let Some((engine, context_tokens)) = fallback_of(model, &remote) {
+            if let Some((engine, context_tokens)) = fallback_of(&dispatch.catalogs.now(), model, &remote) {
                 warm(&dispatch, model, engine, context_tokens).await;
             }
         }
     }
 }
 
-/// The worker that answers when this host does not.
-fn fallback_of(model: &Model, remote: &Remote) -> Option<(EngineId, u32)> {
+/// The worker that answers when this host does not: the model's own, or that of the first model it falls back to.
+fn fallback_of(catalog: &Catalog, model: &Model, remote: &Remote) -> Option<(EngineId, u32)> {
     let is_it = |deployment: &&Deployment| matches!(deployment, Deployment::Remote(one) if (&one.url, &one.model_name) == (&remote.url, &remote.model_name));
     model.deployments.iter().find(is_it)?;
-    model.deployments.iter().find_map(Deployment::engine)
+    catalog.with_fallbacks(model).flat_map(|model| &model.deployments).find_map(Deployment::engine)
 }
 
 async fn warm(dispatch: &Dispatch, model: &Model, engine: EngineId, context_tokens: u32) {

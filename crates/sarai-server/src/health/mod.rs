@@ -35,6 +35,9 @@ const LOOK_WITHIN: Duration = Duration::from_secs(10);
 /// And one that a request waits for.
 const LOOK_NOW: Duration = Duration::from_millis(400);
 
+/// And one that tells how far away it is.
+const MEASURE_WITHIN: Duration = Duration::from_secs(2);
+
 /// Names a deployment: the host and its model.
 type Key = (String, String);
 
@@ -292,6 +295,15 @@ impl Health {
         timeout(LOOK_NOW, self.table.look(remote)).await.is_ok()
     }
 
+    /// Looks at a host whose distance is not known, and waits for it: one that is far away may not be asked.
+    pub async fn measure(&self, remote: &Remote) {
+        let known = self.of(remote);
+        if !remote.wan && known.round_trip.is_none() && known.state == State::Closed {
+            // Who cannot be reached is told so by the request.
+            let _ = timeout(MEASURE_WITHIN, self.table.look(remote)).await;
+        }
+    }
+
     /// Whether a host answers, and has not the model loaded: a look that is waited for.
     pub async fn loads_now(&self, remote: &Remote) -> bool {
         if remote.api != Api::Ollama || remote.managed_lb {
@@ -366,7 +378,7 @@ impl Health {
     /// A request failed; only what is the deployment's fault counts.
     pub fn failed(&self, remote: &Remote, error: &Error) {
         let Error::Remote { cause, .. } = error else { return };
-        if matches!(cause, RemoteCause::TooLong(_)) {
+        if cause.is_of_the_request() {
             return;
         }
         let mut entries = self.table.lock();

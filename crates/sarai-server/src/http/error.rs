@@ -43,7 +43,7 @@ fn row(error: &Error) -> Row {
         Error::Remote { cause: RemoteCause::Silent { .. }, .. } => {
             row(StatusCode::GATEWAY_TIMEOUT, "server_error", "remote_silent")
         }
-        Error::Remote { cause: cause @ RemoteCause::TooLong(_), .. } => {
+        Error::Remote { cause, .. } if cause.is_of_the_request() => {
             row(StatusCode::BAD_REQUEST, "invalid_request_error", cause.slug())
         }
         Error::Remote { cause, .. } => row(StatusCode::BAD_GATEWAY, "server_error", cause.slug()),

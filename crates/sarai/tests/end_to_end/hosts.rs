@@ -288,7 +288,7 @@ async fn a_host_beyond_the_local_network_is_used_only_where_that_is_configured()
         let config =
             on_host(&far, &with_worker(&format!("    wan: {wan}\n"))).replace("model_name: m", "model_name: solar");
         let sarai = Sarai::start(&config);
-        sarai.until("it is measured", |ps| ps["models"][0]["deployments"][0]["wan"] == true).await;
+        // The first request finds nothing measured yet.
         let answer = ask(&sarai, json!({ "max_tokens": 2 })).await;
         assert_eq!((answer.status, served_by(&answer).contains("ollama_http")), (200, wan), "{:?}", answer.headers);
         let reason = answer.header("x-sarai-fallback-reason").unwrap_or_default();

@@ -20,6 +20,7 @@ mod plan;
 mod pressure;
 mod process;
 mod reasoning;
+mod refusals;
 mod remote;
 mod resuming;
 mod senses;

@@ -1,0 +1,191 @@
+//! What hosts refuse, and whom they keep waiting: whose fault it is, and who answers instead.
+
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::support::host::{Host, Step, line, ok, ollama};
+use crate::support::{Answer, Ollama, Sarai, chat, qwen, smollm2};
+use serde_json::{Value, json};
+
+const WORKER: &str = "solar@gguf_native";
+
+/// `solar` on one host, with a worker of this file behind it.
+fn config(url: &str, file: &str, more: &str) -> String {
+    format!(
+        "models:\n  solar: {{ backend: ollama_http, url: \"{url}\", model_name: m, fallback: gguf_native, gguf_path: {file}, context_length: 1024, {more} }}\n"
+    )
+}
+
+async fn ask(sarai: &Sarai, more: Value) -> Answer {
+    let mut all = json!({ "max_tokens": 2 });
+    all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    sarai.post("/v1/chat/completions", chat("solar", "Hello.", all)).await
+}
+
+fn served_by(answer: &Answer) -> &str {
+    answer.header("x-sarai-served-by").unwrap_or_default()
+}
+
+/// Answers with this status and body.
+fn refusing(status: u16, kind: &str, body: &str) -> Host {
+    let head = format!("HTTP/1.1 {status} No\r\ncontent-type: {kind}\r\nconnection: close\r\n");
+    let answer = format!("{head}content-length: {}\r\n\r\n{body}", body.len());
+    Host::start(move |_, _| vec![Step::Send(answer.clone())])
+}
+
+async fn breaker(sarai: &Sarai) -> String {
+    sarai.ps().await["models"][0]["deployments"][0]["breaker"].as_str().unwrap().to_owned()
+}
+
+/// SmolLM2's template has no tools, and Ollama says so with a 400.
+#[tokio::test]
+async fn tools_that_a_real_ollama_has_no_template_for_go_to_the_worker_that_has() {
+    let ollama = Ollama::start();
+    let sarai = Sarai::start(&config(&ollama.url, &qwen(), "").replace("model_name: m", "model_name: solar"));
+    let city = json!({ "type": "object", "properties": { "city": { "type": "string" } }, "required": ["city"] });
+    let tools = json!([{ "type": "function", "function": { "name": "get_weather", "parameters": city } }]);
+    for _ in 0..3 {
+        let answer = ask(&sarai, json!({ "tools": tools })).await;
+        assert_eq!((answer.status, served_by(&answer)), (200, WORKER), "{}", answer.text);
+        assert!(answer.header("x-sarai-fallback-reason").unwrap().contains("does not support tools"));
+    }
+    let plain = ask(&sarai, json!({})).await;
+    assert!(served_by(&plain).contains("ollama_http"), "it is not to blame: {}", plain.text);
+    // Nobody else is there: it is the client's matter.
+    let alone = format!("models:\n  solar: {{ backend: ollama_http, url: \"{}\" }}\n", ollama.url);
+    let answer = ask(&Sarai::start(&alone), json!({ "tools": tools })).await;
+    assert!(
+        answer.status == 400 && answer.text.contains("does not support tools"),
+        "{} {}",
+        answer.status,
+        answer.text
+    );
+}
+
+#[tokio::test]
+async fn what_stands_before_a_host_refuses_in_its_own_name_and_the_client_in_nobodys() {
+    let page = "<html><body>No.</body></html>";
+    for (status, kind, body, is_counted) in [
+        (413, "text/html", page, false),
+        (413, "application/json", "{\"error\":\"too large\"}", false),
+        (400, "application/json", "{\"error\":\"\\\"m\\\" does not support thinking\"}", false),
+        (400, "text/html", page, true),
+        (403, "text/html", page, true),
+    ] {
+        let host = refusing(status, kind, body);
+        let sarai = Sarai::start(&config(&host.url, &smollm2(), ""));
+        for _ in 0..3 {
+            let answer = ask(&sarai, json!({})).await;
+            assert_eq!((answer.status, served_by(&answer)), (200, WORKER), "{status} {kind}: {}", answer.text);
+        }
+        assert_eq!(breaker(&sarai).await != "closed", is_counted, "{status} {kind}");
+    }
+    for status in [400, 422] {
+        let host = refusing(status, "application/json", "{\"error\":{\"message\":\"`top_p` is 7\"}}");
+        let sarai = Sarai::start(&config(&host.url, &smollm2(), ""));
+        for n in 1..=4 {
+            for stream in [false, true] {
+                let answer = ask(&sarai, json!({ "stream": stream })).await;
+                assert!(answer.status == 400 && answer.text.contains("`top_p` is 7"), "{}", answer.text);
+            }
+            assert_eq!(host.asked().len(), 2 * n, "asked once for each");
+        }
+        assert_eq!(breaker(&sarai).await, "closed");
+        assert!(sarai.worker_pids().await.is_empty(), "nobody else was asked");
+    }
+}
+
+/// Its kernel takes no more connections: nobody accepts, and the queue is full.
+#[tokio::test]
+async fn a_host_whose_queue_of_connections_is_full_is_given_up_in_the_time_of_a_connection() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let address = listener.local_addr().unwrap();
+    let connect = || TcpStream::connect_timeout(&address, Duration::from_millis(300));
+    let filled: Vec<_> = std::iter::repeat_with(connect).take(64).map_while(Result::ok).collect();
+    assert!(filled.len() < 64, "its queue is never full");
+    let more = "deadlines: { connect_seconds: 1 }";
+    let sarai = Sarai::start(&config(&format!("http://{address}"), &smollm2(), more));
+    let began = Instant::now();
+    let answer = ask(&sarai, json!({})).await;
+    assert_eq!((answer.status, served_by(&answer)), (200, WORKER), "{}", answer.text);
+    assert!(answer.header("x-sarai-fallback-reason").unwrap().contains("connection timed out"), "{:?}", answer.headers);
+    assert!(began.elapsed() < Duration::from_secs(12), "{:?}", began.elapsed());
+}
+
+/// A list of models is there all the time; what closes the breaker is a token.
+#[tokio::test]
+async fn a_host_recovers_without_traffic_by_a_token_and_not_by_its_list() {
+    let works = Arc::new(AtomicBool::new(false));
+    let is_up = Arc::clone(&works);
+    let host = Host::start(move |_, _| match is_up.load(Ordering::SeqCst) {
+        true => ollama(&["yes"]),
+        false => vec![Step::Send("HTTP/1.1 500 No\r\nconnection: close\r\ncontent-length: 0\r\n\r\n".into())],
+    });
+    let sarai = Sarai::start(&config(&host.url, &smollm2(), ""));
+    for _ in 0..2 {
+        assert_eq!(served_by(&ask(&sarai, json!({})).await), WORKER);
+    }
+    let asked = host.asked().len();
+    // Probed in vain at least once: the next rest is longer than the first.
+    sarai.until("a probe", |ps| ps["models"][0]["deployments"][0]["breaker"] == "half_open").await;
+    sarai.until("it failed", |ps| ps["models"][0]["deployments"][0]["breaker"] == "open").await;
+    works.store(true, Ordering::SeqCst);
+    sarai.until("it is back", |ps| ps["models"][0]["deployments"][0]["breaker"] == "closed").await;
+    assert_eq!(host.asked().len(), asked, "no client was needed for it");
+    assert!(served_by(&ask(&sarai, json!({})).await).contains("ollama_http"));
+}
+
+/// The host has one place, and somebody holds it; the model's own worker has nothing to do.
+#[tokio::test]
+async fn a_full_host_is_not_waited_for_while_a_worker_is_free() {
+    let host = Host::start(|_, body| match body["messages"][0]["content"] == "hold" {
+        true => vec![Step::Send(format!("{}{}", ok("application/x-ndjson"), line("I"))), Step::Hold],
+        false => ollama(&["yes"]),
+    });
+    let sarai = Sarai::start(&config(&host.url, &smollm2(), "max_outstanding: 1"));
+    for _ in 0..5 {
+        assert!(served_by(&ask(&sarai, json!({})).await).contains("ollama_http"));
+    }
+    let body = chat("solar", "hold", json!({ "stream": true }));
+    let holds = sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body).send().await.unwrap();
+    let began = Instant::now();
+    let answer = ask(&sarai, json!({})).await;
+    assert_eq!((answer.status, served_by(&answer)), (200, WORKER), "{}", answer.text);
+    let reason = answer.header("x-sarai-fallback-reason").unwrap();
+    assert!(reason.contains("all places at its hosts were taken for 2 s"), "{reason}");
+    assert!(began.elapsed() < Duration::from_secs(15), "the queue's deadline is a minute: {:?}", began.elapsed());
+    drop(holds);
+    sarai.until("its place is free", |ps| ps["models"][0]["deployments"][0]["outstanding"] == 0).await;
+    assert!(served_by(&ask(&sarai, json!({})).await).contains("ollama_http"), "it is asked first, as before");
+}
+
+/// `x-sarai-strict` holds for who goes on, too: the stream ends with an error, and never as if it were whole.
+#[tokio::test]
+async fn strictly_nobody_else_goes_on_and_a_cluster_is_not_asked_again() {
+    let cut = || Host::start(|_, _| vec![Step::Send(format!("{}{}", ok("application/x-ndjson"), line("The answer")))]);
+    let (host, other) = (cut(), Host::start(|_, _| ollama(&["The answer", " is 42."])));
+    let sarai = Sarai::start(&format!(
+        "models:\n  solar: {{ backend: ollama_http, url: \"{}\", model_name: m, resume: any, fallback_models: [other] }}\n  other: {{ backend: ollama_http, url: \"{}\", model_name: m }}\n",
+        host.url, other.url
+    ));
+    for is_strict in [false, true] {
+        let url = format!("{}/v1/chat/completions", sarai.url);
+        let request = sarai.client.post(url).body(chat("solar", "Hello.", json!({ "stream": true })));
+        let request = if is_strict { request.header("x-sarai-strict", "true") } else { request };
+        let answer = Answer::of(request.send().await.unwrap()).await;
+        assert!(answer.said().starts_with("The answer"), "{}", answer.text);
+        assert_eq!(answer.text.contains("is 42."), !is_strict, "{}", answer.text);
+        assert_eq!(answer.text.contains("\"finish_reason\":\"stop\""), !is_strict, "{}", answer.text);
+        assert_eq!(answer.text.contains("\"error\":{"), is_strict, "{}", answer.text);
+    }
+    let cluster = cut();
+    let sarai = Sarai::start(&config(&cluster.url, &smollm2(), "managed_lb: true"));
+    let answer = ask(&sarai, json!({ "stream": true, "max_tokens": 12 })).await;
+    let end = answer.sse().into_iter().find(|event| event["sarai"]["resumed"].is_array()).unwrap();
+    assert_eq!(end["sarai"]["resumed"][0]["by"], WORKER, "{end}");
+    assert!(answer.said().starts_with("The answer") && answer.text.ends_with("data: [DONE]\n\n"), "{}", answer.text);
+    assert_eq!(cluster.asked().len(), 1, "its own balancer has had its try");
+}
