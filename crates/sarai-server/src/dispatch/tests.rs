@@ -308,6 +308,50 @@ async fn a_cold_host_that_loads_for_90_seconds_is_waited_for() {
     dispatch.pool.stop().await;
 }
 
+/// What is learned shortens a limit; what is written in the configuration stands.
+#[tokio::test(start_paused = true)]
+async fn explicit_limits_win_over_learned_ones() {
+    for (deadlines, first_is_waited_for, gap_is_waited_for) in [
+        ("connect_seconds: 2", false, false),
+        ("first_token_seconds: 100", true, false),
+        ("gap_seconds: 60", false, true),
+        ("gap_seconds: 2", false, false),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let script = Script(Arc::new(|remote: &Remote, request: &GenerateRequest| {
+            let Prompt::Chat(messages) = &request.prompt else { unreachable!() };
+            let (headers, pause) = match messages[0].content.as_str() {
+                "late" => (50, 0),
+                "pauses" => (0, 20),
+                _ => (0, 0),
+            };
+            let (_, events) = answer(remote, Does::Answers, Answering::at(&Arc::default(), &Arc::default()));
+            let events = events.map(|events| {
+                let paused = events.enumerate().then(move |(n, event)| async move {
+                    tokio::time::sleep(Duration::from_secs(if n == 3 { pause } else { 0 })).await;
+                    event
+                });
+                Box::pin(paused) as EventStream
+            });
+            (Duration::from_secs(headers), events)
+        }));
+        let dispatch = dispatch(1, deadlines, script, folder.path());
+        for _ in 0..10 {
+            assert_eq!(ask(&dispatch, "usual", false).await, (text(PIECES), None));
+        }
+        for (tag, is_waited_for) in [("late", first_is_waited_for), ("pauses", gap_is_waited_for)] {
+            // Of a stream that was cut, the rest would be asked for.
+            let (said, error) = ask(&dispatch, tag, true).await;
+            assert_eq!(error.is_none(), is_waited_for, "{deadlines}: {tag}: {said} {error:?}");
+            assert_eq!(said == text(PIECES), is_waited_for, "{deadlines}: {tag}");
+            if deadlines == "gap_seconds: 2" && tag == "pauses" {
+                assert!(error.is_some_and(|error| error.to_string().contains("for 2 s")), "{deadlines}");
+            }
+        }
+        dispatch.pool.stop().await;
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 
