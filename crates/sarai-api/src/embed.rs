@@ -123,7 +123,7 @@ fn checked(param: &str, inputs: Vec<Input>) -> Result<Vec<Input>, Error> {
 fn extras_of(api: Api, body: &[u8], read: &[&str]) -> Result<Option<Box<Extras>>, Error> {
     let mut rest = Rest::of(api, body, read)?;
     rest.degrades_without(&["user", "options", "keep_alive"]);
-    Ok(rest.finish())
+    Ok(Some(rest.finish()))
 }
 
 fn dimensions(written: Option<i64>) -> Result<Option<usize>, Error> {

@@ -220,8 +220,8 @@ impl Rest {
         self.extras.is_generate = true;
     }
 
-    /// What there is, if anything.
-    pub fn finish(mut self) -> Option<Box<Extras>> {
+    /// What there is; with nothing in it, it still says which API the client speaks.
+    pub fn finish(mut self) -> Box<Extras> {
         if let Some(harmless) = self.harmless {
             // Last, when all needs are known.
             let Extras { fields, needs, .. } = &self.extras;
@@ -231,7 +231,6 @@ impl Rest {
             self.extras.degrades =
                 lost.map(|(name, _)| name.clone()).filter(|name| !self.kept.contains(name)).collect();
         }
-        let is_empty = self.extras.fields.is_empty() && self.extras.options.is_empty();
-        (!is_empty).then(|| Box::new(self.extras))
+        Box::new(self.extras)
     }
 }

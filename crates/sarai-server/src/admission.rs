@@ -77,23 +77,21 @@ pub struct Ticket {
 }
 
 impl Ticket {
-    /// Waits for somebody else, in the queue and without the permit, unless the queue is full; with a permit again afterwards.
-    ///
-    /// # Errors
-    /// [`Error::Overloaded`] if no permit was to be had in time.
+    /// Waits for somebody else, in the queue and without the permit, unless the queue is full. Whoever has what it waited for goes
+    /// on with it, also if there is no permit just then: what is waited for has a limit of its own, and is not held for another one.
     ///
     /// # Cancel safety
     /// Whoever does not wait any more has left the queue, and has no permit.
-    pub async fn aside<T>(&self, wait: impl Future<Output = T>) -> Result<T, Error> {
+    pub async fn aside<T>(&self, wait: impl Future<Output = T>) -> T {
         let mut wait = pin!(wait);
         if let Some(value) = wait.as_mut().now_or_never() {
-            return Ok(value);
+            return value;
         }
-        let Some(_place) = Waiting::enter(&self.admission) else { return Ok(wait.await) };
+        let Some(_place) = Waiting::enter(&self.admission) else { return wait.await };
         drop(self.replace(None));
         let value = wait.await;
-        self.replace(Some(self.admission.acquire().await?));
-        Ok(value)
+        self.replace(self.admission.permits.clone().try_acquire_owned().ok());
+        value
     }
 
     fn replace(&self, permit: Option<OwnedSemaphorePermit>) -> Option<OwnedSemaphorePermit> {
@@ -157,11 +155,17 @@ mod tests {
         assert!(matches!(admission.admit().await, Err(Error::Overloaded { in_flight: 1, queued: 1 })));
         done.send(7).unwrap();
         tokio::task::yield_now().await;
-        assert!(!waiting.is_finished(), "it has no permit yet");
-        drop(other);
         let (value, ticket) = waiting.await.unwrap();
-        assert_eq!((value.unwrap().unwrap(), admission.in_flight(), admission.queued()), (7, 1, 0));
-        assert_eq!(ticket.aside(async { 3 }).await.unwrap(), 3, "what is there is not waited for");
+        assert_eq!(
+            (value.unwrap(), admission.in_flight(), admission.queued()),
+            (7, 1, 0),
+            "it goes on without a permit"
+        );
+        drop(other);
+        let waits = ticket.aside(tokio::task::yield_now());
+        waits.await;
+        assert_eq!(admission.in_flight(), 1, "and has one where there is one");
+        assert_eq!(ticket.aside(async { 3 }).await, 3, "what is there is not waited for");
         // Where the queue is full, it waits with its permit.
         let full = Arc::new(Admission::new(1, 0, Duration::from_secs(5)));
         let ticket = full.admit().await.unwrap();
@@ -169,6 +173,6 @@ mod tests {
             tokio::task::yield_now().await;
             full.in_flight()
         });
-        assert_eq!(kept.await.unwrap(), 1);
+        assert_eq!(kept.await, 1);
     }
 }

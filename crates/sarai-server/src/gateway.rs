@@ -78,7 +78,7 @@ impl Gateway {
     ///
     /// # Errors
     /// Whatever keeps it from that.
-    pub async fn embed(&self, parsed: &embed::Parsed) -> Result<(Served, Embedded), Error> {
+    pub async fn embed(&self, parsed: &embed::Parsed, strict: bool) -> Result<(Served, Embedded), Error> {
         let model = Arc::clone(self.catalog().find(&parsed.model)?);
         if model.role == ModelRole::Router {
             let message = format!("`{}` chooses models: use a model of role embedding", parsed.model);
@@ -87,7 +87,7 @@ impl Gateway {
         let arrived = Instant::now();
         let ticket = self.admission.admit().await?;
         let queued = arrived.elapsed();
-        let (served, mut embedded) = self.dispatch.embed(&model, parsed, &ticket).await?;
+        let (served, mut embedded) = self.dispatch.embed(&model, parsed, strict, &ticket).await?;
         embedded.timings.queue += queued;
         Ok((served, embedded))
     }

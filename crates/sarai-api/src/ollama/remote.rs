@@ -134,6 +134,9 @@ pub fn parse_line(line: &[u8]) -> Result<RemoteLine, RemoteCause> {
     let end = Event::Done {
         finish: match line.done_reason.as_deref() {
             Some("length") => FinishReason::Length,
+            Some(other) if !["stop", "load", "unload"].contains(&other) => {
+                return Err(RemoteCause::Reported(format!("it ended for a reason that is not known: `{other}`")));
+            }
             _ if calls => FinishReason::ToolCalls,
             _ => FinishReason::Stop,
         },

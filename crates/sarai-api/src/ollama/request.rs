@@ -238,7 +238,7 @@ impl Common {
             residence,
             prefill: String::new(),
             given: String::new(),
-            extras: rest.finish(),
+            extras: Some(rest.finish()),
         };
         let delivery = Delivery { stream: self.stream.unwrap_or(true), include_usage: true };
         Ok(OllamaRequest::Generate(Box::new(Parsed { model: self.model, request, others: Vec::new(), delivery })))

@@ -381,7 +381,7 @@ impl Common {
             residence: Residence::default(),
             prefill: String::new(),
             given: String::new(),
-            extras: rest.finish(),
+            extras: Some(rest.finish()),
         };
         let include_usage = self.stream_options.and_then(|Object(options)| options.include_usage).unwrap_or(false);
         let delivery = Delivery { stream: self.stream.unwrap_or(false), include_usage };

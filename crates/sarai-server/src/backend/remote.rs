@@ -282,8 +282,8 @@ fn is_the_clients(request: &GenerateRequest) -> bool {
 async fn refusal(response: Response, url: &str, model_name: &str) -> Error {
     let status = response.status();
     // A page of what stands before it is no word of the host's.
-    let is_of_the_api = kind(response.headers()).is_none_or(|kind| kind.eq_ignore_ascii_case(JSON));
-    let is_refused = is_of_the_api && [StatusCode::BAD_REQUEST, StatusCode::UNPROCESSABLE_ENTITY].contains(&status);
+    let is_page = kind(response.headers()).is_some_and(|kind| kind.to_ascii_lowercase().contains("html"));
+    let is_refused = !is_page && [StatusCode::BAD_REQUEST, StatusCode::UNPROCESSABLE_ENTITY].contains(&status);
     let is_large = status == StatusCode::PAYLOAD_TOO_LARGE;
     let cause = match refused(response, model_name).await {
         RemoteCause::Status { message, .. } if (is_refused || is_large) && is_about_length(&message) => {

@@ -59,7 +59,7 @@ async fn at_worker(
     };
     // The load and the queue of a worker have deadlines of their own.
     let events = local::open(&dispatch.pool, &place, want, deadlines, request.clone()).await?;
-    within_deadlines(candidate, events).await
+    within_deadlines(candidate, events, Instant::now() + deadlines.first_token).await
 }
 
 /// A command is asked like a host, and held like a worker.
@@ -79,7 +79,8 @@ async fn at_process(
     let place = remote::Place { remote: &remote, context_tokens: None, connect: deadlines.connect };
     let seconds = deadlines.first_token.as_secs();
     let late = |_| Error::Deadline { model: model.name.clone(), phase: Phase::FirstToken, seconds };
-    let opened = timeout(deadlines.first_token, dispatch.hosts.open(&place, request)).await;
+    let until = Instant::now() + deadlines.first_token;
+    let opened = timeout_at(until, dispatch.hosts.open(&place, request)).await;
     let events = match opened.map_err(late)? {
         Err(Error::Remote { cause: cause @ (RemoteCause::Unreachable(_) | RemoteCause::Unanswered), .. }) => {
             return Err(died(&lease, &model.name, &cause).await);
@@ -91,7 +92,7 @@ async fn at_process(
         let event = events.next().await?;
         Some((event, (events, lease)))
     });
-    within_deadlines(candidate, Box::pin(held)).await
+    within_deadlines(candidate, Box::pin(held), until).await
 }
 
 /// What to make of a command that does not answer. If it is ending, that is waited for: only then can it be started again.
@@ -109,11 +110,14 @@ async fn died(lease: &Lease, model: &str, cause: &RemoteCause) -> Error {
 }
 
 /// The events of what runs here; one that is late, or a gap that is too long, ends them with an error.
-async fn within_deadlines(candidate: &Candidate, mut events: EventStream) -> Result<EventStream, Error> {
+async fn within_deadlines(
+    candidate: &Candidate,
+    mut events: EventStream,
+    until: Instant,
+) -> Result<EventStream, Error> {
     let deadlines = &candidate.model.deadlines;
     let model = candidate.model.name.clone();
     let late = move |phase, limit: Duration| Error::Deadline { model: model.clone(), phase, seconds: limit.as_secs() };
-    let until = Instant::now() + deadlines.first_token;
     let first = first_event(&mut events, deadlines.first_token, until).await;
     let first = first.map_err(|limit| late(Phase::FirstToken, limit))??;
     let limits = Limits { silence: deadlines.gap, whole: deadlines.gap };

@@ -3,13 +3,14 @@
 
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use sarai_api::Served;
 use sarai_api::embed::{Embedded, Parsed};
 use sarai_core::{Api, Attempt, Error, Input, Phase, Purpose, RemoteCause, Residence};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::candidates::too_far;
-use super::{Dispatch, failed, label, was_hardly_asked};
+use super::{Dispatch, failed, label, refuses_degraded, was_hardly_asked};
 use crate::admission::Ticket;
 use crate::backend::{local, remote};
 use crate::config::{Deployment, Model, Remote};
@@ -24,15 +25,27 @@ impl Dispatch {
         &self,
         model: &Arc<Model>,
         parsed: &Parsed,
+        strict: bool,
         ticket: &Ticket,
     ) -> Result<(Served, Embedded), Error> {
+        let arrived = Instant::now();
         self.read_files(model).await;
+        join_all(model.deployments.iter().filter_map(host_of).map(|host| self.health.measure(host))).await;
         let is_open = |deployment: &&Deployment| host_of(deployment).is_some_and(|host| self.health.is_open(host));
         let mut left: Vec<&Deployment> = model.deployments.iter().collect();
-        left.sort_by_key(is_open);
+        let is_far = |deployment: &Deployment| host_of(deployment).is_some_and(|host| self.health.of(host).is_far);
+        left.sort_by_key(|deployment| (is_open(deployment), is_far(deployment)));
         let mut attempts: Vec<Attempt> = Vec::new();
         while !left.is_empty() {
-            let (index, place) = self.embedder(model, &left, parsed, ticket).await;
+            let lost = lost(left[0], parsed);
+            if strict && !lost.is_empty() {
+                let reason = refuses_degraded(&lost);
+                let error = Box::new(Error::Unavailable { model: model.name.clone(), reason });
+                attempts.push(Attempt { deployment: label(model, left.remove(0)), error });
+                continue;
+            }
+            let until = arrived + model.deadlines.queue;
+            let (index, place) = self.embedder(model, &left, parsed, until, ticket).await;
             let deployment = left.remove(index);
             let outcome = match place {
                 Ok(place) => self.embed_at(model, deployment, parsed, place).await,
@@ -43,9 +56,8 @@ impl Dispatch {
                     let reasons: Vec<_> =
                         attempts.iter().map(|attempt| format!("{}: {}", attempt.deployment, attempt.error)).collect();
                     let fallback_reason = (!reasons.is_empty()).then(|| reasons.join("; "));
-                    let degraded = lost(deployment, parsed);
                     let served =
-                        Served { by: label(model, deployment), fallback_reason, degraded, ..Served::default() };
+                        Served { by: label(model, deployment), fallback_reason, degraded: lost, ..Served::default() };
                     return Ok((served, embedded));
                 }
                 Err(error) if error.may_succeed_elsewhere() => {
@@ -63,6 +75,7 @@ impl Dispatch {
         model: &Model,
         left: &[&Deployment],
         parsed: &Parsed,
+        until: Instant,
         ticket: &Ticket,
     ) -> (usize, Result<Place, Error>) {
         let Some(host) = host_of(left[0]) else { return (0, Ok(None)) };
@@ -87,12 +100,10 @@ impl Dispatch {
             .filter_map(|(index, deployment)| Some((index, host_of(deployment).filter(|other| shares(other))?)))
             .collect();
         let hosts: Vec<&Remote> = sharing.iter().map(|(_, host)| *host).collect();
-        let limit = model.deadlines.queue;
-        match ticket.aside(timeout(limit, self.health.place(&hosts))).await {
-            Err(error) => (0, Err(error)),
-            Ok(Ok((index, place))) => (sharing[index].0, Ok(place)),
-            Ok(Err(_)) => {
-                let seconds = limit.as_secs();
+        match ticket.aside(timeout_at(until, self.health.place(&hosts))).await {
+            Ok((index, place)) => (sharing[index].0, Ok(place)),
+            Err(_) => {
+                let seconds = model.deadlines.queue.as_secs();
                 (0, Err(Error::Deadline { model: model.name.clone(), phase: Phase::Queue, seconds }))
             }
         }

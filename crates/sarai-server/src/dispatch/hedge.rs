@@ -32,12 +32,13 @@ pub async fn open(
     let (expected, known) = expected(&dispatch.health, remote, request);
     let began = Instant::now();
     let mut asked = Box::pin(attempt::open(dispatch, candidate, request, place));
+    let worker_is_free = async {
+        sleep(known.pace.late(expected)).await;
+        warm::until_free(dispatch, worker, request.residence).await;
+    };
     tokio::select! {
         opened = &mut asked => return Hedged::Host(opened),
-        () = sleep(known.pace.late(expected)) => {}
-    }
-    if !warm::is_free(dispatch, worker, request.residence).await {
-        return Hedged::Host(asked.await);
+        () = worker_is_free => {}
     }
     tracing::info!(deployment = candidate.label(), after = ?began.elapsed(), "late: the worker is asked as well");
     let mut also = Box::pin(attempt::open(dispatch, worker, request, None));

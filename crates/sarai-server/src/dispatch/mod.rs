@@ -12,15 +12,16 @@ mod resume;
 mod tests;
 mod warm;
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use futures_util::{StreamExt, stream};
+use futures_util::{FutureExt, StreamExt, stream};
 use sarai_api::Served;
 use sarai_core::{Attempt, Error, GenerateRequest, Phase, RemoteCause, Residence};
 use sarai_plan::{EngineId, Want};
-use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use crate::admission::Ticket;
 use crate::backend::EventStream;
@@ -52,6 +53,12 @@ pub struct Manner {
     pub strict: bool,
 }
 
+/// What came of waiting for a place: who has one, or nobody within the deadline; or the worker was faster.
+enum Waited {
+    Place(Option<(Duration, Option<(usize, health::Place)>)>),
+    Worker(Candidate, EventStream),
+}
+
 /// What the loop works with.
 #[derive(Clone, Debug)]
 pub struct Dispatch {
@@ -77,8 +84,6 @@ struct Ask<'a> {
     attempts: Vec<Attempt>,
     /// The model's own worker, which may be asked while a host is late.
     worker: Option<Candidate>,
-    /// Whether it has been asked because all places at the hosts were taken.
-    has_asked_worker: bool,
     /// Whose breaker is open: asked only when nobody else answered.
     last_resort: Vec<Candidate>,
     /// Since when a place is waited for, whoever has it.
@@ -122,10 +127,7 @@ impl Dispatch {
         if request.media().next().is_some() {
             self.read_capabilities(model).await;
         }
-        let tiers = tiers(&self.catalogs.now(), &self.health, model, &request)?;
-        let remotes = tiers.iter().flatten().filter_map(Candidate::remote);
-        join_all(remotes.map(|remote| self.health.measure(remote))).await;
-        let tiers = near_first(tiers, &self.health);
+        let tiers = near_first(tiers(&self.catalogs.now(), &self.health, model, &request)?, &self.health);
         let is_own = |one: &&Candidate| one.model.name == model.name && one.remote().is_none();
         let worker = tiers.iter().flatten().find(is_own).cloned();
         let mut ask = Ask {
@@ -135,7 +137,6 @@ impl Dispatch {
             ticket,
             attempts: Vec::new(),
             worker,
-            has_asked_worker: false,
             last_resort: Vec::new(),
             arrived: Instant::now(),
         };
@@ -150,7 +151,7 @@ impl Dispatch {
                 Some(remote) => {
                     let until = ask.arrived + candidate.model.deadlines.queue;
                     // Who waits in vain keeps the reason for which the breaker is open.
-                    let place = ask.ticket.aside(timeout_at(until, self.health.place(&[remote]))).await?;
+                    let place = ask.ticket.aside(timeout_at(until, self.health.place(&[remote]))).await;
                     let Ok((_, place)) = place else { continue };
                     place
                 }
@@ -192,22 +193,23 @@ impl Dispatch {
 
     /// Asks those who share the load until one answers.
     async fn ask_tier(&self, ask: &mut Ask<'_>, tier: Tier) -> Result<Option<Answer>, Error> {
+        join_all(tier.iter().filter_map(Candidate::remote).map(|remote| self.health.measure(remote))).await;
         let mut left = self.fitting(ask, tier);
         spread(&mut left, &ask.request, &self.health);
         loop {
-            let waits = async {
-                tokio::select! {
-                    biased;
-                    found = self.wait_for_place(&left, ask.arrived) => Ok(found),
-                    worker = self.wait_for_worker(ask, &left) => Err(worker),
+            let found = match ask.ticket.aside(self.wait_for_place_or_worker(ask, &left)).await {
+                Waited::Worker(worker, events) => {
+                    let seconds = ask.arrived.elapsed().as_secs();
+                    let reason =
+                        format!("all places at its hosts were taken for {seconds} s, and its worker was faster");
+                    for candidate in left.iter().filter(|one| !one.is_left_alone(&self.health)) {
+                        let (model, reason) = (candidate.model.name.clone(), reason.clone());
+                        ask.note(candidate, Error::Unavailable { model, reason });
+                    }
+                    let events = self.begin(ask, &worker, Ok(events)).await?;
+                    return Ok(Some(ask.begun(&worker, events)));
                 }
-            };
-            let found = match ask.ticket.aside(waits).await? {
-                Ok(found) => found,
-                Err(worker) => match self.ask_worker(ask, &left, &worker).await? {
-                    None => continue,
-                    answer => return Ok(answer),
-                },
+                Waited::Place(found) => found,
             };
             let Some((deadline, found)) = found else { break };
             let Some((index, place)) = found else {
@@ -216,7 +218,10 @@ impl Dispatch {
                     phase: Phase::Queue,
                     seconds: deadline.as_secs(),
                 };
-                left.drain(..).for_each(|candidate| ask.note(&candidate, late(&candidate)));
+                let is_open = |one: &Candidate| one.is_left_alone(&self.health);
+                let (open, full): (Vec<_>, Vec<_>) = left.into_iter().partition(is_open);
+                full.iter().for_each(|candidate| ask.note(candidate, late(candidate)));
+                left = open;
                 break;
             };
             let candidate = left.remove(index);
@@ -272,35 +277,34 @@ impl Dispatch {
         }
     }
 
-    /// The model's own worker, once a place at a host is waited for as long as it is usual for the host to answer, and nobody else
-    /// has to go for it. It does not end otherwise.
-    async fn wait_for_worker(&self, ask: &Ask<'_>, left: &[Candidate]) -> Candidate {
-        let worker = ask.worker.clone().filter(|worker| !ask.has_asked_worker && is_allowed(worker, ask.manner.strict));
+    /// Waits for a place; once it is waited for as long as it is usual for the host to answer, the model's own worker is asked as well, if
+    /// nobody else has to go for it. The first one counts: a place, or the worker's first token.
+    async fn wait_for_place_or_worker(&self, ask: &Ask<'_>, left: &[Candidate]) -> Waited {
+        let mut place = pin!(self.wait_for_place(left, ask.arrived));
+        if let Some(found) = place.as_mut().now_or_never() {
+            return Waited::Place(found);
+        }
+        let worker = ask.worker.as_ref().filter(|worker| is_allowed(worker, ask.manner.strict));
         let (Some(worker), Some(remote)) = (worker, left.iter().find_map(Candidate::remote)) else {
-            return std::future::pending().await;
+            return Waited::Place(place.await);
         };
-        let (expected, known) = candidates::expected(&self.health, remote, &ask.request);
-        let patience = known.pace.late(expected);
-        sleep_until(ask.arrived + patience).await;
-        while !warm::is_free(self, &worker, ask.request.residence).await {
-            sleep(patience).await;
+        let asked = async {
+            let (expected, known) = candidates::expected(&self.health, remote, &ask.request);
+            sleep_until(ask.arrived + known.pace.late(expected)).await;
+            warm::until_free(self, worker, ask.request.residence).await;
+            attempt::open(self, worker, &ask.request, None).await
+        };
+        tokio::select! {
+            biased;
+            found = &mut place => Waited::Place(found),
+            opened = asked => match opened {
+                Ok(events) => Waited::Worker(worker.clone(), events),
+                Err(error) => {
+                    tracing::info!(deployment = worker.label(), %error, "the worker cannot");
+                    Waited::Place(place.await)
+                }
+            },
         }
-        worker
-    }
-
-    async fn ask_worker(
-        &self,
-        ask: &mut Ask<'_>,
-        left: &[Candidate],
-        worker: &Candidate,
-    ) -> Result<Option<Answer>, Error> {
-        ask.has_asked_worker = true;
-        let seconds = ask.arrived.elapsed().as_secs();
-        let reason = format!("all places at its hosts were taken for {seconds} s, and a worker was free");
-        for candidate in left {
-            ask.note(candidate, Error::Unavailable { model: candidate.model.name.clone(), reason: reason.clone() });
-        }
-        self.ask_one(ask, worker, None).await
     }
 
     /// Those whose answer would do; of the others it is noted why not.
@@ -308,8 +312,7 @@ impl Dispatch {
         let mut fitting = Vec::new();
         for candidate in tier {
             if !is_allowed(&candidate, ask.manner.strict) {
-                let lost = candidate.degraded.join(", ");
-                let reason = format!("x-sarai-strict refuses a degraded answer, and this one would lack: {lost}");
+                let reason = refuses_degraded(&candidate.degraded);
                 ask.note(&candidate, Error::Unavailable { model: ask.model.name.clone(), reason });
             } else if let Some(error) = candidate.is_too_far(&self.health) {
                 ask.note(&candidate, error);
@@ -334,7 +337,7 @@ impl Dispatch {
                 None => Some(None),
                 Some(remote) => {
                     let until = ask.arrived + candidate.model.deadlines.queue;
-                    let place = ask.ticket.aside(timeout_at(until, self.health.place(&[remote]))).await?;
+                    let place = ask.ticket.aside(timeout_at(until, self.health.place(&[remote]))).await;
                     place.ok().map(|(_, place)| place)
                 }
             };
@@ -465,6 +468,10 @@ impl Dispatch {
 /// when it was asked.
 fn was_hardly_asked(error: &Error) -> bool {
     matches!(error, Error::WorkerDied { .. } | Error::Remote { cause: RemoteCause::Unanswered, .. })
+}
+
+fn refuses_degraded(lost: &[String]) -> String {
+    format!("x-sarai-strict refuses a degraded answer, and this one would lack: {}", lost.join(", "))
 }
 
 /// Whether an answer from there would do.

@@ -12,7 +12,7 @@ use futures_util::{StreamExt, stream};
 use sarai_core::{Api, Error, Event, FinishReason, GenerateRequest, Phase, Prompt, RemoteCause, Timings, Usage};
 use tokio::time::timeout;
 
-use super::candidates::{Candidate, expected, tiers, to_resume};
+use super::candidates::{Candidate, expected, near_first, spread, tiers, to_resume};
 use super::{Dispatch, attempt, is_allowed};
 use crate::backend::EventStream;
 use crate::config::{Deployment, Model, Remote, Resume};
@@ -146,10 +146,11 @@ impl Running {
 
     /// All others first, then who broke off; a host whose breaker is open only if there is nobody else.
     fn candidates(&self) -> Vec<Candidate> {
-        let tiers =
-            tiers(&self.dispatch.catalogs.now(), &self.dispatch.health, &self.model, &self.request).unwrap_or_default();
-        let all = to_resume(tiers, &self.candidate);
         let health = &self.dispatch.health;
+        let tiers = tiers(&self.dispatch.catalogs.now(), health, &self.model, &self.request).unwrap_or_default();
+        let mut tiers = near_first(tiers, health);
+        tiers.iter_mut().for_each(|tier| spread(tier, &self.request, health));
+        let all = to_resume(tiers, &self.candidate);
         let may = |candidate: &Candidate| {
             // As the one that wrote the text, which may be a fallback.
             let same = candidate.model.name == self.candidate.model.name;

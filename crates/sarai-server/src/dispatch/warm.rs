@@ -1,8 +1,11 @@
 //! While a host is away, the local fallback of its models is loaded, so that it is ready when it is needed.
 
+use std::time::Duration;
+
 use sarai_core::Residence;
 use sarai_plan::{Effect, EngineId, Want};
 use tokio::sync::mpsc;
+use tokio::time::sleep;
 
 use super::Dispatch;
 use super::candidates::Candidate;
@@ -37,8 +40,17 @@ async fn warm(dispatch: &Dispatch, model: &Model, engine: EngineId, context_toke
     tracing::info!(model = model.name, ready = matches!(loaded, Ok(Ok(_))), "its host is away: fallback warmed");
 }
 
-/// Whether a worker can be asked without anybody else going for it.
-pub async fn is_free(dispatch: &Dispatch, worker: &Candidate, residence: Residence) -> bool {
+/// How often it is looked whether a worker can be asked by now: it may be on its way, or somebody may go meanwhile.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// Waits until a worker can be asked without anybody else going for it.
+pub async fn until_free(dispatch: &Dispatch, worker: &Candidate, residence: Residence) {
+    while !is_free(dispatch, worker, residence).await {
+        sleep(LOOK_EVERY).await;
+    }
+}
+
+async fn is_free(dispatch: &Dispatch, worker: &Candidate, residence: Residence) -> bool {
     let Some((engine, context_tokens)) = worker.deployment().engine() else { return false };
     let Ok(want) = dispatch.want(engine, context_tokens, residence).await else { return false };
     let Some(what_if) = dispatch.pool.what_if(engine, want).await else { return false };

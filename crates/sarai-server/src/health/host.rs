@@ -37,6 +37,8 @@ pub struct Host {
     /// Those that a look was the first to show, and when: Ollama lists a model from the beginning of its load.
     newly: Vec<(String, Instant)>,
     looked: Option<Instant>,
+    /// Whether a look is under way.
+    is_looked_at: bool,
 }
 
 /// Places of a host without limit.
@@ -46,7 +48,7 @@ impl Host {
     /// A host of which nothing is known.
     pub fn new(most: Option<usize>) -> Self {
         let free = Arc::new(Semaphore::new(most.unwrap_or(UNLIMITED)));
-        Self { most, free, round_trips: Vec::new(), loaded: None, newly: Vec::new(), looked: None }
+        Self { most, free, round_trips: Vec::new(), loaded: None, newly: Vec::new(), looked: None, is_looked_at: false }
     }
 
     /// Changes how many requests it answers for us; those under way go on.
@@ -82,11 +84,26 @@ impl Host {
 
     /// Whether it is time to look at it again; whoever is told so looks.
     pub fn is_to_be_looked_at(&mut self, now: Instant) -> bool {
-        let is_due = self.looked.is_none_or(|looked| now - looked >= LOOK_EVERY);
+        let is_due = !self.is_looked_at && self.is_due(now);
         if is_due {
             self.looked = Some(now);
+            self.is_looked_at = true;
         }
         is_due
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        self.looked.is_none_or(|looked| now - looked >= LOOK_EVERY)
+    }
+
+    /// A look has ended, whatever it has shown.
+    pub fn has_been_looked_at(&mut self) {
+        self.is_looked_at = false;
+    }
+
+    /// Whether its distance is not known, and a look is under way or due that may tell it.
+    pub fn is_to_be_measured(&self, now: Instant) -> bool {
+        self.round_trips.is_empty() && (self.is_looked_at || self.is_due(now))
     }
 
     /// Takes a look into account.

@@ -112,6 +112,8 @@ struct Table {
     opened: mpsc::Sender<Remote>,
     /// Counts up when a breaker opens or closes: whoever waits for a place thinks again.
     changed: watch::Sender<u64>,
+    /// Counts looks that have ended.
+    looks: watch::Sender<u64>,
 }
 
 /// A deployment that comes back after this is asked like a new one.
@@ -150,7 +152,8 @@ impl Health {
     pub fn new(catalog: &Catalog, hosts: Hosts, learned: Arc<Learned>) -> (Self, mpsc::Receiver<Remote>) {
         let (opened, hears) = mpsc::channel(WAITING);
         let (changed, _) = watch::channel(0);
-        let table = Table { hosts, entries: Arc::default(), learned, opened, changed };
+        let (looks, _) = watch::channel(0);
+        let table = Table { hosts, entries: Arc::default(), learned, opened, changed, looks };
         let health = Self { _probers: Arc::new(EndProbers(table.clone())), table };
         health.reconfigure(catalog);
         (health, hears)
@@ -205,6 +208,9 @@ impl Health {
     /// model cannot sense.
     pub async fn read_capabilities(&self, remotes: &[&Remote], connect: Duration) {
         let is_unknown = |remote: &&&Remote| {
+            if self.is_open(remote) {
+                return false;
+            }
             let entries = self.table.lock();
             let known = entries.capabilities.get(&key(remote));
             remote.api == Api::Ollama && known.is_none_or(|(_, since)| since.elapsed() > CAPABILITIES_LAST)
@@ -295,12 +301,20 @@ impl Health {
         timeout(LOOK_NOW, self.table.look(remote)).await.is_ok()
     }
 
-    /// Looks at a host whose distance is not known, and waits for it: one that is far away may not be asked.
+    /// Looks at a host whose distance is not known, and waits for it: one that is far away may not be asked. One look is for all who
+    /// wait; where it was in vain lately, who cannot be reached is told so by the request.
     pub async fn measure(&self, remote: &Remote) {
-        let known = self.of(remote);
-        if !remote.wan && known.round_trip.is_none() && known.state == State::Closed {
-            // Who cannot be reached is told so by the request.
-            let _ = timeout(MEASURE_WITHIN, self.table.look(remote)).await;
+        let measured = async {
+            let mut looks = self.table.looks.subscribe();
+            while self.table.lock().hosts.get(&remote.url).is_some_and(|host| host.is_to_be_measured(Instant::now())) {
+                self.table.look_if_due(remote);
+                if looks.changed().await.is_err() {
+                    break;
+                }
+            }
+        };
+        if !remote.wan && !self.is_open(remote) {
+            let _ = timeout(MEASURE_WITHIN, measured).await;
         }
     }
 
@@ -435,7 +449,13 @@ impl Table {
         }
         let (table, remote) = (self.clone(), remote.clone());
         // It ends by itself, soon.
-        tokio::spawn(async move { timeout(LOOK_WITHIN, table.look(&remote)).await });
+        tokio::spawn(async move {
+            let _ = timeout(LOOK_WITHIN, table.look(&remote)).await;
+            if let Some(host) = table.lock().hosts.get_mut(&remote.url) {
+                host.has_been_looked_at();
+            }
+            table.looks.send_modify(|count| *count += 1);
+        });
     }
 
     /// Looks at a host, and keeps what was seen; whether it answered.
@@ -519,6 +539,7 @@ impl Table {
         match timeout(deadlines.first_token, asked).await.unwrap_or_else(|_| Err(silent())) {
             // It does not like this request, but it answers.
             Err(Error::InvalidRequest { .. }) => Ok(()),
+            Err(Error::Remote { cause, .. }) if cause.is_of_the_request() => Ok(()),
             outcome => outcome,
         }
     }

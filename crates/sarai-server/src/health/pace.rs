@@ -149,7 +149,11 @@ impl Pace {
     pub fn late(&self, expected: Expected) -> Duration {
         let is_known = self.answers >= ANSWERS_TO_LEARN / 2 && (expected.is_resident || self.load > 0.0);
         match is_known {
-            true => (self.usual(expected) * LATE_FACTOR).max(SHORTEST_LATE),
+            // A host that has become slower is given longer each time, and has its turn again.
+            true => {
+                let usual = self.usual(expected).max(Duration::from_secs_f64(self.gave_up));
+                (usual * LATE_FACTOR).max(SHORTEST_LATE)
+            }
             false => LATE_UNKNOWN,
         }
     }
@@ -250,6 +254,14 @@ mod tests {
         let before = pace.first_limit(expected(100, true), MINUTE * 60);
         pace.gave_up(before);
         assert!(pace.first_limit(expected(100, true), MINUTE * 60) > before * 2);
+        let mut slower = Pace::default();
+        (0..10).for_each(|_| slower.saw(&answer(100, 100)));
+        for wanted in [2, 4, 8] {
+            assert_eq!(slower.late(expected(100, true)).as_secs(), wanted);
+            slower.gave_up(Duration::from_secs(wanted));
+        }
+        slower.saw(&answer(100, 100));
+        assert_eq!(slower.late(expected(100, true)), SHORTEST_LATE);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use sarai_core::frame::{LoadSpec, Projector, ToWorker};
 use sarai_core::{Bytes, Error};
 use sarai_plan::estimate::{Repack, Settings, idle_pieces};
 use sarai_plan::layers::purpose;
-use sarai_plan::ledger::{EngineSpec, Limits, Millis};
+use sarai_plan::ledger::{EngineSpec, Limits, Millis, State};
 use sarai_plan::{Effect, EngineId, Ledger, PoolEvent, Size, Ticket, Want, projector};
 use tokio::sync::{mpsc, oneshot};
 
@@ -467,6 +467,15 @@ impl Owner {
         // What only a moment's rest keeps from making room does so now.
         effects.extend(ledger.decide(PoolEvent::Tick, self.now() + 1_000));
         let (now, mut next) = (self.now() + 1_000, 0);
+        // What is on its way arrives.
+        for row in self.ledger.rows() {
+            let event = match row.state {
+                State::Loading => PoolEvent::Loaded(row.engine),
+                State::Resizing => PoolEvent::Resized(row.engine, Ok(())),
+                _ => continue,
+            };
+            effects.extend(ledger.decide(event, now));
+        }
         while next < effects.len() && next < 64 {
             let event = match effects[next] {
                 Effect::Stop(id) => {

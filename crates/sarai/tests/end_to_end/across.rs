@@ -1,7 +1,7 @@
 //! Clients of one API on hosts of the other.
 
 use crate::support::Sarai;
-use crate::support::host::{Host, Step, last_line, ok, ollama, openai};
+use crate::support::host::{Host, Step, last_line, line, ok, ollama, openai};
 use serde_json::{Value, json};
 
 fn on_host(url: &str, backend: &str) -> String {
@@ -84,4 +84,40 @@ async fn tools_are_called_across_the_apis_streamed_and_whole() {
     let asked = &host.asked()[1].body;
     let id = &asked["messages"][1]["tool_calls"][0]["id"];
     assert_eq!((id.is_string(), id), (true, &asked["messages"][2]["tool_call_id"]));
+}
+
+/// Also where the client has said nothing that is not read here.
+#[tokio::test]
+async fn reasoning_is_told_across_the_apis_in_a_plain_chat() {
+    let thought =
+        json!({ "model": "m", "message": { "role": "assistant", "content": "", "thinking": "hm" }, "done": false });
+    let end = format!("{}{}", line("Yes."), last_line(json!({})));
+    let host = Host::start(move |_, _| vec![Step::Send(format!("{}{thought}\n{end}", ok("application/x-ndjson")))]);
+    let sarai = Sarai::start(&on_host(&host.url, "ollama_http"));
+    let body = |stream: bool| {
+        json!({ "model": "solar", "stream": stream, "messages": [{ "role": "user", "content": "Is it?" }] }).to_string()
+    };
+    let whole = sarai.post("/v1/chat/completions", body(false)).await.json();
+    let message = &whole["choices"][0]["message"];
+    assert_eq!((&message["reasoning_content"], &message["content"]), (&json!("hm"), &json!("Yes.")), "{whole}");
+    let streamed = sarai.post("/v1/chat/completions", body(true)).await;
+    assert!(streamed.text.contains("\"reasoning_content\":\"hm\"") && streamed.said() == "Yes.", "{}", streamed.text);
+
+    let piece =
+        |delta: Value, finish: Value| json!({ "choices": [{ "index": 0, "delta": delta, "finish_reason": finish }] });
+    let chunks = [
+        piece(json!({ "role": "assistant", "content": "", "reasoning_content": "hm" }), Value::Null),
+        piece(json!({ "content": "Yes." }), Value::Null),
+        piece(json!({}), json!("stop")),
+    ];
+    let host = Host::start(move |_, _| openai(&chunks));
+    let sarai = Sarai::start(&on_host(&format!("{}/v1", host.url), "openai_http"));
+    let whole = sarai.post("/api/chat", body(false)).await.json();
+    assert_eq!(
+        (&whole["message"]["thinking"], &whole["message"]["content"]),
+        (&json!("hm"), &json!("Yes.")),
+        "{whole}"
+    );
+    let streamed = sarai.post("/api/chat", body(true)).await;
+    assert!(streamed.lines().iter().any(|line| line["message"]["thinking"] == "hm"), "{}", streamed.text);
 }

@@ -2,11 +2,11 @@
 
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::support::host::{Host, Step, line, ok, ollama};
-use crate::support::{Answer, Ollama, Sarai, chat, qwen, smollm2};
+use crate::support::host::{Host, Step, last_line, line, ok, ollama};
+use crate::support::{Answer, Ollama, Sarai, chat, minilm, qwen, smollm2};
 use serde_json::{Value, json};
 
 const WORKER: &str = "solar@gguf_native";
@@ -82,8 +82,13 @@ async fn what_stands_before_a_host_refuses_in_its_own_name_and_the_client_in_nob
         }
         assert_eq!(breaker(&sarai).await != "closed", is_counted, "{status} {kind}");
     }
-    for status in [400, 422] {
-        let host = refusing(status, "application/json", "{\"error\":{\"message\":\"`top_p` is 7\"}}");
+    for (status, kind, body) in [
+        (400, "application/json", "{\"error\":{\"message\":\"`top_p` is 7\"}}"),
+        (422, "application/json", "{\"error\":{\"message\":\"`top_p` is 7\"}}"),
+        (400, "text/plain; charset=utf-8", "`top_p` is 7"),
+        (422, "application/problem+json", "{\"error\":\"`top_p` is 7\"}"),
+    ] {
+        let host = refusing(status, kind, body);
         let sarai = Sarai::start(&config(&host.url, &smollm2(), ""));
         for n in 1..=4 {
             for stream in [false, true] {
@@ -118,20 +123,23 @@ async fn a_host_whose_queue_of_connections_is_full_is_given_up_in_the_time_of_a_
 /// A list of models is there all the time; what closes the breaker is a token.
 #[tokio::test]
 async fn a_host_recovers_without_traffic_by_a_token_and_not_by_its_list() {
-    let works = Arc::new(AtomicBool::new(false));
-    let is_up = Arc::clone(&works);
+    let (works, failed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let (is_up, fails) = (Arc::clone(&works), Arc::clone(&failed));
     let host = Host::start(move |_, _| match is_up.load(Ordering::SeqCst) {
         true => ollama(&["yes"]),
-        false => vec![Step::Send("HTTP/1.1 500 No\r\nconnection: close\r\ncontent-length: 0\r\n\r\n".into())],
+        false => {
+            fails.fetch_add(1, Ordering::SeqCst);
+            vec![Step::Send("HTTP/1.1 500 No\r\nconnection: close\r\ncontent-length: 0\r\n\r\n".into())]
+        }
     });
     let sarai = Sarai::start(&config(&host.url, &smollm2(), ""));
     for _ in 0..2 {
         assert_eq!(served_by(&ask(&sarai, json!({})).await), WORKER);
     }
     let asked = host.asked().len();
-    // Probed in vain at least once: the next rest is longer than the first.
-    sarai.until("a probe", |ps| ps["models"][0]["deployments"][0]["breaker"] == "half_open").await;
-    sarai.until("it failed", |ps| ps["models"][0]["deployments"][0]["breaker"] == "open").await;
+    let before = failed.load(Ordering::SeqCst);
+    sarai.until("a probe in vain", |_| failed.load(Ordering::SeqCst) > before).await;
+    assert_ne!(breaker(&sarai).await, "closed");
     works.store(true, Ordering::SeqCst);
     sarai.until("it is back", |ps| ps["models"][0]["deployments"][0]["breaker"] == "closed").await;
     assert_eq!(host.asked().len(), asked, "no client was needed for it");
@@ -155,11 +163,124 @@ async fn a_full_host_is_not_waited_for_while_a_worker_is_free() {
     let answer = ask(&sarai, json!({})).await;
     assert_eq!((answer.status, served_by(&answer)), (200, WORKER), "{}", answer.text);
     let reason = answer.header("x-sarai-fallback-reason").unwrap();
-    assert!(reason.contains("all places at its hosts were taken for 2 s"), "{reason}");
+    assert!(reason.contains("all places at its hosts were taken for "), "{reason}");
     assert!(began.elapsed() < Duration::from_secs(15), "the queue's deadline is a minute: {:?}", began.elapsed());
     drop(holds);
     sarai.until("its place is free", |ps| ps["models"][0]["deployments"][0]["outstanding"] == 0).await;
     assert!(served_by(&ask(&sarai, json!({})).await).contains("ollama_http"), "it is asked first, as before");
+}
+
+/// The worker is asked meanwhile, and cannot follow the form: the host has a place again after a while.
+#[tokio::test]
+async fn a_request_keeps_its_turn_at_a_full_host_while_the_worker_is_tried() {
+    let host = Host::start(|_, body| match body["messages"][0]["content"] == "hold" {
+        true => vec![
+            Step::Send(format!("{}{}", ok("application/x-ndjson"), line("I"))),
+            Step::Wait(Duration::from_secs(5)),
+            Step::Send(last_line(json!({}))),
+        ],
+        false => ollama(&["yes"]),
+    });
+    let worker = format!("  twin: {{ backend: gguf_native, gguf_path: {}, context_length: 1024 }}\n", smollm2());
+    let sarai = Sarai::start(&format!("{}{worker}", config(&host.url, &smollm2(), "max_outstanding: 1")));
+    for _ in 0..5 {
+        assert!(served_by(&ask(&sarai, json!({})).await).contains("ollama_http"));
+    }
+    let form = json!({ "type": "string", "pattern": "^((a{0,2000}){0,2000}){0,2000}$" });
+    let form = json!({ "type": "json_schema", "json_schema": { "name": "a", "schema": form } });
+    // It is loaded, and has tried the form, before it is asked in the host's place.
+    let tried = chat("twin", "Hello.", json!({ "response_format": form }));
+    assert_eq!(sarai.post("/v1/chat/completions", tried).await.status, 400);
+    let hold = sarai.post("/v1/chat/completions", chat("solar", "hold", json!({ "stream": true })));
+    let waits = async {
+        host.until("it is held", |asked| asked.len() == 6).await;
+        ask(&sarai, json!({ "response_format": form })).await
+    };
+    let (held, waited) = tokio::join!(hold, waits);
+    for answer in [held, waited] {
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        assert!(served_by(&answer).contains("ollama_http"), "{}", answer.text);
+    }
+}
+
+/// One asks for the worker to be loaded; the other finds it on its way.
+#[tokio::test]
+async fn two_requests_at_a_hung_host_are_both_answered_by_the_worker() {
+    let host = Host::start(|_, body| match body["messages"][0]["content"] == "Hello." {
+        true => vec![Step::Hold],
+        false => ollama(&["yes"]),
+    });
+    let sarai = Sarai::start(&config(&host.url, &smollm2(), "max_outstanding: 2"));
+    for _ in 0..5 {
+        let usual = sarai.post("/v1/chat/completions", chat("solar", "Hi.", json!({}))).await;
+        assert!(served_by(&usual).contains("ollama_http"), "{}", usual.text);
+    }
+    let (one, other) = tokio::join!(ask(&sarai, json!({})), ask(&sarai, json!({})));
+    assert_eq!((served_by(&one), served_by(&other)), (WORKER, WORKER), "{} {}", one.text, other.text);
+}
+
+/// What makes vectors answers no chat: a probe that is told so has found the host alive.
+#[tokio::test]
+async fn a_real_host_of_vectors_is_asked_again_once_it_is_back() {
+    let mut ollama = Ollama::start_with(&minilm());
+    let sarai = Sarai::start(&format!(
+        "models:\n  minilm: {{ backend: ollama_http, fallback: gguf_native, url: \"{}\", model_name: solar, gguf_path: {} }}\n",
+        ollama.url,
+        minilm()
+    ));
+    let embed = async || {
+        let body = json!({ "model": "minilm", "input": "a" }).to_string();
+        let answer = sarai.post("/v1/embeddings", body).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        served_by(&answer).to_owned()
+    };
+    assert!(embed().await.contains("ollama_http"));
+    ollama.kill();
+    assert_eq!(embed().await, "minilm@gguf_native");
+    sarai.until("it is left alone", |ps| ps["models"][0]["deployments"][0]["breaker"] != "closed").await;
+    ollama.run();
+    sarai.until("it is back", |ps| ps["models"][0]["deployments"][0]["breaker"] == "closed").await;
+    assert!(embed().await.contains("ollama_http"));
+}
+
+/// The queue's deadline is one for all hosts, and `x-sarai-strict` is heard.
+#[tokio::test]
+async fn vectors_are_waited_for_once_and_refused_where_they_would_lack_something() {
+    let holds = || Host::start(|_, _| vec![Step::Hold]);
+    let (one, other) = (holds(), holds());
+    let of =
+        |host: &Host, priority: u32| format!("{{ url: \"{}\", priority: {priority}, max_outstanding: 1 }}", host.url);
+    let sarai = Sarai::start(&format!(
+        "models:\n  far: {{ backend: ollama_http, urls: [{}, {}], model_name: m, deadlines: {{ queue_seconds: 2 }} }}\n  minilm: {{ backend: gguf_native, gguf_path: {}, role: embedding }}\n",
+        of(&one, 0),
+        of(&other, 1),
+        minilm()
+    ));
+    let embed = || sarai.post("/v1/embeddings", json!({ "model": "far", "input": "a" }).to_string());
+    let waits = async {
+        one.until("it is full", |asked| asked.len() == 1).await;
+        let began = Instant::now();
+        let second = async {
+            other.until("it is full too", |asked| asked.len() == 1).await;
+            let answer = embed().await;
+            assert!(answer.text.contains("queue"), "{}", answer.text);
+        };
+        tokio::select! {
+            () = second => began.elapsed(),
+            answer = embed() => panic!("{}", answer.text),
+        }
+    };
+    let took = tokio::select! {
+        took = waits => took,
+        answer = embed() => panic!("{}", answer.text),
+    };
+    assert!(took < Duration::from_secs(6), "2 s each, and not once more for each host: {took:?}");
+    for (is_strict, status) in [("false", 200), ("true", 503), ("maybe", 400)] {
+        let body = json!({ "model": "minilm", "input": "a", "input_type": "query" }).to_string();
+        let request = sarai.client.post(format!("{}/v1/embeddings", sarai.url)).body(body);
+        let answer = Answer::of(request.header("x-sarai-strict", is_strict).send().await.unwrap()).await;
+        assert_eq!(answer.status, status, "{is_strict}: {}", answer.text);
+    }
 }
 
 /// `x-sarai-strict` holds for who goes on, too: the stream ends with an error, and never as if it were whole.
