@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jsonschema
 import openai
 
-PATTERNS = ["^[a-z]{2,5}$", "^(red|green)-[0-9]{1,3}$", "^[A-F0-9]{4}$", r"^\d{3}-\d{2}$", r"^\w+@(a|b)\.org$", "x[yz]$", r"^[^\d,]{1,4}$", r"^v1\.?$", "^[^,-]{1,3}$", "^[ -~]{1,6}$", r"^\[\d\]$"]
+PATTERNS = ["^[a-z]{2,5}$", "^(red|green)-[0-9]{1,3}$", "^[A-F0-9]{4}$", r"^\d{3}-\d{2}$", r"^\w+@(a|b)\.org$", "x[yz]$", r"^[^\d,]{1,4}$", r"^v1\.?$", "^[^,-]{1,3}$", "^[ -~]{1,6}$", r"^\[\d\]$", r"^\(.{1,4}\)$"]
 COUNT, AT_ONCE = 200, 8
 CLIENT = openai.OpenAI(base_url=f"{os.environ['SARAI_URL']}/v1", api_key="none", max_retries=0, timeout=300)
 
@@ -44,6 +44,8 @@ def leaf(chosen):
         else [
             lambda: {"type": "number", "multipleOf": 0.5},
             lambda: {"type": "string", "pattern": "^(?=.)[a-z]{1,3}$"},
+            lambda: {"type": "string", "pattern": r"^[^\x00-\x1f]{1,3}$"},
+            lambda: {"type": "string", "pattern": r'^"a\nb"$'},
         ]
     )()
 

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use sarai_core::schema::{MOST_ITEMS, MOST_REPEATED, multiples, number_rule, parts, plain_pattern, target};
+use sarai_core::schema::{
+    MOST_ITEMS, MOST_REPEATED, meant, multiples, number_rule, only_part, parts, plain_pattern, target,
+};
 use serde_json::{Map, Value};
 
 /// Keywords that are never followed.
@@ -75,7 +77,7 @@ fn look_through(document: &Value, found: &mut BTreeSet<String>) {
     let (mut seen, mut left) = (BTreeSet::new(), vec![document]);
     while let Some(schema) = left.pop() {
         let Value::Object(fields) = schema else { continue };
-        look(fields, found);
+        look(document, fields, found);
         left.extend(parts(fields).into_iter().map(|(_, part)| part));
         if let Some(reference) = fields.get("$ref").and_then(Value::as_str)
             && seen.insert(reference)
@@ -85,7 +87,11 @@ fn look_through(document: &Value, found: &mut BTreeSet<String>) {
     }
 }
 
-fn look(fields: &Map<String, Value>, found: &mut BTreeSet<String>) {
+fn look(document: &Value, fields: &Map<String, Value>, found: &mut BTreeSet<String>) {
+    if only_part(fields).is_some() {
+        // It is that part, which is looked at for itself.
+        return;
+    }
     let has = |keyword: &str| fields.contains_key(keyword);
     let mut miss = |keyword: &str| {
         if fields.contains_key(keyword) {
@@ -121,8 +127,15 @@ fn look(fields: &Map<String, Value>, found: &mut BTreeSet<String>) {
     if !fields.get("format").and_then(Value::as_str).is_none_or(|format| FORMATS.contains(&format)) {
         miss("format");
     }
-    if fields.get("allOf").and_then(Value::as_array).is_some_and(|parts| !parts.iter().all(is_object)) {
+    if fields.get("allOf").and_then(Value::as_array).is_some_and(|parts| !are_put_together(document, fields, parts)) {
         miss("allOf");
+    }
+    if !["type", "items", "prefixItems", "properties", "$ref", "anyOf", "oneOf", "enum", "const"]
+        .iter()
+        .any(|one| has(one))
+    {
+        // Without them it may be anything.
+        ["minItems", "maxItems"].iter().for_each(|keyword| miss(keyword));
     }
     // The first of these that is there decides, and what stands beside it is not read.
     let alone = ["$ref", "oneOf", "anyOf"].into_iter().find(|keyword| has(keyword)).or_else(|| {
@@ -144,9 +157,13 @@ fn look(fields: &Map<String, Value>, found: &mut BTreeSet<String>) {
         let known = |name: &Value| {
             name.as_str().is_some_and(|name| fields.get("properties").is_some_and(|all| all.get(name).is_some()))
         };
-        if fields.get("required").and_then(Value::as_array).is_some_and(|names| !names.iter().all(known))
-            && !has("allOf")
-        {
+        let of_parts = |name: &Value| {
+            let parts = fields.get("allOf").and_then(Value::as_array);
+            let mut properties = parts.into_iter().flatten().map(|part| &meant(document, part)["properties"]);
+            name.as_str().is_some_and(|name| properties.any(|all| all.get(name).is_some()))
+        };
+        let is_known = |name: &Value| known(name) || of_parts(name);
+        if fields.get("required").and_then(Value::as_array).is_some_and(|names| !names.iter().all(is_known)) {
             miss("required");
         }
         if has("prefixItems") && has("items") && fields["items"] != Value::Bool(false) {
@@ -156,20 +173,34 @@ fn look(fields: &Map<String, Value>, found: &mut BTreeSet<String>) {
             ["minItems", "maxItems"].iter().for_each(|keyword| miss(keyword));
         }
     }
-    if fields.get("oneOf").and_then(Value::as_array).is_some_and(|options| !exclude_each_other(options)) {
+    if fields.get("oneOf").and_then(Value::as_array).is_some_and(|options| {
+        let options: Vec<_> = options.iter().map(|option| meant(document, option)).collect();
+        !exclude_each_other(&options)
+    }) {
         found.insert("oneOf".to_owned());
     }
 }
 
-/// Whether a part of `allOf` is one whose properties are put to those of the others.
-fn is_object(part: &Value) -> bool {
-    part.get("properties").is_some_and(Value::is_object) && part.get("allOf").is_none()
+/// Whether the parts of `allOf` are objects whose properties are put together, each of them once.
+fn are_put_together(document: &Value, fields: &Map<String, Value>, parts: &[Value]) -> bool {
+    let mut names = BTreeSet::new();
+    let is_open = |schema: Option<&Value>| schema.is_none_or(|additional| *additional == Value::Bool(true));
+    is_open(fields.get("additionalProperties"))
+        && parts.iter().map(|part| meant(document, part)).all(|part| {
+            let is_alone = part.get("allOf").is_none() && is_open(part.get("additionalProperties"));
+            let properties = part.get("properties").and_then(Value::as_object);
+            is_alone && properties.is_some_and(|all| all.keys().all(|name| names.insert(name)))
+        })
 }
 
 /// Whether the values that are allowed are all of the type that stands beside them.
 fn values_are_of_type(fields: &Map<String, Value>, keyword: &str) -> bool {
-    let Some(Value::String(kind)) = fields.get("type") else { return false };
-    let is_of = |value: &Value| match kind.as_str() {
+    let kinds: Vec<&str> = match fields.get("type") {
+        Some(Value::String(kind)) => vec![kind],
+        Some(Value::Array(kinds)) => kinds.iter().filter_map(Value::as_str).collect(),
+        _ => return false,
+    };
+    let is = |value: &Value, kind: &str| match kind {
         "string" => value.is_string(),
         "integer" => value.is_i64() || value.is_u64(),
         "number" => value.is_number(),
@@ -179,6 +210,7 @@ fn values_are_of_type(fields: &Map<String, Value>, keyword: &str) -> bool {
         "object" => value.is_object(),
         _ => false,
     };
+    let is_of = |value: &Value| kinds.iter().any(|kind| is(value, kind));
     match (keyword, fields.get(keyword)) {
         ("enum", Some(Value::Array(values))) => values.iter().all(is_of),
         (_, Some(value)) => is_of(value),
@@ -196,16 +228,10 @@ fn may_be_number(fields: &Map<String, Value>) -> bool {
 }
 
 /// Whether no value can be of two of these: they are of different types, or differ in a constant property that all must have.
-fn exclude_each_other(options: &[Value]) -> bool {
+fn exclude_each_other(options: &[&Value]) -> bool {
     let distinct = |values: Vec<&Value>| {
-        let mut seen = Vec::new();
-        values.len() == options.len()
-            && values.into_iter().all(|value| {
-                !seen.contains(&value) && {
-                    seen.push(value);
-                    true
-                }
-            })
+        let mut seen = BTreeSet::new();
+        values.len() == options.len() && values.into_iter().all(|value| seen.insert(value.to_string()))
     };
     let types = options.iter().filter_map(|option| option.get("type").filter(|kind| kind.is_string()));
     let are_whole = |kind: &Value| options.iter().any(|option| option["type"] == *kind);
@@ -223,7 +249,8 @@ fn exclude_each_other(options: &[Value]) -> bool {
             let is_required = option["required"].as_array().is_some_and(|names| names.iter().any(|one| one == name));
             is_required && option["properties"][name].get("const").is_some()
         };
-        options.iter().all(tag) && distinct(options.iter().map(|option| &option["properties"][name]["const"]).collect())
+        options.iter().all(|option| tag(option))
+            && distinct(options.iter().map(|option| &option["properties"][name]["const"]).collect())
     })
 }
 
@@ -254,6 +281,17 @@ mod tests {
             // Nothing refers to it.
             json!({ "$defs": { "x": { "type": "array", "uniqueItems": true } }, "type": "string" }),
             json!({ "type": "object", "properties": { "next": { "$ref": "#" } } }),
+            json!({ "type": "integer", "minimum": -9_007_199_254_740_991_i64, "maximum": 9_007_199_254_740_991_i64 }),
+            json!({ "type": ["string", "null"], "enum": ["a", null] }),
+            json!({ "$defs": { "x": { "type": "string" } }, "allOf": [{ "$ref": "#/$defs/x" }], "description": "d" }),
+            json!({ "allOf": [{ "properties": { "a": {} } }, { "properties": { "b": {} } }], "required": ["a", "b"] }),
+            json!({
+                "$defs": {
+                    "a": { "type": "object", "properties": { "kind": { "const": "a" } }, "required": ["kind"] },
+                    "b": { "type": "object", "properties": { "kind": { "const": "b" } }, "required": ["kind"] },
+                },
+                "oneOf": [{ "$ref": "#/$defs/a" }, { "$ref": "#/$defs/b" }],
+            }),
         ] {
             assert!(missed(schema.clone()).is_empty(), "{schema}: {:?}", missed(schema.clone()));
         }
@@ -279,7 +317,17 @@ mod tests {
             (json!({ "type": "string", "pattern": "^\\bx$" }), "schema:pattern"),
             (json!({ "type": "string", "format": "email" }), "schema:format"),
             (json!({ "type": "string", "maxLength": 5000 }), "schema:maxLength"),
-            (json!({ "allOf": [{ "$ref": "#/$defs/x" }] }), "schema:allOf"),
+            (json!({ "allOf": [{ "$ref": "#/$defs/x" }, {}] }), "schema:allOf"),
+            (json!({ "allOf": [{ "properties": { "a": {} } }, { "properties": { "a": {} } }] }), "schema:allOf"),
+            (
+                json!({ "allOf": [{ "properties": { "a": {} }, "additionalProperties": false }, { "properties": { "b": {} } }] }),
+                "schema:allOf",
+            ),
+            (
+                json!({ "allOf": [{ "properties": { "a": {} } }, { "properties": { "b": {} } }], "required": ["c"] }),
+                "schema:required",
+            ),
+            (json!({ "minItems": 1 }), "schema:minItems"),
             (json!({ "type": "string", "enum": ["a", 1] }), "schema:type"),
             (json!({ "type": "string", "not": { "const": "a" } }), "schema:not"),
             (

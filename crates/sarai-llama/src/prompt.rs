@@ -1,6 +1,8 @@
 //! A request made into tokens, by llama.cpp's own templates.
 
-use llama_cpp_4::chat::{ChatApplyParams, ChatParams, ChatTemplates, ReasoningFormat, ToolChoice as LlamaToolChoice};
+use llama_cpp_4::chat::{
+    ChatApplyParams, ChatError, ChatParams, ChatTemplates, ReasoningFormat, ToolChoice as LlamaToolChoice,
+};
 use llama_cpp_4::model::{AddBos, LlamaModel, Special};
 use llama_cpp_4::token::LlamaToken;
 use sarai_core::{Error, GenerateRequest, Message, Prompt, ToolChoice, Tools};
@@ -101,28 +103,45 @@ fn apply(
 ) -> Result<ChatParams, Error> {
     let params = chat_params(messages, mark, request);
     let Some(tools) = &request.tools else {
-        let refuses =
-            |error| Error::invalid("messages", format!("the model's chat template refuses the `messages`: {error}"));
-        return templates.apply(&params).map_err(refuses);
+        return templates.apply(&params).map_err(|error| refused("messages", &error));
     };
     let shown = shown(tools);
-    let refuses = |error| {
-        let why = broken_tool(&shown).unwrap_or_else(|| format!("the model's chat template refuses them: {error}"));
-        Error::invalid("tools", format!("cannot make calls of the `tools`: {why}"))
-    };
     let mut words = Words::default();
     let params = match schema_of(&request.format).and_then(|schema| serde_json::from_str(&schema).ok()) {
         Some(schema) => params.with_json_schema(words.of(&schema).to_string()),
         None => params,
     };
     let written = words.of_tools(&shown);
-    let mut chat = templates.apply(&params.clone().with_tools(shown.clone())).map_err(refuses)?;
+    let with = |tools: &str| templates.apply(&params.clone().with_tools(tools.to_owned()));
+    // What llama.cpp cannot read of them is put in other words for the model too.
+    let chat = with(&shown).or_else(|error| match Words::for_reading().of_tools(&shown) {
+        Some(readable) => with(&readable),
+        None => Err(error),
+    });
+    let refuses = |error: ChatError| match templates.apply(&params).err() {
+        // It is not about the tools.
+        Some(error) => refused("messages", &error),
+        None => match broken_tool(&shown) {
+            Some(why) => Error::invalid("tools", format!("cannot make calls of the `tools`: {why}")),
+            None => refused("tools", &error),
+        },
+    };
+    let mut chat = chat.map_err(refuses)?;
     if let Some(written) = written.filter(|_| !chat.grammar.is_empty()) {
-        chat.grammar = templates.apply(&params.with_tools(written)).map_err(refuses)?.grammar;
+        chat.grammar = with(&written).map_err(refuses)?.grammar;
     }
     chat.grammar = words.put_in(&chat.grammar);
     Ok(chat)
 }
+
+/// What a template says of what it refuses; it may repeat all of it.
+fn refused(param: &str, error: &ChatError) -> Error {
+    let why: String = error.to_string().chars().take(TOLD).collect();
+    Error::invalid(param, format!("the model's chat template refuses the `{param}`: {why}"))
+}
+
+/// Characters of what a template says that are told.
+const TOLD: usize = 400;
 
 /// All but the tools themselves.
 fn chat_params(messages: &[Message], mark: &str, request: &GenerateRequest) -> ChatApplyParams {

@@ -1,7 +1,9 @@
 //! The grammar of a JSON schema: llama.cpp's own, with what it knows no rules for written in other words, or put in afterwards.
 
 use llama_cpp_4::chat::json_schema_to_grammar;
-use sarai_core::schema::{MOST_ITEMS, multiples, number_rule, parts, parts_mut, plain_pattern, target};
+use sarai_core::schema::{
+    MOST_ITEMS, MOST_REPEATED, multiples, number_rule, only_part, parts, parts_mut, plain_pattern, target,
+};
 use serde_json::{Map, Value, json};
 
 /// Numbers from here on stand for rules in a grammar, until these take their place: no schema's own constant is one of them.
@@ -26,9 +28,16 @@ pub struct Words {
     rules: Vec<String>,
     /// What is referred to gets names that differ: llama.cpp takes `a_b` and `a-b` for the same, and `#/$defs/a` of two tools.
     references: Vec<String>,
+    /// Whether a model is to read them: then nothing is put in other words that llama.cpp can read.
+    is_for_reading: bool,
 }
 
 impl Words {
+    /// For schemas that a model is shown.
+    pub fn for_reading() -> Self {
+        Self { is_for_reading: true, ..Self::default() }
+    }
+
     /// A schema in these words.
     pub fn of(&mut self, document: &Value) -> Value {
         let first = self.references.len();
@@ -78,18 +87,28 @@ impl Words {
     fn rewritten(&mut self, schema: &Value, document: &Value, first: usize) -> Value {
         let mut fields = match schema {
             Value::Bool(true) => Map::new(),
-            Value::Object(fields) => fields.clone(),
+            Value::Object(fields) => match only_part(fields) {
+                Some(part) => return self.rewritten(part, document, first),
+                None => fields.clone(),
+            },
             other => return other.clone(),
         };
         // That nothing follows a fixed row of items goes without saying.
         if fields.contains_key("prefixItems") && fields.get("items") == Some(&Value::Bool(false)) {
             fields.remove("items");
         }
-        if fields.get("maxItems").and_then(Value::as_u64).is_some_and(|most| most > MOST_ITEMS) {
-            fields.remove("maxItems");
+        for (keyword, most) in [("maxItems", MOST_ITEMS), ("maxLength", MOST_REPEATED)] {
+            if fields.get(keyword).and_then(Value::as_u64).is_some_and(|count| count > most) {
+                fields.remove(keyword);
+            }
         }
-        if let Some(plain) = fields.get("pattern").and_then(Value::as_str).and_then(plain_pattern) {
-            fields["pattern"] = plain.into();
+        if let Some(pattern) = fields.get("pattern").and_then(Value::as_str).filter(|_| !self.is_for_reading) {
+            match plain_pattern(pattern) {
+                Some(plain) => fields["pattern"] = plain.into(),
+                // llama.cpp's own rule would let through what JSON has to escape; a broken one is for it to refuse.
+                None if is_valid(pattern) => drop(fields.remove("pattern")),
+                None => {}
+            }
         }
         if let Some(Value::String(reference)) = fields.get_mut("$ref")
             && target(document, reference).is_some()
@@ -107,6 +126,9 @@ impl Words {
                 *part = self.rewritten(part, document, first);
             }
         }
+        if self.is_for_reading {
+            return fields.into();
+        }
         if let Some(all) = multiples(&fields) {
             return json!({ "enum": all });
         }
@@ -121,6 +143,11 @@ impl Words {
             }
         }
     }
+}
+
+/// Whether llama.cpp can read a pattern.
+fn is_valid(pattern: &str) -> bool {
+    json_schema_to_grammar(&json!({ "type": "string", "pattern": pattern }).to_string(), false).is_ok()
 }
 
 fn mark(index: usize) -> u64 {
@@ -238,9 +265,24 @@ mod tests {
         for value in ["one", "two", "three"] {
             assert!(grammar.contains(value), "{value}: {grammar}");
         }
+        let escaped = json!({ "$defs": { "a%b": constant("four") }, "items": { "$ref": "#/$defs/a%25b" } });
+        assert!(super::grammar(&escaped.to_string()).unwrap().contains("four"));
         let tree =
             json!({ "type": "object", "properties": { "next": { "$ref": "#" } }, "additionalProperties": false });
         assert!(super::grammar(&tree.to_string()).is_ok());
+    }
+
+    /// Nothing that JSON has to escape, whatever a pattern would let through.
+    #[test]
+    fn a_pattern_that_cannot_be_followed_lets_any_text_through() {
+        let any = grammar(&json!({ "type": "string" }).to_string()).unwrap();
+        for pattern in [r"^a\nb$", r#"^"[^"]*"$"#, r"^[^\x00-\x1f]+$", r"^(?=a)b$"] {
+            assert_eq!(
+                grammar(&json!({ "type": "string", "pattern": pattern }).to_string()).unwrap(),
+                any,
+                "{pattern}"
+            );
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
 use llama_cpp_4::chat::ChatTemplates;
-use llama_cpp_4::model::LlamaModel;
+use llama_cpp_4::model::{LlamaModel, Special};
 use llama_cpp_4::sampling::LlamaSampler;
 use llama_cpp_4::token::LlamaToken;
 use llama_cpp_4::token::data::LlamaTokenData;
@@ -91,12 +91,14 @@ pub struct Trials {
     ended: VecDeque<(u64, Ended)>,
     waiting: VecDeque<Untried>,
     is_busy: bool,
+    /// With which answers are begun.
+    letters: Option<Vec<LlamaToken>>,
 }
 
 impl Trials {
     /// What becomes of forms is told to the inbox.
     pub fn new(inbox: SyncSender<Incoming>) -> Self {
-        Self { inbox, ended: VecDeque::new(), waiting: VecDeque::new(), is_busy: false }
+        Self { inbox, ended: VecDeque::new(), waiting: VecDeque::new(), is_busy: false, letters: None }
     }
 
     /// Whether a request may go on: it has no form, or one that was tried and is sound.
@@ -126,7 +128,8 @@ impl Trials {
     pub fn begin(&mut self, model: &LlamaModel, templates: &ChatTemplates) {
         let Some(next) = self.waiting.front().filter(|_| !self.is_busy) else { return };
         let form = form_of(&next.request);
-        let copy = Copy::begin(|| begins(model, templates, &next.request));
+        let letters = self.letters.get_or_insert_with(|| letters(model));
+        let copy = Copy::begin(|| begins(model, templates, letters, &next.request));
         self.is_busy = true;
         let inbox = self.inbox.clone();
         let wait = move || {
@@ -135,8 +138,8 @@ impl Trials {
         };
         let waits = std::thread::Builder::new().name("trial".into()).spawn(wait);
         if waits.is_err() {
-            // Nothing can be tried here: that is no fault of the form.
-            let _ = self.inbox.try_send(Incoming::Tried(form, Ended::Well));
+            // The copy ends by itself; nothing is known of it.
+            let _ = self.inbox.try_send(Incoming::Tried(form, Ended::Unfinished));
         }
     }
 
@@ -172,7 +175,7 @@ fn form_of(request: &GenerateRequest) -> u64 {
 }
 
 /// Makes the grammar of a request's form, as it will be made. What llama.cpp says of a schema is told when it is made.
-fn begins(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateRequest) -> Ended {
+fn begins(model: &LlamaModel, templates: &ChatTemplates, letters: &[LlamaToken], request: &GenerateRequest) -> Ended {
     let prompt = match request.prompt {
         Prompt::Chat(_) => Prompt::Chat(vec![Message::new(Role::User, "Hi")]),
         Prompt::Raw(_) => Prompt::Raw("Hi".into()),
@@ -182,7 +185,7 @@ fn begins(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateReque
     let rendered = prompt::render(model, templates, &short).or_else(|_| prompt::render(model, templates, request));
     let grammar = rendered.and_then(|rendered| sampler::grammar(request, rendered.form.as_ref()));
     match grammar {
-        Ok(Some(grammar)) => compiles(model, &grammar, matches!(request.format, Format::Gbnf(_))),
+        Ok(Some(grammar)) => compiles(model, letters, &grammar, matches!(request.format, Format::Gbnf(_))),
         Ok(None) => Ended::Well,
         Err(error) if error.to_string().contains(NO_MEMORY) => Ended::Late,
         Err(_) => Ended::Well,
@@ -190,7 +193,8 @@ fn begins(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateReque
 }
 
 /// Compiles a grammar, and asks it for the first token. Places in it mean something to its author alone.
-fn compiles(model: &LlamaModel, grammar: &str, is_the_clients: bool) -> Ended {
+fn compiles(model: &LlamaModel, letters: &[LlamaToken], grammar: &str, is_the_clients: bool) -> Ended {
+    let began = Instant::now();
     let mut sampler = match LlamaSampler::try_grammar(model, grammar, "root") {
         Ok(sampler) => sampler,
         Err(error) if error.to_string().contains(NO_MEMORY) => return Ended::Late,
@@ -201,9 +205,73 @@ fn compiles(model: &LlamaModel, grammar: &str, is_the_clients: bool) -> Ended {
             return Ended::Refused(why.unwrap_or_else(|| error.to_string()));
         }
     };
-    let all = (0..model.n_vocab()).map(|id| LlamaTokenData::new(LlamaToken(id), 0.0, 0.0));
-    sampler.apply(&mut LlamaTokenDataArray::new(all.collect(), false));
+    let all = (0..model.n_vocab()).map(LlamaToken);
+    allowed(&mut sampler, all);
+    // A dead end, or what grows with each token, may stand behind the first one: answers are begun, letter by letter.
+    let walks = if is_the_clients { WALKS } else { FEW_WALKS };
+    for repeats in [false, true].into_iter().cycle() {
+        // Each has its share, also of an answer that does not end.
+        if grows(&mut sampler, letters, repeats, (Instant::now() + walks / 4).min(began + walks)) {
+            return Ended::Late;
+        }
+        if began.elapsed() > walks {
+            break;
+        }
+        let Ok(again) = LlamaSampler::try_grammar(model, grammar, "root") else { break };
+        sampler = again;
+    }
     Ended::Well
+}
+
+/// Those of these tokens that a grammar allows next.
+fn allowed(sampler: &mut LlamaSampler, tokens: impl Iterator<Item = LlamaToken>) -> Vec<LlamaToken> {
+    let mut all = LlamaTokenDataArray::new(tokens.map(|token| LlamaTokenData::new(token, 0.0, 0.0)).collect(), false);
+    sampler.apply(&mut all);
+    all.data.iter().filter(|data| !data.logit().is_infinite()).map(LlamaTokenData::id).collect()
+}
+
+/// Begins an answer that a grammar allows, for as long as there is time; one that repeats itself where it may, if so wanted. Says whether
+/// each letter takes much longer than those before it.
+fn grows(sampler: &mut LlamaSampler, letters: &[LlamaToken], repeats: bool, until: Instant) -> bool {
+    let (mut last, mut times) = (None, Vec::new());
+    while Instant::now() < until {
+        let began = busy();
+        let allowed = allowed(sampler, letters.iter().copied());
+        if allowed.is_empty() {
+            break;
+        }
+        let again = last.filter(|last| repeats && allowed.contains(last) && rand::random_range(0..32) > 0);
+        let next = again.unwrap_or_else(|| allowed[rand::random_range(0..allowed.len())]);
+        last = Some(next);
+        if sampler.try_accept(next).is_err() {
+            break;
+        }
+        times.push(busy().saturating_sub(began));
+    }
+    let whole: Duration = times.iter().sum();
+    times.len() >= FEW_LETTERS && times.last().is_some_and(|last| *last > whole / 3 && *last > A_LONG_TIME)
+}
+
+/// What doubles takes half of all time for the last of so many letters, if that is long at all.
+const FEW_LETTERS: usize = 6;
+const A_LONG_TIME: Duration = Duration::from_millis(5);
+
+/// Processor time of this thread.
+fn busy() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
+}
+
+/// Time for beginnings of an answer, with the compiling before them.
+const WALKS: Duration = Duration::from_millis(200);
+/// And where llama.cpp has made the grammar, which has no dead ends.
+const FEW_WALKS: Duration = Duration::from_millis(80);
+
+/// Tokens of one byte.
+fn letters(model: &LlamaModel) -> Vec<LlamaToken> {
+    let is_letter =
+        |token: &LlamaToken| model.token_to_raw_bytes(*token, Special::Plaintext).is_ok_and(|bytes| bytes.len() == 1);
+    (0..model.n_vocab()).map(LlamaToken).filter(is_letter).collect()
 }
 
 /// Why a grammar is refused, by what llama.cpp has written: the reason, the grammar from there on, and all of it.
@@ -256,7 +324,9 @@ impl Copy {
                 libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
                 libc::dup2(said.as_raw_fd(), libc::STDERR_FILENO);
             }
-            let code = match what() {
+            // Nothing of the original is unwound.
+            let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(what));
+            let code = match ended.unwrap_or_else(|_| std::process::abort()) {
                 Ended::Refused(why) => {
                     // It alone is left of what was said.
                     let _ = ftruncate(&said, 0).and_then(|()| seek(&said, SeekFrom::Start(0)));
@@ -274,8 +344,7 @@ impl Copy {
 
     /// Waits for its end.
     fn ended(self) -> Ended {
-        // Without a copy nothing can be tried: that is no fault of the form.
-        let Some((pid, said)) = self.0 else { return Ended::Well };
+        let Some((pid, said)) = self.0 else { return Ended::Unfinished };
         if !ends_within(pid, WITHIN) {
             let _ = kill_process(pid, Signal::KILL);
             let _ = waitpid(Some(pid), WaitOptions::empty());
@@ -322,6 +391,7 @@ fn address_space() -> u64 {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
 
@@ -348,7 +418,8 @@ mod tests {
             Ended::Well
         };
         assert_eq!(Copy::begin(greedy).ended(), Ended::Badly, "an allocation that fails ends the process");
-        assert_eq!(Copy(None).ended(), Ended::Well);
+        assert_eq!(Copy(None).ended(), Ended::Unfinished, "what was not tried is not used");
+        assert_eq!(Copy::begin(|| std::panic::resume_unwind(Box::new(()))).ended(), Ended::Badly);
         let killed = || {
             let _ = kill_process(rustix::process::getpid(), Signal::KILL);
             Ended::Well

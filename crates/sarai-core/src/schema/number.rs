@@ -7,7 +7,9 @@ const DECIMALS: usize = 6;
 /// Bounds beyond this are not told from their neighbours with so many decimals.
 const FURTHEST: f64 = 1e9;
 /// Whole numbers are told from their neighbours up to this.
-const FURTHEST_WHOLE: f64 = 1e15 - 1.0;
+const FURTHEST_WHOLE: f64 = 9_007_199_254_740_991.0;
+/// Which has so many digits.
+const MOST_DIGITS: usize = 16;
 /// Of the whole numbers that have no upper bound, the digits.
 const DIGITS: usize = 15;
 /// Decimals of a cell that a bound parts, at least, if there are so many.
@@ -186,12 +188,12 @@ fn sizes(from: Bound, to: Option<Bound>) -> Option<String> {
 /// The whole numbers from one to another one, or as far as there are digits.
 fn whole(from: u64, to: Option<u64>) -> Option<String> {
     let mut alternatives = Vec::new();
-    for digits in 1..=DIGITS {
+    for digits in 1..=MOST_DIGITS {
         let power = |digits: usize| 10_u64.pow(u32::try_from(digits).unwrap_or(0));
         let (shortest, longest) = (if digits == 1 { 0 } else { power(digits - 1) }, power(digits) - 1);
         if to.is_none() && from <= shortest {
             alternatives.extend((digits == 1).then(|| "[0-9]".to_owned()));
-            alternatives.push(format!("[1-9] [0-9]{{{},{}}}", (digits - 1).max(1), DIGITS - 1));
+            alternatives.push(format!("[1-9] [0-9]{{{},{}}}", (digits - 1).max(1), DIGITS.max(digits) - 1));
             break;
         }
         let (low, high) = (shortest.max(from), to.map_or(longest, |to| longest.min(to)));

@@ -57,5 +57,56 @@ pub fn parts_mut(schema: &mut Map<String, Value>) -> Vec<&mut Value> {
 /// What a `$ref` means within its document; nothing if it points elsewhere, or at nothing.
 #[must_use]
 pub fn target<'a>(document: &'a Value, reference: &str) -> Option<&'a Value> {
-    reference.strip_prefix('#').and_then(|pointer| document.pointer(pointer))
+    let pointer = percent_encoding::percent_decode_str(reference.strip_prefix('#')?).decode_utf8().ok()?;
+    document.pointer(&pointer)
+}
+
+/// What is meant by a schema that only holds another one, as one of `allOf` beside which nothing is said, or by reference.
+#[must_use]
+pub fn meant<'a>(document: &'a Value, schema: &'a Value) -> &'a Value {
+    let mut meant = schema;
+    // A chain of references without an end means nothing.
+    for _ in 0..MOST_HOPS {
+        let inner = meant.as_object().and_then(|fields| {
+            let reference = fields
+                .get("$ref")
+                .and_then(Value::as_str)
+                .filter(|_| fields.keys().all(|key| describes(key) || key == "$ref"));
+            reference.and_then(|reference| target(document, reference)).or_else(|| only_part(fields))
+        });
+        match inner {
+            Some(inner) => meant = inner,
+            None => break,
+        }
+    }
+    meant
+}
+
+/// The only schema of `allOf`, if nothing is said beside it.
+#[must_use]
+pub fn only_part(schema: &Map<String, Value>) -> Option<&Value> {
+    let all = schema.get("allOf")?.as_array().filter(|all| all.len() == 1)?;
+    schema.keys().all(|key| describes(key) || key == "allOf").then(|| &all[0])
+}
+
+/// References that are followed one after the other.
+const MOST_HOPS: usize = 32;
+
+/// Whether a keyword says nothing of what is valid.
+fn describes(keyword: &str) -> bool {
+    [
+        "title",
+        "description",
+        "default",
+        "examples",
+        "deprecated",
+        "readOnly",
+        "writeOnly",
+        "$comment",
+        "$schema",
+        "$id",
+        "$defs",
+        "definitions",
+    ]
+    .contains(&keyword)
 }

@@ -125,6 +125,16 @@ async fn arguments_of_a_call_that_must_be_made_keep_their_schema() {
     for (name, arguments) in calls(&ask(&sarai, more).await) {
         assert_eq!(arguments["place"]["code"].as_str().unwrap().len(), if name == "forecast" { 5 } else { 3 });
     }
+    // What llama.cpp itself reads of none of them.
+    let odd = json!({
+        "type": "object", "required": ["x", "next"], "additionalProperties": false,
+        "properties": { "x": { "$ref": "#/$defs/a~1b" }, "next": { "type": "array", "items": { "$ref": "#" }, "maxItems": 0 }, "z": true },
+        "$defs": { "a/b": { "type": "array", "prefixItems": [{ "const": 7 }], "items": false } },
+    });
+    let odd = json!([{ "type": "function", "function": { "name": "odd", "parameters": odd } }]);
+    let called =
+        calls(&ask(&sarai, json!({ "tools": odd, "tool_choice": "required", "parallel_tool_calls": false })).await);
+    assert_eq!((&called[0].1["x"], &called[0].1["next"]), (&json!([7]), &json!([])), "{called:?}");
     let unique = json!({ "type": "object", "properties": { "x": { "type": "array", "uniqueItems": true } } });
     let strict = |is_strict: bool| json!([{ "type": "function", "function": { "name": "f", "strict": is_strict, "parameters": unique } }]);
     let told = async |is_strict: bool| {
@@ -229,6 +239,9 @@ async fn an_answer_follows_a_grammar_and_what_is_none_is_a_400_that_says_where()
     let n = serde_json::from_str::<Value>(&said).unwrap()["n"].as_i64().unwrap();
     assert!((3..=5).contains(&n), "{said}");
     let missing = json!({ "type": "object", "properties": { "x": { "$ref": "#/nowhere" } } });
+    let workers = sarai.worker_pids().await;
+    let list = |most: u64| json!({ "type": "array", "items": { "$ref": "#/$defs/x" }, "maxItems": most });
+    let doubles = json!({ "$defs": { "x": { "anyOf": [list(7), list(8), { "type": "null" }] } }, "$ref": "#/$defs/x" });
     for (more, says) in [
         (json!({ "grammar": "root ::= \"open" }), "unexpected end of input"),
         (json!({ "grammar": "root ::= a\na ::= \"x\" )" }), "expecting newline or end in line 2, column 11"),
@@ -247,12 +260,21 @@ async fn an_answer_follows_a_grammar_and_what_is_none_is_a_400_that_says_where()
         (json!({ "grammar": "root ::= ws root \"+\" \"b\" | \"b\"\nws ::= \" \"*" }), "cannot"),
         (json!({ "grammar": "root ::= \"a\" x\nx ::= y x\ny ::= z\nz ::= \"\"" }), "cannot"),
         (json!({ "json_schema": { "type": "string", "pattern": "^((a{0,2000}){0,2000}){0,2000}$" } }), "cannot"),
+        // The same behind more than a token of text, and what doubles with each token.
+        (json!({ "grammar": "root ::= \"zqxjkvbwpzqxjkvbwp\" x\nx ::= y x\ny ::= z\nz ::= \"\"" }), "cannot"),
+        (
+            json!({ "grammar": "root ::= \"zqxjkvbwpzqxjkvbwp\" r\nr ::= ws r \"+\" \"b\" | \"b\"\nws ::= \" \"*" }),
+            "cannot",
+        ),
+        (json!({ "grammar": "root ::= x\nx ::= \"a\" x \"b\" | \"a\" x \"c\" | \"a\"" }), "cannot"),
+        (json!({ "json_schema": doubles }), "cannot"),
     ] {
         let answer = ask(more.clone()).await;
         assert!(answer.status == 400 && answer.text.contains(says), "{more}: {} {}", answer.status, answer.text);
         let param = answer.json()["error"]["param"].as_str().unwrap().to_owned();
         assert!(more.get(&param).is_some(), "{more}: {}", answer.text);
     }
+    assert_eq!(sarai.worker_pids().await, workers, "the same worker");
     let body = json!({ "model": "coder", "messages": [{ "role": "user", "content": "Hi" }], "format": missing });
     let answer = sarai.post("/api/chat", body.to_string()).await;
     assert!(answer.status == 400 && answer.text.contains("grammar of `format`"), "{}", answer.text);
