@@ -187,6 +187,19 @@ def pids(url):
         return {model["name"]: model["sarai"]["pid"] for model in json.load(answer)["models"]}
 
 
+def has_form(body, answer):
+    """Whether an answer that ended by itself is JSON, where that was asked for."""
+    wanted = "json_schema" in body or body.get("response_format", {}).get("type", "text") != "text"
+    choice = answer.get("choices", [{}])[0]
+    if not wanted or choice.get("finish_reason") != "stop" or body.get("tools"):
+        return True
+    try:
+        json.loads(choice["message"]["content"])
+    except ValueError:
+        return False
+    return True
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("binary")
@@ -212,7 +225,7 @@ def main():
                 died = [name for name, pid in before.items() if after.get(name) != pid]
                 before |= after
                 counts[kind, status] = counts.get((kind, status), 0) + 1
-                says = status == 200 or (status == 400 and bool(answer["error"]["message"]))
+                says = (status == 200 and has_form(body, answer)) or (status == 400 and bool(answer["error"]["message"]))
                 if not says or died or process.poll() is not None:
                     with open("fuzz-failure.json", "w") as file:
                         json.dump(body, file)

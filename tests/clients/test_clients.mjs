@@ -125,10 +125,12 @@ test("OpenAI: tools, whole and streamed", async () => {
 });
 
 test("OpenAI: an answer parsed by zod, and vectors", async () => {
-  const form = z.object({ colours: z.array(z.string()).max(3), sure: z.boolean() });
+  const form = z.object({ colours: z.array(z.string()).max(3), sure: z.boolean(), count: z.number().int() });
   const asked = { model: "coder", messages, response_format: zodResponseFormat(form, "answer"), max_tokens: 100 };
   const answer = await openai.chat.completions.parse(asked);
   assert.equal(typeof answer.choices[0].message.parsed.sure, "boolean");
+  assert.ok(Number.isInteger(answer.choices[0].message.parsed.count));
+  assert.deepEqual(answer.sarai.degraded, []);
   const streamed = await openai.chat.completions.stream(asked).finalChatCompletion();
   assert.equal(typeof streamed.choices[0].message.parsed.sure, "boolean");
   const coded = await openai.embeddings.create({ model: "minilm", input: "A cat.", encoding_format: "base64" });

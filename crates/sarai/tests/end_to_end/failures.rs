@@ -114,7 +114,7 @@ async fn a_worker_killed_before_the_first_token_costs_its_request_nothing() {
     sarai.post("/api/generate", r#"{"model":"lfm2"}"#).await;
     let worker = sarai.worker_pids().await[0];
     // A long prompt: there is time to kill the worker while it computes it.
-    let body = chat("lfm2", &"word ".repeat(3000), json!({ "stream": true, "max_tokens": 4 }));
+    let body = chat("lfm2", &"word ".repeat(1200), json!({ "stream": true, "max_tokens": 4 }));
     let asked = tokio::spawn(sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body).send());
     sarai.until("it computes", |ps| ps["workers"][0]["busy"] == 1).await;
     kill(worker);

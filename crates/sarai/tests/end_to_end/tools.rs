@@ -144,6 +144,11 @@ async fn arguments_of_a_call_that_must_be_made_keep_their_schema() {
             .map(str::to_owned)
     };
     assert_eq!((told(true).await.as_deref(), told(false).await), (Some("tools:uniqueItems"), None));
+    let body = chat("coder", "Hi", json!({ "tools": strict(true), "max_tokens": 1 }));
+    let url = format!("{}/v1/chat/completions", sarai.url);
+    let refused = sarai.client.post(url).header("x-sarai-strict", "true").body(body).send().await.unwrap();
+    let refused = Answer::of(refused).await;
+    assert!(refused.status == 503 && refused.text.contains("tools:uniqueItems"), "{}", refused.text);
     let broken = json!({ "type": "object", "properties": { "x": { "$ref": "#/nowhere" } } });
     let tools = json!([tools[0], { "type": "function", "function": { "name": "f", "parameters": broken } }]);
     let answer = ask(&sarai, json!({ "tools": tools })).await;
