@@ -169,7 +169,7 @@ fn the_log_is_for_people_on_a_terminal() {
 #[test]
 fn run_converses_on_a_terminal_and_remembers_what_was_said() {
     let config =
-        format!("models:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 1024 }}\n", smollm2());
+        format!("models:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 512 }}\n", smollm2());
     let server = Sarai::start(&config);
     let said = on_a_terminal(
         &format!("{BINARY} run lfm2 --url {}", server.url),

@@ -306,12 +306,12 @@ async fn a_returning_prefix_behind_a_sliding_window_changes_no_answer() {
 #[tokio::test]
 async fn a_short_prompt_is_answered_while_a_long_one_is_still_computed() {
     let sarai = Sarai::start(&format!(
-        "models:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 4096, parallel: 2 }}\n",
+        "models:\n  lfm2: {{ backend: gguf_native, gguf_path: {}, context_length: 2048, parallel: 2 }}\n",
         smollm2()
     ));
     sarai.post("/api/generate", r#"{"model":"lfm2"}"#).await;
     let url = format!("{}/v1/chat/completions", sarai.url);
-    let long = chat("lfm2", &"word ".repeat(3000), json!({ "stream": true, "max_tokens": 2 }));
+    let long = chat("lfm2", &"word ".repeat(1600), json!({ "stream": true, "max_tokens": 2 }));
     // Its headers come with its first token.
     let mut long = tokio::spawn(sarai.client.post(url).body(long).send());
     sarai.until("it is computed", |ps| ps["workers"][0]["busy"] == 1).await;
