@@ -190,22 +190,54 @@ pub fn broken_tool(definitions: &str) -> Option<String> {
     })
 }
 
+/// The part of a schema that makes most rules, and how many: what takes too much time or memory is most likely there.
+pub fn heaviest(document: &Value) -> Option<String> {
+    let weight = |schema: &Value| {
+        let properties = schema["properties"].as_object().map_or(0, Map::len) as u64;
+        let counts =
+            ["minItems", "maxItems", "minLength", "maxLength"].map(|keyword| schema[keyword].as_u64().unwrap_or(0));
+        let pattern =
+            schema["pattern"].as_str().map_or(0, |pattern| pattern.matches('{').count() as u64 * MOST_REPEATED);
+        (properties * properties)
+            .max(pattern)
+            .max(counts.into_iter().filter(|count| *count <= MOST_REPEATED).max().unwrap_or(0))
+    };
+    let mut heaviest = (0, None);
+    place_of(document, &mut |place, schema| {
+        let weight = weight(schema);
+        if weight > heaviest.0 {
+            heaviest = (weight, Some(place.to_owned()));
+        }
+        false
+    });
+    heaviest.1
+}
+
+/// The same of the arguments of tools.
+pub fn heaviest_of_tools(definitions: &str) -> Option<String> {
+    let tools: Vec<Value> = serde_json::from_str(definitions).unwrap_or_default();
+    let size = |tool: &Value| tool["function"]["parameters"].to_string().len();
+    let (index, tool) = tools.iter().enumerate().max_by_key(|(_, tool)| size(tool))?;
+    let place = heaviest(&tool["function"]["parameters"])?;
+    Some(format!("`tools[{index}].function.parameters` at {place}"))
+}
+
 /// What llama.cpp says of a schema; of a broken pattern it does not say where that stands.
 fn place_named(document: &Value, said: String) -> String {
     const NAMES: &str = "Invalid pattern ";
     let Some((_, pattern)) = said.split_once(NAMES) else { return said };
-    let is_named = |schema: &Value| schema["pattern"].as_str().is_some_and(|one| pattern.starts_with(one));
-    match place_of(document, &is_named) {
+    let mut is_named = |_: &str, schema: &Value| schema["pattern"].as_str().is_some_and(|one| pattern.starts_with(one));
+    match place_of(document, &mut is_named) {
         Some(place) => format!("JSON schema error at {place}: invalid pattern {pattern}"),
         None => said,
     }
 }
 
 /// Where the first schema of a document stands that is wanted.
-fn place_of(document: &Value, is_wanted: &dyn Fn(&Value) -> bool) -> Option<String> {
+fn place_of(document: &Value, is_wanted: &mut dyn FnMut(&str, &Value) -> bool) -> Option<String> {
     let (mut seen, mut left) = (Vec::new(), vec![("#".to_owned(), document)]);
     while let Some((place, schema)) = left.pop() {
-        if is_wanted(schema) {
+        if is_wanted(&place, schema) {
             return Some(place);
         }
         let Value::Object(fields) = schema else { continue };
@@ -302,6 +334,8 @@ mod tests {
             let said = grammar(&schema.to_string()).unwrap_err();
             assert!(said.contains(place), "{schema}: {said}");
         }
+        let many: Map<_, _> = (0..9).map(|n| (format!("p{n}"), json!({}))).collect();
+        assert_eq!(heaviest(&object(json!({ "properties": many }))).unwrap(), "#/properties/x/items");
         let tool = |part: Value| json!({ "type": "function", "function": { "name": "f", "parameters": object(part) } });
         let tools = json!([tool(json!({})), tool(json!({ "type": "text" }))]);
         let said = broken_tool(&tools.to_string()).unwrap();

@@ -23,7 +23,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_
 use sarai_core::{Error, Format, GenerateRequest, Message, Prompt, Role};
 
 use crate::channel::Incoming;
-use crate::{prompt, sampler};
+use crate::{prompt, sampler, schema};
 
 /// Processor time of a trial; the worker takes a few times as much of it between two steps when the form is used.
 const BUSY: Duration = Duration::from_millis(500);
@@ -69,7 +69,15 @@ impl Ended {
                 return Err(Error::Internal(format!("the grammar of `{param}` could not be tried: send it again")));
             }
         };
-        Err(Error::invalid(param, format!("llama.cpp cannot follow the grammar of `{param}`: {why}")))
+        let place = match (&request.tools, &request.format) {
+            (Some(tools), _) => schema::heaviest_of_tools(&tools.definitions),
+            (None, Format::Schema(schema)) => {
+                serde_json::from_str(schema).ok().and_then(|schema| schema::heaviest(&schema))
+            }
+            _ => None,
+        };
+        let place = place.map(|place| format!(" (most of it is {place})")).unwrap_or_default();
+        Err(Error::invalid(param, format!("llama.cpp cannot follow the grammar of `{param}`{place}: {why}")))
     }
 }
 
@@ -231,7 +239,7 @@ fn allowed(sampler: &mut LlamaSampler, tokens: impl Iterator<Item = LlamaToken>)
 }
 
 /// Begins an answer that a grammar allows, for as long as there is time; one that repeats itself where it may, if so wanted. Says whether
-/// each letter takes much longer than those before it.
+/// each letter takes longer than the one before, by far.
 fn grows(sampler: &mut LlamaSampler, letters: &[LlamaToken], repeats: bool, until: Instant) -> bool {
     let (mut last, mut times) = (None, Vec::new());
     while Instant::now() < until {
@@ -248,13 +256,15 @@ fn grows(sampler: &mut LlamaSampler, letters: &[LlamaToken], repeats: bool, unti
         }
         times.push(busy().saturating_sub(began));
     }
-    let whole: Duration = times.iter().sum();
-    times.len() >= FEW_LETTERS && times.last().is_some_and(|last| *last > whole / 3 && *last > A_LONG_TIME)
+    let last = &times[times.len().saturating_sub(FEW_LETTERS)..];
+    let is_more = |pair: &[Duration]| pair[1] > pair[0].mul_f64(MORE);
+    last.len() == FEW_LETTERS && last.windows(2).all(is_more) && last[FEW_LETTERS - 1] > A_LONG_TIME
 }
 
-/// What doubles takes half of all time for the last of so many letters, if that is long at all.
-const FEW_LETTERS: usize = 6;
-const A_LONG_TIME: Duration = Duration::from_millis(5);
+/// What doubles with each letter has done so for so many of them, and takes long by then; a single one may well take longer.
+const FEW_LETTERS: usize = 5;
+const MORE: f64 = 1.4;
+const A_LONG_TIME: Duration = Duration::from_millis(3);
 
 /// Processor time of this thread.
 fn busy() -> Duration {

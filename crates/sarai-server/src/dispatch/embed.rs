@@ -30,11 +30,9 @@ impl Dispatch {
     ) -> Result<(Served, Embedded), Error> {
         let arrived = Instant::now();
         self.read_files(model).await;
-        join_all(model.deployments.iter().filter_map(host_of).map(|host| self.health.measure(host))).await;
         let is_open = |deployment: &&Deployment| host_of(deployment).is_some_and(|host| self.health.is_open(host));
         let mut left: Vec<&Deployment> = model.deployments.iter().collect();
-        let is_far = |deployment: &Deployment| host_of(deployment).is_some_and(|host| self.health.of(host).is_far);
-        left.sort_by_key(|deployment| (is_open(deployment), is_far(deployment)));
+        left.sort_by_key(is_open);
         let mut attempts: Vec<Attempt> = Vec::new();
         while !left.is_empty() {
             let lost = lost(left[0], parsed);
@@ -86,6 +84,12 @@ impl Dispatch {
         if host.api == Api::Ollama && parsed.request.inputs.iter().any(|input| matches!(input, Input::Tokens(_))) {
             return (0, Err(unavailable("Ollama takes texts, and no tokens")));
         }
+        join_all(
+            left.iter()
+                .filter_map(|one| host_of(one))
+                .map_while(|one| (one.priority == host.priority).then(|| self.health.measure(one))),
+        )
+        .await;
         if let Some(error) = too_far(model, host, &self.health) {
             return (0, Err(error));
         }

@@ -40,7 +40,8 @@ pub async fn open(
         opened = &mut asked => return Hedged::Host(opened),
         () = worker_is_free => {}
     }
-    tracing::info!(deployment = candidate.label(), after = ?began.elapsed(), "late: the worker is asked as well");
+    let late = began.elapsed();
+    tracing::info!(deployment = candidate.label(), after = ?late, "late: the worker is asked as well");
     let mut also = Box::pin(attempt::open(dispatch, worker, request, None));
     tokio::select! {
         opened = &mut asked => match opened {
@@ -56,7 +57,8 @@ pub async fn open(
             Ok(events) => {
                 // Before its breaker hears of it, it is cancelled.
                 drop(asked);
-                let cause = RemoteCause::Late { seconds: began.elapsed().as_secs() };
+                // How long the worker then took is not its matter.
+                let cause = RemoteCause::Late { seconds: late.as_secs() };
                 let late = Error::Remote { host: remote.url.clone(), cause };
                 // What is seen counts for a while only: a load may take longer.
                 if known.loads() || dispatch.health.of(remote).loads() {

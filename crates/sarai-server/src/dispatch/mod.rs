@@ -198,17 +198,10 @@ impl Dispatch {
         spread(&mut left, &ask.request, &self.health);
         loop {
             let found = match ask.ticket.aside(self.wait_for_place_or_worker(ask, &left)).await {
-                Waited::Worker(worker, events) => {
-                    let seconds = ask.arrived.elapsed().as_secs();
-                    let reason =
-                        format!("all places at its hosts were taken for {seconds} s, and its worker was faster");
-                    for candidate in left.iter().filter(|one| !one.is_left_alone(&self.health)) {
-                        let (model, reason) = (candidate.model.name.clone(), reason.clone());
-                        ask.note(candidate, Error::Unavailable { model, reason });
-                    }
-                    let events = self.begin(ask, &worker, Ok(events)).await?;
-                    return Ok(Some(ask.begun(&worker, events)));
-                }
+                Waited::Worker(worker, events) => match self.answer_of_worker(ask, &left, &worker, events).await? {
+                    None => continue,
+                    answer => return Ok(answer),
+                },
                 Waited::Place(found) => found,
             };
             let Some((deadline, found)) = found else { break };
@@ -277,6 +270,34 @@ impl Dispatch {
         }
     }
 
+    /// The answer of a worker that was faster than all hosts had a place; none if it breaks off before its client has any of it.
+    async fn answer_of_worker(
+        &self,
+        ask: &mut Ask<'_>,
+        left: &[Candidate],
+        worker: &Candidate,
+        events: EventStream,
+    ) -> Result<Option<Answer>, Error> {
+        let seconds = ask.arrived.elapsed().as_secs();
+        match self.begin(ask, worker, Ok(events)).await {
+            Ok(events) => {
+                let reason = format!("all places at its hosts were taken for {seconds} s, and its worker was faster");
+                for candidate in left.iter().filter(|one| !one.is_left_alone(&self.health)) {
+                    let (model, reason) = (candidate.model.name.clone(), reason.clone());
+                    ask.note(candidate, Error::Unavailable { model, reason });
+                }
+                Ok(Some(ask.begun(worker, events)))
+            }
+            Err(error) if error.may_succeed_elsewhere() => {
+                ask.note(worker, error);
+                // It has its own turn yet.
+                ask.worker = None;
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// Waits for a place; once it is waited for as long as it is usual for the host to answer, the model's own worker is asked as well, if
     /// nobody else has to go for it. The first one counts: a place, or the worker's first token.
     async fn wait_for_place_or_worker(&self, ask: &Ask<'_>, left: &[Candidate]) -> Waited {
@@ -285,25 +306,40 @@ impl Dispatch {
             return Waited::Place(found);
         }
         let worker = ask.worker.as_ref().filter(|worker| is_allowed(worker, ask.manner.strict));
-        let (Some(worker), Some(remote)) = (worker, left.iter().find_map(Candidate::remote)) else {
-            return Waited::Place(place.await);
-        };
-        let asked = async {
-            let (expected, known) = candidates::expected(&self.health, remote, &ask.request);
-            sleep_until(ask.arrived + known.pace.late(expected)).await;
+        let Some(worker) = worker else { return Waited::Place(place.await) };
+        let late = left.iter().filter(|one| !one.is_left_alone(&self.health)).filter_map(|one| {
+            let (expected, known) = candidates::expected(&self.health, one.remote()?, &ask.request);
+            Some(known.pace.late(expected))
+        });
+        let late = late.min().unwrap_or_default();
+        let worker_is_free = async {
+            sleep_until(ask.arrived + late).await;
             warm::until_free(self, worker, ask.request.residence).await;
-            attempt::open(self, worker, &ask.request, None).await
         };
         tokio::select! {
             biased;
-            found = &mut place => Waited::Place(found),
-            opened = asked => match opened {
-                Ok(events) => Waited::Worker(worker.clone(), events),
-                Err(error) => {
-                    tracing::info!(deployment = worker.label(), %error, "the worker cannot");
-                    Waited::Place(place.await)
-                }
+            found = &mut place => return Waited::Place(found),
+            () = worker_is_free => {}
+        }
+        let mut asked = pin!(attempt::open(self, worker, &ask.request, None));
+        let (opened, found) = tokio::select! {
+            biased;
+            found = &mut place => match found {
+                Some((_, Some(_))) => return Waited::Place(found),
+                // Nobody has one in time: the worker is the next, and has begun.
+                nobody => (asked.await, Some(nobody)),
             },
+            opened = &mut asked => (opened, None),
+        };
+        match (opened, found) {
+            (Ok(events), _) => Waited::Worker(worker.clone(), events),
+            (Err(error), found) => {
+                tracing::info!(deployment = worker.label(), %error, "the worker cannot");
+                match found {
+                    Some(nobody) => Waited::Place(nobody),
+                    None => Waited::Place(place.await),
+                }
+            }
         }
     }
 

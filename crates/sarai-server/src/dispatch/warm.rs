@@ -54,8 +54,7 @@ async fn is_free(dispatch: &Dispatch, worker: &Candidate, residence: Residence) 
     let Some((engine, context_tokens)) = worker.deployment().engine() else { return false };
     let Ok(want) = dispatch.want(engine, context_tokens, residence).await else { return false };
     let Some(what_if) = dispatch.pool.what_if(engine, want).await else { return false };
-    what_if.effects.iter().any(|effect| matches!(effect, Effect::Grant(id, _) if *id == engine))
-        && !what_if.effects.iter().any(|effect| matches!(effect, Effect::Stop(_) | Effect::Resize(..)))
+    what_if.is_granted && !what_if.effects.iter().any(|effect| matches!(effect, Effect::Stop(_) | Effect::Resize(..)))
 }
 
 /// Whether it is not loaded, and can be with nobody else going for it.

@@ -97,8 +97,9 @@ impl Host {
     }
 
     /// A look has ended, whatever it has shown.
-    pub fn has_been_looked_at(&mut self) {
+    pub fn has_been_looked_at(&mut self, now: Instant) {
         self.is_looked_at = false;
+        self.looked = Some(now);
     }
 
     /// Whether its distance is not known, and a look is under way or due that may tell it.

@@ -452,7 +452,7 @@ impl Table {
         tokio::spawn(async move {
             let _ = timeout(LOOK_WITHIN, table.look(&remote)).await;
             if let Some(host) = table.lock().hosts.get_mut(&remote.url) {
-                host.has_been_looked_at();
+                host.has_been_looked_at(Instant::now());
             }
             table.looks.send_modify(|count| *count += 1);
         });

@@ -151,8 +151,8 @@ impl Pace {
         match is_known {
             // A host that has become slower is given longer each time, and has its turn again.
             true => {
-                let usual = self.usual(expected).max(Duration::from_secs_f64(self.gave_up));
-                (usual * LATE_FACTOR).max(SHORTEST_LATE)
+                let slower = Duration::from_secs_f64(self.gave_up).min(LATE_UNKNOWN);
+                (self.usual(expected).max(slower) * LATE_FACTOR).max(SHORTEST_LATE)
             }
             false => LATE_UNKNOWN,
         }

@@ -89,6 +89,8 @@ pub struct WhatIf {
     pub effects: Vec<Effect>,
     /// What they are for.
     pub decisions: Vec<Decision>,
+    /// Whether it would be granted.
+    pub is_granted: bool,
     /// What would be free then.
     pub free: Bytes,
 }

@@ -492,7 +492,8 @@ impl Owner {
         let decisions = ledger.decisions().take_while(|decision| Some(*decision) != before.as_ref()).cloned();
         let mut decisions: Vec<_> = decisions.collect();
         decisions.reverse();
-        WhatIf { effects, decisions, free: ledger.free() }
+        let is_granted = effects.contains(&Effect::Grant(engine, ticket));
+        WhatIf { effects, decisions, is_granted, free: ledger.free() }
     }
 }
 

@@ -372,8 +372,9 @@ async fn answers_go_on_while_forms_that_cannot_be_followed_are_tried() {
     story.next().await.unwrap().unwrap();
     let workers = sarai.worker_pids().await;
     let tool = |schema: &Value| json!([{ "type": "function", "function": { "name": "f", "parameters": schema } }]);
+    let inner = json!({ "type": "object", "properties": { "x": options(3_000) } });
     for (more, param) in [
-        (json!({ "json_schema": options(3_000) }), "json_schema"),
+        (json!({ "json_schema": inner }), "json_schema"),
         (json!({ "json_schema": options(10_000) }), "json_schema"),
         (json!({ "tools": tool(&options(3_000)), "tool_choice": "required" }), "tools"),
         (json!({ "grammar": "root ::= (((\"a\"{0,2000}){0,2000}){0,2000}){0,2000}" }), "grammar"),
@@ -394,6 +395,8 @@ async fn answers_go_on_while_forms_that_cannot_be_followed_are_tried() {
             };
             let error = &answer.json()["error"];
             assert_eq!((answer.status, error["param"].as_str()), (400, Some(param)), "{}", answer.text);
+            let place = if more["json_schema"] == inner { "#/properties/x)" } else { "" };
+            assert!(answer.text.contains(place), "{}", answer.text);
             assert!(is_known || told > 0, "the story stood still beside `{param}`");
         }
     }
