@@ -149,11 +149,15 @@ fn requests_of_both_apis_mean_the_same() {
         .as_bytes(),
     )
     .unwrap();
-    let OllamaRequest::Generate(ollama) = ollama else { panic!("{ollama:?}") };
+    let OllamaRequest::Generate(mut ollama) = ollama else { panic!("{ollama:?}") };
     let mut openai = openai;
     // What stands only there is kept for hosts that speak the same API, and means nothing else.
-    let kept = openai.request.extras.take().unwrap();
-    assert!(kept.needs.is_empty() && kept.degrades.is_empty(), "{kept:?}");
+    for (request, api) in
+        [(&mut openai.request, sarai_core::Api::OpenAi), (&mut ollama.request, sarai_core::Api::Ollama)]
+    {
+        let kept = request.extras.take().unwrap();
+        assert!(kept.api == api && kept.needs.is_empty() && kept.degrades.is_empty(), "{kept:?}");
+    }
     // Each is told of mistakes in its own words.
     let param = std::mem::replace(&mut openai.request.format_param, ollama.request.format_param.clone());
     assert_eq!((&*param, &*ollama.request.format_param), ("response_format", "format"));
