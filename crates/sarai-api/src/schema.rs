@@ -2,9 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use sarai_core::schema::{
-    MOST_ITEMS, MOST_REPEATED, meant, multiples, number_rule, only_part, parts, plain_pattern, target,
-};
+use sarai_core::schema::{MOST_ITEMS, MOST_REPEATED, meant, multiples, number_rule, only_part, plain_pattern, visit};
 use serde_json::{Map, Value};
 
 /// Keywords that are never followed.
@@ -72,19 +70,13 @@ pub fn not_followed_by_calls(definitions: &str) -> Vec<String> {
     found.into_iter().map(|keyword| format!("tools:{keyword}")).collect()
 }
 
-/// Looks at a document's schema, and at all that it refers to.
 fn look_through(document: &Value, found: &mut BTreeSet<String>) {
-    let (mut seen, mut left) = (BTreeSet::new(), vec![document]);
-    while let Some(schema) = left.pop() {
-        let Value::Object(fields) = schema else { continue };
-        look(document, fields, found);
-        left.extend(parts(fields).into_iter().map(|(_, part)| part));
-        if let Some(reference) = fields.get("$ref").and_then(Value::as_str)
-            && seen.insert(reference)
-        {
-            left.extend(target(document, reference));
+    visit(document, |_, schema| {
+        if let Value::Object(fields) = schema {
+            look(document, fields, found);
         }
-    }
+        false
+    });
 }
 
 fn look(document: &Value, fields: &Map<String, Value>, found: &mut BTreeSet<String>) {

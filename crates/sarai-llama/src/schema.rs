@@ -2,7 +2,7 @@
 
 use llama_cpp_4::chat::json_schema_to_grammar;
 use sarai_core::schema::{
-    MOST_ITEMS, MOST_REPEATED, multiples, number_rule, only_part, parts, parts_mut, plain_pattern, target,
+    MOST_ITEMS, MOST_REPEATED, multiples, number_rule, only_part, parts_mut, plain_pattern, target, visit,
 };
 use serde_json::{Map, Value, json};
 
@@ -203,7 +203,7 @@ pub fn heaviest(document: &Value) -> Option<String> {
             .max(counts.into_iter().filter(|count| *count <= MOST_REPEATED).max().unwrap_or(0))
     };
     let mut heaviest = (0, None);
-    place_of(document, &mut |place, schema| {
+    visit(document, |place, schema| {
         let weight = weight(schema);
         if weight > heaviest.0 {
             heaviest = (weight, Some(place.to_owned()));
@@ -226,30 +226,11 @@ pub fn heaviest_of_tools(definitions: &str) -> Option<String> {
 fn place_named(document: &Value, said: String) -> String {
     const NAMES: &str = "Invalid pattern ";
     let Some((_, pattern)) = said.split_once(NAMES) else { return said };
-    let mut is_named = |_: &str, schema: &Value| schema["pattern"].as_str().is_some_and(|one| pattern.starts_with(one));
-    match place_of(document, &mut is_named) {
+    let is_named = |_: &str, schema: &Value| schema["pattern"].as_str().is_some_and(|one| pattern.starts_with(one));
+    match visit(document, is_named) {
         Some(place) => format!("JSON schema error at {place}: invalid pattern {pattern}"),
         None => said,
     }
-}
-
-/// Where the first schema of a document stands that is wanted.
-fn place_of(document: &Value, is_wanted: &mut dyn FnMut(&str, &Value) -> bool) -> Option<String> {
-    let (mut seen, mut left) = (Vec::new(), vec![("#".to_owned(), document)]);
-    while let Some((place, schema)) = left.pop() {
-        if is_wanted(&place, schema) {
-            return Some(place);
-        }
-        let Value::Object(fields) = schema else { continue };
-        left.extend(parts(fields).into_iter().map(|(at, part)| (format!("{place}/{at}"), part)));
-        if let Some(reference) = fields.get("$ref").and_then(Value::as_str)
-            && !seen.contains(&reference)
-        {
-            seen.push(reference);
-            left.extend(target(document, reference).map(|target| (reference.to_owned(), target)));
-        }
-    }
-    None
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ mod parts;
 mod pattern;
 
 pub use number::{multiples, number_rule};
-pub use parts::{meant, only_part, parts, parts_mut, target};
+pub use parts::{meant, only_part, parts_mut, target, visit};
 pub use pattern::plain_pattern;
 
 /// llama.cpp repeats nothing more often.

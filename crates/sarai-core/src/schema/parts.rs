@@ -1,5 +1,7 @@
 //! Where a schema holds others.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value};
 
 /// How a keyword holds schemas.
@@ -20,8 +22,7 @@ fn holds(keyword: &str, value: &Value) -> Holds {
 }
 
 /// The schemas that a schema holds, and where; not those that it only defines.
-#[must_use]
-pub fn parts(schema: &Map<String, Value>) -> Vec<(String, &Value)> {
+fn parts(schema: &Map<String, Value>) -> Vec<(String, &Value)> {
     let mut parts = Vec::new();
     for (keyword, value) in schema {
         match holds(keyword, value) {
@@ -52,6 +53,25 @@ pub fn parts_mut(schema: &mut Map<String, Value>) -> Vec<&mut Value> {
         }
     }
     parts
+}
+
+/// Visits a document's schema, all that it holds, and all that it refers to, each with its place, until a visit says that it was the
+/// one looked for; returns that one's place.
+pub fn visit(document: &Value, mut is_it: impl FnMut(&str, &Value) -> bool) -> Option<String> {
+    let (mut seen, mut left) = (BTreeSet::new(), vec![("#".to_owned(), document)]);
+    while let Some((place, schema)) = left.pop() {
+        if is_it(&place, schema) {
+            return Some(place);
+        }
+        let Value::Object(fields) = schema else { continue };
+        left.extend(parts(fields).into_iter().map(|(at, part)| (format!("{place}/{at}"), part)));
+        if let Some(reference) = fields.get("$ref").and_then(Value::as_str)
+            && seen.insert(reference)
+        {
+            left.extend(target(document, reference).map(|target| (reference.to_owned(), target)));
+        }
+    }
+    None
 }
 
 /// What a `$ref` means within its document; nothing if it points elsewhere, or at nothing.

@@ -84,12 +84,8 @@ impl Dispatch {
         if host.api == Api::Ollama && parsed.request.inputs.iter().any(|input| matches!(input, Input::Tokens(_))) {
             return (0, Err(unavailable("Ollama takes texts, and no tokens")));
         }
-        join_all(
-            left.iter()
-                .filter_map(|one| host_of(one))
-                .map_while(|one| (one.priority == host.priority).then(|| self.health.measure(one))),
-        )
-        .await;
+        let alike = left.iter().filter_map(|one| host_of(one)).filter(|one| one.priority == host.priority);
+        join_all(alike.map(|one| self.health.measure(one))).await;
         if let Some(error) = too_far(model, host, &self.health) {
             return (0, Err(error));
         }
