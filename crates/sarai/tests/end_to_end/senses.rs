@@ -1,12 +1,9 @@
 //! Pictures and sound, on small models of the true architectures (`scripts/sensing_models.py`): fitted ones that name what they sense, and
 //! random ones whose answers are those of llama.cpp's own server.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use crate::support::host::{Host, openai};
 use crate::support::media::{BLUE, GREEN, RED, audio_part, base64, image_part, picture, png, text_part, wav};
-use crate::support::{Ollama, Sarai, chat, sketch, smollm2};
+use crate::support::{Ollama, Reading, Sarai, chat, sketch, smollm2};
 use futures_util::future::join_all;
 use image::ImageFormat;
 use serde_json::{Value, json};
@@ -231,6 +228,17 @@ async fn a_picture_that_is_forgotten_while_its_prompt_waits_is_encoded_all_the_s
     assert_eq!(ask("three", images, 16_000).await, "green");
 }
 
+/// Tokens of a story.
+const STORY: usize = 1200;
+
+/// A long answer of `omni`.
+async fn story(sarai: &Sarai) -> Reading {
+    let more =
+        json!({ "stream": true, "max_tokens": STORY, "ignore_eos": true, "stream_options": { "include_usage": true } });
+    let body = body("omni", &[text_part("A story")], more);
+    Reading::begin(sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(body)).await
+}
+
 #[tokio::test]
 async fn what_cannot_be_read_is_refused_with_its_field_and_hurts_nobody() {
     let sarai = Sarai::start(&models("fitted", ""));
@@ -240,23 +248,7 @@ async fn what_cannot_be_read_is_refused_with_its_field_and_hurts_nobody() {
     let good = png(64, 64, RED);
     let mut claims = good.clone();
     claims[16..24].copy_from_slice(&[0, 1, 0, 0, 0, 1, 0, 0]);
-    // Beside all of it, a story of the same worker goes on.
-    let endless =
-        json!({ "stream": true, "max_tokens": 1200, "ignore_eos": true, "stream_options": { "include_usage": true } });
-    let endless = body("omni", &[text_part("A story")], endless);
-    let story = sarai.client.post(format!("{}/v1/chat/completions", sarai.url)).body(endless).send().await.unwrap();
-    let told = Arc::new(AtomicUsize::new(0));
-    let story = tokio::spawn({
-        let told = Arc::clone(&told);
-        async move {
-            let (mut story, mut said) = (story, String::new());
-            while let Some(piece) = story.chunk().await.unwrap() {
-                said.push_str(std::str::from_utf8(&piece).unwrap());
-                told.fetch_add(1, Ordering::SeqCst);
-            }
-            said
-        }
-    });
+    let beside_all = story(&sarai).await;
     let picture = |bytes: &[u8]| image_part(bytes);
     let url = |url: &str| json!({ "type": "image_url", "image_url": { "url": url } });
     for (part, says) in [
@@ -300,13 +292,18 @@ async fn what_cannot_be_read_is_refused_with_its_field_and_hurts_nobody() {
         assert_eq!(text(&answer(&sarai, "omni", &[part]).await), "red");
     }
     answer(&sarai, "omni", &[audio_part(&wav(300.0, 0.00007, 16_000))]).await;
-    let before = told.load(Ordering::SeqCst);
+    // One that has just begun: the first may have come to its end by now.
+    let later = story(&sarai).await;
+    let before = later.events();
     assert_eq!(text(&answer(&sarai, "omni", &[image_part(&profile_bomb())]).await), "red");
-    assert!(told.load(Ordering::SeqCst) > before, "the story stood still beside half a gigabyte");
+    assert!(later.events() > before, "the story stood still beside half a gigabyte");
     // A text that writes what stands for pictures elsewhere is a text.
     answer(&sarai, "omni", &[text_part("<__media__> <|image_pad|> <start_of_image>"), red]).await;
-    let story = story.await.unwrap();
-    assert!(story.contains("\"completion_tokens\":1200") && story.ends_with("data: [DONE]\n\n"), "{story}");
+    for story in [beside_all, later] {
+        let text = story.text().await;
+        let count = format!("\"completion_tokens\":{STORY}");
+        assert!(text.contains(&count) && text.ends_with("data: [DONE]\n\n"), "{text}");
+    }
     assert_eq!(sarai.worker_pids().await, workers, "the worker is the same");
 }
 

@@ -16,10 +16,13 @@ pub mod media;
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use serde_json::Value;
+use tokio::task::JoinHandle;
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_sarai");
 
@@ -191,12 +194,12 @@ impl Answer {
         self.headers.get(name).map(|value| value.to_str().unwrap())
     }
 
-    /// The JSON of every SSE event, `[DONE]` left out.
     /// The text of a stream of OpenAI's chat.
     pub fn said(&self) -> String {
         self.sse().iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect()
     }
 
+    /// The JSON of every SSE event, `[DONE]` left out.
     pub fn sse(&self) -> Vec<Value> {
         let data = self.text.lines().filter_map(|line| line.strip_prefix("data: "));
         data.filter(|data| *data != "[DONE]").map(|data| serde_json::from_str(data).unwrap()).collect()
@@ -204,6 +207,41 @@ impl Answer {
 
     pub fn lines(&self) -> Vec<Value> {
         self.text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+/// A stream that is read while other things are asked.
+pub struct Reading {
+    events: Arc<AtomicUsize>,
+    text: JoinHandle<String>,
+}
+
+impl Reading {
+    /// Its first event has come when this returns.
+    pub async fn begin(request: reqwest::RequestBuilder) -> Self {
+        let mut response = request.send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        let mut text = String::from_utf8(response.chunk().await.unwrap().unwrap().to_vec()).unwrap();
+        let events = Arc::new(AtomicUsize::new(1));
+        let count = Arc::clone(&events);
+        let text = tokio::spawn(async move {
+            while let Some(piece) = response.chunk().await.unwrap() {
+                text.push_str(std::str::from_utf8(&piece).unwrap());
+                count.store(text.matches("data: {").count(), Ordering::SeqCst);
+            }
+            text
+        });
+        Self { events, text }
+    }
+
+    /// How many have come.
+    pub fn events(&self) -> usize {
+        self.events.load(Ordering::SeqCst)
+    }
+
+    /// All of it, once it has ended.
+    pub async fn text(self) -> String {
+        self.text.await.unwrap()
     }
 }
 
