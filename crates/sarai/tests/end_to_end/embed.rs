@@ -18,6 +18,9 @@ struct Reference {
     text: String,
     tokens: u64,
     vector: Vec<f64>,
+    /// Of the first and the last token alone.
+    first: Vec<f64>,
+    last: Vec<f64>,
 }
 
 /// Of the original weights, computed by `scripts/minilm_reference.py`.
@@ -27,6 +30,8 @@ fn references() -> Vec<Reference> {
         text: row["text"].as_str().unwrap().to_owned(),
         tokens: row["tokens"].as_u64().unwrap(),
         vector: numbers(&row["vector"]),
+        first: numbers(&row["first"]),
+        last: numbers(&row["last"]),
     };
     rows.iter().map(read).collect()
 }
@@ -72,6 +77,43 @@ async fn vectors_are_those_of_the_original_alone_together_and_in_company() {
             assert_eq!(row["index"], index);
             let wanted = &references[index % references.len()].vector;
             assert!(cosine(&numbers(&row["embedding"]), wanted) >= 0.999, "{index}");
+        }
+    }
+}
+
+/// MiniLM whose header says that it pools in another way.
+fn pooled_otherwise(folder: &std::path::Path, name: &str, pooling: u32) -> String {
+    const KEY: &[u8] = b"bert.pooling_type";
+    let mut bytes = std::fs::read(minilm()).unwrap();
+    let key = bytes.windows(KEY.len()).position(|window| window == KEY).unwrap();
+    // The type of the value stands between.
+    let value = key + KEY.len() + 4;
+    bytes[value..value + 4].copy_from_slice(&pooling.to_le_bytes());
+    let path = folder.join(name);
+    std::fs::write(&path, bytes).unwrap();
+    path.display().to_string()
+}
+
+#[tokio::test]
+async fn tokens_are_pooled_as_the_header_says() {
+    let folder = tempfile::tempdir().unwrap();
+    // As llama.cpp numbers them.
+    let models: String = [("first", 2), ("last", 3)]
+        .map(|(name, pooling)| {
+            let file = pooled_otherwise(folder.path(), name, pooling);
+            format!("  {name}: {{ backend: gguf_native, gguf_path: {file}, role: embedding }}\n")
+        })
+        .concat();
+    let sarai = Sarai::start(&format!("models:\n{models}"));
+    let references = references();
+    let texts: Vec<_> = references.iter().map(|reference| reference.text.clone()).collect();
+    for name in ["first", "last"] {
+        let all = embed(&sarai, json!({ "model": name, "input": texts })).await;
+        for (row, reference) in all["data"].as_array().unwrap().iter().zip(&references) {
+            let wanted = if name == "first" { &reference.first } else { &reference.last };
+            let (vector, text) = (numbers(&row["embedding"]), &reference.text);
+            let (close, mean) = (cosine(&vector, wanted), cosine(wanted, &reference.vector));
+            assert!(close >= 0.999 && mean < 0.99, "{name}: {close}, the mean is {mean}, for {text:?}");
         }
     }
 }
