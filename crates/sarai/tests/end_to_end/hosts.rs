@@ -5,24 +5,10 @@ use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::host::{Host, Step, last_line, line, ok, ollama, openai};
+use crate::support::host::{Host, Step, last_line, line, ok, ollama, on_host, openai, served_by, with_worker};
 use crate::support::{Answer, Ollama, Sarai, chat, smollm2};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
-
-fn served_by(answer: &Answer) -> &str {
-    answer.header("x-sarai-served-by").unwrap()
-}
-
-/// `solar` on one host, whatever else is said of it.
-fn on_host(url: &str, more: &str) -> String {
-    format!("models:\n  solar:\n    backend: ollama_http\n    url: \"{url}\"\n    model_name: m\n{more}")
-}
-
-/// With a worker of this file as its fallback.
-fn with_worker(more: &str) -> String {
-    format!("    fallback: gguf_native\n    gguf_path: {}\n    context_length: 1024\n{more}", smollm2())
-}
 
 async fn ask(sarai: &Sarai, more: Value) -> Answer {
     sarai.post("/v1/chat/completions", chat("solar", "Hello.", more)).await
@@ -211,88 +197,6 @@ async fn a_connection_that_ends_without_a_word_is_tried_once_more_and_a_cluster_
         let answer = ask(&Sarai::start(&on_host(&never.url, more)), json!({})).await;
         assert_eq!((answer.status, never.asked().len()), (502, times), "{}", answer.text);
         assert_eq!(answer.json()["error"]["code"], "cut");
-    }
-}
-
-#[tokio::test]
-async fn hosts_share_the_load_by_their_weights_and_those_of_a_higher_priority_stand_by() {
-    let hosts: Vec<_> = (0..3).map(|_| Host::start(|_, _| ollama(&["yes"]))).collect();
-    let urls = format!(
-        "[{{ url: \"{}\", weight: 3 }}, \"{}\", {{ url: \"{}\", priority: 1 }}]",
-        hosts[0].url, hosts[1].url, hosts[2].url
-    );
-    let config = format!("models:\n  solar: {{ backend: ollama_http, urls: {urls}, model_name: m }}\n");
-    let sarai = Sarai::start(&config);
-    for n in 0..120 {
-        let answer = sarai.post("/v1/chat/completions", chat("solar", &format!("conversation {n}"), json!({}))).await;
-        assert_eq!(answer.status, 200, "{}", answer.text);
-    }
-    let counts: Vec<_> = hosts.iter().map(|host| host.asked().len()).collect();
-    assert!(counts[0] > counts[1] && counts[1] > 5 && counts[2] == 0, "{counts:?}");
-}
-
-#[tokio::test]
-async fn a_model_is_asked_where_it_is_loaded() {
-    let (a, b) = (Ollama::start(), Ollama::start());
-    let load = json!({ "model": "solar", "stream": false }).to_string();
-    let sarai =
-        Sarai::start(&format!("models:\n  solar: {{ backend: ollama_http, urls: [\"{}\", \"{}\"] }}\n", a.url, b.url));
-    let loaded = sarai.client.post(format!("{}/api/generate", b.url)).body(load).send().await.unwrap();
-    assert_eq!(loaded.status(), 200);
-    let is_seen = |ps: &Value| ps["models"][0]["deployments"].as_array().unwrap().iter().any(|d| d["loaded"] == true);
-    let began = Instant::now();
-    // A host is looked at when it is used; until then by what it was seen at when the server started.
-    while !is_seen(&sarai.ps().await) {
-        assert!(began.elapsed() < Duration::from_secs(20), "never seen");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    for n in 0..4 {
-        let answer =
-            sarai.post("/v1/chat/completions", chat("solar", &format!("{n}"), json!({ "max_tokens": 2 }))).await;
-        assert_eq!(served_by(&answer), format!("solar@ollama_http(127.0.0.1:{})", b.port));
-    }
-}
-
-/// Passes bytes on to a host, each direction late.
-fn far_away(to: &str, late: Duration) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let to = to.strip_prefix("http://").unwrap().to_owned();
-    let pass = move |mut from: TcpStream, mut to: TcpStream| {
-        std::thread::spawn(move || {
-            let mut buffer = [0; 65536];
-            while let Ok(read @ 1..) = from.read(&mut buffer) {
-                std::thread::sleep(late);
-                if to.write_all(&buffer[..read]).is_err() {
-                    break;
-                }
-            }
-            let _ = to.shutdown(std::net::Shutdown::Write);
-        });
-    };
-    std::thread::spawn(move || {
-        for socket in listener.incoming().map_while(Result::ok) {
-            let Ok(host) = TcpStream::connect(&to) else { continue };
-            pass(socket.try_clone().unwrap(), host.try_clone().unwrap());
-            pass(host, socket);
-        }
-    });
-    url
-}
-
-#[tokio::test]
-async fn a_host_beyond_the_local_network_is_used_only_where_that_is_configured() {
-    let ollama = Ollama::start();
-    let far = far_away(&ollama.url, Duration::from_millis(25));
-    for wan in [false, true] {
-        let config =
-            on_host(&far, &with_worker(&format!("    wan: {wan}\n"))).replace("model_name: m", "model_name: solar");
-        let sarai = Sarai::start(&config);
-        // The first request finds nothing measured yet.
-        let answer = ask(&sarai, json!({ "max_tokens": 2 })).await;
-        assert_eq!((answer.status, served_by(&answer).contains("ollama_http")), (200, wan), "{:?}", answer.headers);
-        let reason = answer.header("x-sarai-fallback-reason").unwrap_or_default();
-        assert_eq!(reason.contains("beyond the local network"), !wan, "{reason}");
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::support::host::{Host, Step, last_line, line, ok, ollama};
+use crate::support::host::{Host, Step, last_line, line, ok, ollama, served_by};
 use crate::support::{Answer, Ollama, Sarai, chat, minilm, qwen, smollm2};
 use serde_json::{Value, json};
 
@@ -22,10 +22,6 @@ async fn ask(sarai: &Sarai, more: Value) -> Answer {
     let mut all = json!({ "max_tokens": 2 });
     all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     sarai.post("/v1/chat/completions", chat("solar", "Hello.", all)).await
-}
-
-fn served_by(answer: &Answer) -> &str {
-    answer.header("x-sarai-served-by").unwrap_or_default()
 }
 
 /// Answers with this status and body.

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::TcpListener;
 
+use crate::support::host::served_by;
 use crate::support::{Answer, Ollama, Sarai, chat, smollm2};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
@@ -20,10 +21,6 @@ fn ollama_body(stream: bool, n: u32) -> Value {
         "model": "solar", "stream": stream, "messages": [{ "role": "user", "content": "Name three colours." }],
         "options": { "temperature": 0, "seed": 7, "num_predict": n, "num_ctx": 2048 },
     })
-}
-
-fn served_by(answer: &Answer) -> &str {
-    answer.header("x-sarai-served-by").unwrap()
 }
 
 #[tokio::test]
@@ -411,10 +408,17 @@ async fn a_server_of_openais_api_is_a_host_too() {
 #[tokio::test]
 async fn the_fallback_of_a_host_that_is_away_is_loaded_before_it_is_asked_for() {
     let (url, file) = (Ollama::unreachable(), smollm2());
-    let sarai = Sarai::start(&format!(
-        "models:\n  bare: {{ backend: ollama_http, url: \"{url}\", model_name: m }}\n  solar: {{ backend: ollama_http, fallback: gguf_native, url: \"{url}\", model_name: m, gguf_path: {file} }}\n"
-    ));
-    // The other model on the same host has no fallback of its own, so nothing but the breaker asks for the file.
-    assert_eq!(sarai.post("/v1/chat/completions", chat("bare", "Hi", json!({}))).await.status, 502);
-    sarai.until("it is warm", |ps| ps["workers"].as_array().unwrap().len() == 1).await;
+    let host = |more: &str| format!("{{ backend: ollama_http, url: \"{url}\", model_name: m{more} }}");
+    for others in [
+        format!("  solar: {}\n", host(&format!(", fallback: gguf_native, gguf_path: {file}"))),
+        format!(
+            "  solar: {}\n  tiny: {{ backend: gguf_native, gguf_path: {file} }}\n",
+            host(", fallback_models: [tiny]")
+        ),
+    ] {
+        let sarai = Sarai::start(&format!("models:\n  bare: {}\n{others}", host("")));
+        // The other model on the same host has no fallback of its own, so nothing but the breaker asks for the file.
+        assert_eq!(sarai.post("/v1/chat/completions", chat("bare", "Hi", json!({}))).await.status, 502);
+        sarai.until("it is warm", |ps| ps["workers"].as_array().unwrap().len() == 1).await;
+    }
 }

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::{Answer, smollm2};
+
 /// What it does, one after the other; then it closes the connection.
 #[derive(Clone, Debug)]
 pub enum Step {
@@ -157,4 +159,19 @@ pub fn ollama(texts: &[&str]) -> Vec<Step> {
 pub fn openai(chunks: &[Value]) -> Vec<Step> {
     let events: String = chunks.iter().map(|chunk| format!("data: {chunk}\n\n")).collect();
     vec![Step::Send(format!("{}{events}data: [DONE]\n\n", ok("text/event-stream")))]
+}
+
+/// Who has answered, or nothing.
+pub fn served_by(answer: &Answer) -> &str {
+    answer.header("x-sarai-served-by").unwrap_or_default()
+}
+
+/// `solar` on one host, whatever else is said of it.
+pub fn on_host(url: &str, more: &str) -> String {
+    format!("models:\n  solar:\n    backend: ollama_http\n    url: \"{url}\"\n    model_name: m\n{more}")
+}
+
+/// With a worker of this file as its fallback.
+pub fn with_worker(more: &str) -> String {
+    format!("    fallback: gguf_native\n    gguf_path: {}\n    context_length: 1024\n{more}", smollm2())
 }
