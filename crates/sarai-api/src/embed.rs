@@ -35,7 +35,7 @@ pub struct Parsed {
 
 impl Parsed {
     fn new(model: String, inputs: Vec<Input>) -> Self {
-        let request = EmbedRequest { inputs, query: None, truncate: false };
+        let request = EmbedRequest { inputs, query: None, truncate: false, lane: sarai_core::Lane::default() };
         let (keep_alive, dimensions, top) = (None, None, None);
         Self { model, request, keep_alive, dimensions, is_base64: false, top, returns_documents: false, extras: None }
     }

@@ -16,7 +16,7 @@ pub mod schema;
 pub mod tools;
 pub mod translate;
 
-use sarai_core::{Event, Extra, FinishReason, GenerateRequest, Timings, TokenLogprob, ToolCall, Usage};
+use sarai_core::{Event, Extra, FinishReason, GenerateRequest, Lane, Timings, TokenLogprob, ToolCall, Usage};
 
 /// How the client wants its answer delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +47,17 @@ pub struct Parsed {
     pub others: Vec<GenerateRequest>,
     /// How to deliver it.
     pub delivery: Delivery,
+}
+
+impl Parsed {
+    /// In the lane that stands beside the body, if one does.
+    #[must_use]
+    pub fn in_lane(mut self, lane: Option<Lane>) -> Self {
+        if let Some(lane) = lane {
+            [&mut self.request].into_iter().chain(&mut self.others).for_each(|request| request.lane = lane);
+        }
+        self
+    }
 }
 
 /// What one line of a remote host's stream says.

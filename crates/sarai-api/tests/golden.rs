@@ -191,6 +191,7 @@ fn a_request_to_an_ollama_host_sets_only_what_was_asked_for() {
         think: None,
         logprobs: None,
         residence: sarai_core::Residence::default(),
+        lane: sarai_core::Lane::default(),
         prefill: String::new(),
         given: String::new(),
         extras: None,

@@ -134,8 +134,13 @@ pub enum ToWorker {
         /// The generation.
         id: u64,
     },
-    /// Compute with so many threads from the next step on.
-    Threads(u32),
+    /// From the next step on, this is its share of the cores.
+    Share {
+        /// Threads that it computes with.
+        threads: u32,
+        /// So many times as long as each step took it rests after it; 0 while no other work comes first.
+        rests: u32,
+    },
     /// Hold so many tokens per sequence from now on; sent only while nothing is generated.
     Resize {
         /// Tokens that one sequence can hold.

@@ -159,6 +159,17 @@ pub struct Residence {
     pub keep_alive: Option<KeepAlive>,
 }
 
+/// Who goes first where not all can.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Lane {
+    /// Somebody waits for the answer.
+    #[default]
+    Interactive,
+    /// It may take its time: what interactive requests leave, but never nothing.
+    Bulk,
+}
+
 /// The two APIs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -224,6 +235,9 @@ pub struct GenerateRequest {
     /// How the model is to be resident.
     #[serde(default)]
     pub residence: Residence,
+    /// Whether it may take its time.
+    #[serde(default)]
+    pub lane: Lane,
     /// The beginning of the answer as the client wants it: part of the prompt, and of the text that is not sent again.
     #[serde(default)]
     pub prefill: String,
@@ -258,6 +272,9 @@ pub struct EmbedRequest {
     pub query: Option<String>,
     /// Whether what is too long is cut, and not refused.
     pub truncate: bool,
+    /// Whether they may take their time.
+    #[serde(default)]
+    pub lane: Lane,
 }
 
 impl GenerateRequest {

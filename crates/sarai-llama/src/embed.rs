@@ -3,7 +3,7 @@
 //! Requests take turns, one text each, so that a long list does not keep a short one waiting.
 
 use std::collections::VecDeque;
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::Instant;
 
 use llama_cpp_4::context::LlamaContext;
@@ -14,6 +14,7 @@ use sarai_core::frame::{FromWorker, LoadSpec, Purpose, ToWorker};
 use sarai_core::{EmbedRequest, Error, Event, FinishReason, Input, Timings, Usage};
 
 use crate::channel::{FrameWriter, Incoming};
+use crate::rest::Rest;
 use crate::{log, model};
 
 /// Tokens that one step reads, unless a single text is longer: each token attends to all of a step.
@@ -39,18 +40,33 @@ pub fn serve(
 ) {
     let most = (model::sequence_tokens(spec) as usize).min(spec.context_tokens as usize);
     let reader = Reader { name: &spec.model, model, most, purpose: spec.purpose };
-    let mut jobs = VecDeque::new();
+    let (mut jobs, mut rest) = (VecDeque::new(), Rest::default());
     loop {
-        let command = match jobs.is_empty() {
-            true => commands.recv().map_err(|_| TryRecvError::Disconnected),
-            false => commands.try_recv(),
+        let command = match (jobs.is_empty(), rest.left()) {
+            (true, _) => commands.recv().map_err(|_| TryRecvError::Disconnected),
+            (false, None) => commands.try_recv(),
+            (false, Some(left)) => commands.recv_timeout(left).map_err(|error| match error {
+                RecvTimeoutError::Timeout => TryRecvError::Empty,
+                RecvTimeoutError::Disconnected => TryRecvError::Disconnected,
+            }),
         };
         let outcome = match command {
             Ok(Incoming::Command(ToWorker::Leave)) | Err(TryRecvError::Disconnected) => return,
-            Err(TryRecvError::Empty) => step(&mut context, spec, &mut jobs, frames),
+            Err(TryRecvError::Empty) => {
+                let began = Instant::now();
+                let outcome = step(&mut context, spec, &mut jobs, frames);
+                rest.after(began.elapsed());
+                outcome
+            }
             // It sees and hears nothing.
             Ok(Incoming::Read(_) | Incoming::Tried(..)) => Ok(()),
-            Ok(Incoming::Command(command)) => obey(command, &reader, &mut context, &spec.path, &mut jobs, frames),
+            Ok(Incoming::Command(ToWorker::Share { threads, rests })) => {
+                let threads = i32::try_from(threads.max(1)).unwrap_or(1);
+                context.set_n_threads(threads, threads);
+                rest.set(rests);
+                Ok(())
+            }
+            Ok(Incoming::Command(command)) => obey(command, &reader, &spec.path, &mut jobs, frames),
         };
         if let Err(error) = outcome.and_then(|()| frames.flush()) {
             return log::warn(&format!("the worker ends: {error:#}"));
@@ -61,7 +77,6 @@ pub fn serve(
 fn obey(
     command: ToWorker,
     reader: &Reader<'_>,
-    context: &mut LlamaContext<'_>,
     path: &std::path::Path,
     jobs: &mut VecDeque<Job>,
     frames: &mut FrameWriter,
@@ -72,16 +87,12 @@ fn obey(
             Err(error) => frames.queue(&FromWorker::Failed { id, error })?,
         },
         ToWorker::Cancel { id } => jobs.retain(|job| job.id != id),
-        ToWorker::Threads(threads) => {
-            let threads = i32::try_from(threads.max(1)).unwrap_or(1);
-            context.set_n_threads(threads, threads);
-        }
         ToWorker::Generate { id, .. } => {
             let error = Error::invalid("model", "it makes vectors and does not answer: use a model of role chat");
             frames.queue(&FromWorker::Failed { id, error })?;
         }
         ToWorker::Trim => model::trim(path),
-        ToWorker::Resize { .. } | ToWorker::Load(_) | ToWorker::Leave => {
+        ToWorker::Resize { .. } | ToWorker::Load(_) | ToWorker::Leave | ToWorker::Share { .. } => {
             anyhow::bail!("a worker that makes vectors has the size that it was loaded with")
         }
     }
@@ -183,7 +194,7 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn job(&self, id: u64, request: EmbedRequest) -> Result<Job, Error> {
-        let EmbedRequest { inputs, query, truncate } = request;
+        let EmbedRequest { inputs, query, truncate, .. } = request;
         match (self.purpose, &query) {
             (Purpose::Scores, None) => {
                 return Err(Error::invalid("model", format!("`{}` scores texts: use /v1/rerank", self.name)));

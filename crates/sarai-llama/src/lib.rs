@@ -20,6 +20,7 @@ mod park;
 mod probe;
 mod prompt;
 mod reference;
+mod rest;
 mod sampler;
 mod schedule;
 mod schema;

@@ -2,7 +2,7 @@
 //!
 //! It decides, and computes nothing: the same calls give the same steps. A running answer takes one token of each step;
 //! prompts take what the pace allows beside answers, half of it the oldest and the rest the shortest, so that a long
-//! prompt freezes neither running answers nor short prompts.
+//! prompt freezes neither running answers nor short prompts. What is bulk takes part in every fourth step beside what is not.
 //!
 //! The cache is a pool of cells. What ended stays in it until somebody needs the cells, the least recently used first, and
 //! whoever begins with the same tokens shares them, also while they are still being computed.
@@ -13,6 +13,7 @@ use crate::cells::{Cells, Sharing, Wanted};
 use crate::pace::Pace;
 use crate::sequence::{Generation, Sequence, Waiting};
 use crate::unit::{Unit, common, positions};
+use sarai_core::Lane;
 
 /// A prompt waits for another one to compute what both begin with if it is longer than this.
 const WORTH_WAITING: usize = 4;
@@ -24,6 +25,12 @@ const WORTH_RESTORING: usize = 32;
 
 /// What is kept may cost one in so many of what computing it again would.
 const DEAR: f64 = 3.0;
+
+/// Bulk takes part in one of so many steps while there is something else to compute.
+const BULK_EVERY: u64 = 4;
+
+/// So many others may begin before bulk that came earlier.
+const MOST_BEFORE_BULK: usize = 8;
 
 /// How many idle sequences may hold a cell, on average: llama.cpp lists them, in memory of its own.
 const MOST_OWNERS: usize = 4;
@@ -71,6 +78,23 @@ pub struct Step {
     pub is_non_causal: bool,
 }
 
+/// Whose turn a step is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lanes {
+    /// What somebody waits for.
+    Interactive,
+    /// All, and half of the room for prompts is the oldest bulk's.
+    BulkFirst,
+    /// All alike.
+    Both,
+}
+
+impl Lanes {
+    fn hold<W>(self, sequence: &Sequence<W>) -> bool {
+        self != Self::Interactive || !sequence.is_bulk()
+    }
+}
+
 /// The generations of one context. `W` is what writes an answer.
 pub struct Scheduler<W> {
     limits: Limits,
@@ -83,6 +107,10 @@ pub struct Scheduler<W> {
     uses: u64,
     /// Tokens that were computed.
     rows: u64,
+    /// Steps that were computed beside bulk.
+    awaited_steps: u64,
+    /// How many have begun before bulk that came earlier, since bulk began last.
+    before_bulk: usize,
     /// Whether the last step held a piece of media that attends to itself both ways.
     was_alone: bool,
 }
@@ -98,6 +126,8 @@ impl<W> Scheduler<W> {
             pace: Pace::default(),
             uses: 0,
             rows: 0,
+            awaited_steps: 0,
+            before_bulk: 0,
             was_alone: false,
         }
     }
@@ -151,19 +181,28 @@ impl<W> Scheduler<W> {
 
     /// Begins what waits, in the order of arrival, as far as there are places, and cells for all that may be needed.
     pub fn begin_waiting(&mut self, cells: &mut impl Cells) {
-        while let Some(next) = self.waiting.front() {
+        while let Some(index) = self.next_waiting() {
+            let next = &self.waiting[index];
             let reserved: usize = self.running().map(|generation| generation.asked.reserves()).sum();
             let is_full = self.running().count() >= self.limits.parallel;
             if is_full || reserved + next.reserves() > self.limits.cells {
                 return;
             }
-            if let Some(mut waiting) = self.waiting.pop_front() {
+            if let Some(mut waiting) = self.waiting.remove(index) {
+                self.before_bulk = if index > 0 { self.before_bulk + 1 } else { 0 };
                 let (index, cached) = self.place(&waiting.prompt, cells);
                 let left: HashSet<_> = waiting.prompt[cached..].iter().filter_map(|unit| unit.piece()).collect();
                 waiting.lacks.retain(|piece| left.contains(piece));
                 self.sequences[index].generation = Some(Generation::new(waiting, cached));
             }
         }
+    }
+
+    /// The oldest that is not bulk; the oldest of all if many have begun before it.
+    fn next_waiting(&self) -> Option<usize> {
+        let first = self.waiting.iter().position(|waiting| waiting.lane != Lane::Bulk);
+        let first = first.filter(|_| self.before_bulk < MOST_BEFORE_BULK).unwrap_or(0);
+        (!self.waiting.is_empty()).then_some(first)
     }
 
     /// A place for a prompt, and how much of the prompt it holds. The last token is always computed, since its logits are
@@ -336,7 +375,7 @@ impl<W> Scheduler<W> {
             Some(index) => {
                 self.add_prompt(index, 0, &mut step);
             }
-            None => self.add_answers_and_prompts(&mut step, cells),
+            None => self.add_lanes(&mut step, cells),
         }
         self.was_alone = step.is_non_causal;
         self.rows += step.rows.len() as u64;
@@ -357,33 +396,59 @@ impl<W> Scheduler<W> {
         next.min_by_key(|(_, one)| one.age()).map(|(index, _)| index)
     }
 
-    fn add_answers_and_prompts(&mut self, step: &mut Step, cells: &mut impl Cells) {
-        self.add_answers(step);
+    /// What is not bulk; in every fourth step, and where there is nothing else, bulk too.
+    fn add_lanes(&mut self, step: &mut Step, cells: &mut impl Cells) {
+        let computes = |one: &Sequence<W>| {
+            let has_next = one.generation.as_ref().is_some_and(|generation| generation.next.is_some());
+            has_next || (one.prompt_left() > 0 && !one.is_stuck())
+        };
+        let mut computing = self.sequences.iter().filter(|one| computes(one));
+        let lanes = match computing.clone().any(Sequence::is_bulk) && computing.any(|one| !one.is_bulk()) {
+            false => Lanes::Both,
+            true => {
+                self.awaited_steps += 1;
+                if self.awaited_steps.is_multiple_of(BULK_EVERY) { Lanes::BulkFirst } else { Lanes::Interactive }
+            }
+        };
+        self.add_answers_and_prompts(lanes, step, cells);
+        if step.rows.is_empty() && lanes == Lanes::Interactive {
+            self.add_answers_and_prompts(Lanes::Both, step, cells);
+        }
+    }
+
+    fn add_answers_and_prompts(&mut self, lanes: Lanes, step: &mut Step, cells: &mut impl Cells) {
+        self.add_answers(lanes, step);
         self.share_what_has_grown(cells);
         let mut room = self.limits.step_tokens - step.answers;
         if step.answers > 0 {
-            room = room.min(self.pace.prompt_tokens_beside_answers());
+            room = room.min(self.pace.prompt_tokens_beside(step.answers));
         }
         let is_ready = |&index: &usize| {
             let sequence = &self.sequences[index];
-            sequence.prompt_left() > 0 && !sequence.is_stuck() && !self.waits_for_another(index)
+            lanes.hold(sequence) && sequence.prompt_left() > 0 && !sequence.is_stuck() && !self.waits_for_another(index)
         };
         let mut prompts: Vec<_> = (0..self.sequences.len()).filter(is_ready).collect();
-        prompts.sort_by_key(|&index| self.sequences[index].age());
+        prompts.sort_by_key(|&index| {
+            let one = &self.sequences[index];
+            (lanes == Lanes::BulkFirst && !one.is_bulk(), one.age())
+        });
         if let Some(&oldest) = prompts.first() {
             room = room.saturating_sub(self.add_prompt(oldest, room.div_ceil(2), step));
         }
-        prompts.sort_by_key(|&index| self.sequences[index].prompt_left());
+        prompts.sort_by_key(|&index| {
+            let one = &self.sequences[index];
+            (lanes == Lanes::BulkFirst && one.is_bulk(), one.prompt_left())
+        });
         for index in prompts {
             room = room.saturating_sub(self.add_prompt(index, room, step));
         }
     }
 
-    fn add_answers(&mut self, step: &mut Step) {
+    fn add_answers(&mut self, lanes: Lanes, step: &mut Step) {
         // Beside what attends to itself both ways, a draft would see what follows it.
         let may_draft =
             !self.sequences.iter().any(|one| !one.is_stuck() && one.next_of_prompt().is_some_and(Unit::is_non_causal));
-        for (index, sequence) in self.sequences.iter_mut().enumerate() {
+        for (index, sequence) in self.sequences.iter_mut().enumerate().filter(|(_, sequence)| lanes.hold(sequence)) {
             let Some(generation) = &mut sequence.generation else { continue };
             if let Some(token) = generation.next.take() {
                 generation.output_row = i32::try_from(step.rows.len()).ok();
@@ -509,8 +574,9 @@ impl<W> Scheduler<W> {
         let sequence = &self.sequences[index];
         let Some(generation) = &sequence.generation else { return false };
         let prompt = &generation.asked.prompt;
+        let keeps_waiting = |other: &Sequence<W>| other.is_bulk() && !sequence.is_bulk();
         let will_have = |other: &Sequence<W>| match &other.generation {
-            Some(older) if older.asked.id < generation.asked.id && other.prompt_left() > 0 => {
+            Some(older) if older.asked.id < generation.asked.id && other.prompt_left() > 0 && !keeps_waiting(other) => {
                 let both = common(&older.asked.prompt, prompt).min(prompt.len() - 1);
                 if other.cached.len() < both { both } else { 0 }
             }

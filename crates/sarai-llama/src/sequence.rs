@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use llama_cpp_4::token::LlamaToken;
-use sarai_core::{FinishReason, Timings, Usage};
+use sarai_core::{FinishReason, Lane, Timings, Usage};
 
 use crate::draft::Acceptance;
 use crate::unit::{Unit, positions};
@@ -17,6 +17,8 @@ pub struct Waiting<W> {
     pub prompt: Vec<Unit>,
     /// Tokens at its end that are the beginning of the answer, given elsewhere.
     pub given: usize,
+    /// Whether it may take its time.
+    pub lane: Lane,
     /// Tokens it may generate.
     pub max_tokens: u32,
     /// Tokens that prompt and answer may have together.
@@ -153,6 +155,11 @@ impl<W> Sequence<W> {
     pub fn in_step(&self) -> usize {
         let generation = self.generation.as_ref().filter(|generation| generation.output_row.is_some());
         generation.map_or(0, |generation| 1 + generation.drafted)
+    }
+
+    /// Whether nobody waits for the running generation.
+    pub fn is_bulk(&self) -> bool {
+        self.generation.as_ref().is_some_and(|generation| generation.asked.lane == Lane::Bulk)
     }
 
     /// When the running generation came, as a number that grows.

@@ -2,13 +2,12 @@
 //!
 //! Nothing is modelled twice: each scenario is a history of events that the ledger itself decides about.
 
-use sarai_core::{Bytes, KeepAlive, Refusal};
+use sarai_core::{Bytes, KeepAlive, KvType, Lane, Refusal};
 
 use crate::estimate::{Plan, Settings};
 use crate::gguf::Header;
 use crate::ledger::{EngineId, EngineSpec, Ledger, Limits, Observation, PoolEvent, Row, Size, State, Ticket, Want};
 use crate::{Effect, largest_context};
-use sarai_core::KvType;
 
 /// An engine of the configuration.
 #[derive(Debug)]
@@ -286,7 +285,7 @@ impl<'a> Player<'a> {
         let size = Size { context_tokens: component.settings.context_tokens, plan: component.plan.clone() };
         self.tickets += 1;
         self.now += 60_000;
-        let want = Want { needed: size.clone(), usual: size, keep_alive: None };
+        let want = Want { needed: size.clone(), usual: size, keep_alive: None, lane: Lane::Interactive };
         let mut effects = self.ledger.decide(PoolEvent::Wanted(id, Ticket(self.tickets), want), self.now);
         let (mut evicted, mut refusal, mut next) = (Vec::new(), None, 0);
         while next < effects.len() {

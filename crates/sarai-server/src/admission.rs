@@ -9,13 +9,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use sarai_core::Error;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use sarai_core::{Error, Lane};
+
+use crate::lanes::{Closed, Place, Places};
 
 /// The place where permits are handed out.
 #[derive(Debug)]
 pub struct Admission {
-    permits: Arc<Semaphore>,
+    permits: Places,
     max_in_flight: usize,
     max_queued: usize,
     deadline: Duration,
@@ -25,7 +26,7 @@ pub struct Admission {
 impl Admission {
     /// Permits for so many requests at a time.
     pub fn new(max_in_flight: usize, max_queued: usize, deadline: Duration) -> Self {
-        let permits = Arc::new(Semaphore::new(max_in_flight));
+        let permits = Places::new(max_in_flight);
         Self { permits, max_in_flight, max_queued, deadline, waiting: AtomicUsize::new(0) }
     }
 
@@ -33,29 +34,28 @@ impl Admission {
     ///
     /// # Errors
     /// [`Error::Overloaded`] if the queue is full or the wait took too long.
-    pub async fn admit(self: &Arc<Self>) -> Result<Ticket, Error> {
-        let permit = match Arc::clone(&self.permits).try_acquire_owned() {
-            Ok(permit) => permit,
-            Err(_) => {
+    pub async fn admit(self: &Arc<Self>, lane: Lane) -> Result<Ticket, Error> {
+        let permit = match self.permits.try_take(lane) {
+            Some(permit) => permit,
+            None => {
                 let _place = Waiting::enter(self).ok_or_else(|| self.overloaded())?;
-                self.acquire().await?
+                self.acquire(lane).await?
             }
         };
-        Ok(Ticket { admission: Arc::clone(self), permit: Mutex::new(Some(permit)) })
+        Ok(Ticket { admission: Arc::clone(self), lane, permit: Mutex::new(Some(permit)) })
     }
 
-    async fn acquire(&self) -> Result<OwnedSemaphorePermit, Error> {
-        let wait = tokio::time::timeout(self.deadline, Arc::clone(&self.permits).acquire_owned()).await;
-        match wait {
+    async fn acquire(&self, lane: Lane) -> Result<Place, Error> {
+        match tokio::time::timeout(self.deadline, self.permits.take(lane)).await {
             Ok(Ok(permit)) => Ok(permit),
-            Ok(Err(_)) => Err(Error::ShuttingDown),
+            Ok(Err(Closed)) => Err(Error::ShuttingDown),
             Err(_) => Err(self.overloaded()),
         }
     }
 
     /// Requests that are answered now.
     pub fn in_flight(&self) -> usize {
-        self.max_in_flight.saturating_sub(self.permits.available_permits())
+        self.max_in_flight.saturating_sub(self.permits.free())
     }
 
     /// Requests that wait for a permit.
@@ -72,8 +72,9 @@ impl Admission {
 #[derive(Debug)]
 pub struct Ticket {
     admission: Arc<Admission>,
+    lane: Lane,
     /// None while it waits for somebody else; the lock is held for a moment only.
-    permit: Mutex<Option<OwnedSemaphorePermit>>,
+    permit: Mutex<Option<Place>>,
 }
 
 impl Ticket {
@@ -90,11 +91,11 @@ impl Ticket {
         let Some(_place) = Waiting::enter(&self.admission) else { return wait.await };
         drop(self.replace(None));
         let value = wait.await;
-        self.replace(self.admission.permits.clone().try_acquire_owned().ok());
+        self.replace(self.admission.permits.try_take(self.lane));
         value
     }
 
-    fn replace(&self, permit: Option<OwnedSemaphorePermit>) -> Option<OwnedSemaphorePermit> {
+    fn replace(&self, permit: Option<Place>) -> Option<Place> {
         std::mem::replace(&mut *self.permit.lock().unwrap_or_else(PoisonError::into_inner), permit)
     }
 }
@@ -124,13 +125,13 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn beyond_the_queue_requests_are_shed_and_a_freed_permit_goes_to_the_one_who_waits() {
         let admission = Arc::new(Admission::new(1, 1, Duration::from_secs(5)));
-        let first = admission.admit().await.unwrap();
+        let first = admission.admit(Lane::Interactive).await.unwrap();
         let second = tokio::spawn({
             let admission = Arc::clone(&admission);
-            async move { admission.admit().await }
+            async move { admission.admit(Lane::Interactive).await }
         });
         tokio::task::yield_now().await;
-        assert!(matches!(admission.admit().await, Err(Error::Overloaded { in_flight: 1, queued: 1 })));
+        assert!(matches!(admission.admit(Lane::Interactive).await, Err(Error::Overloaded { in_flight: 1, queued: 1 })));
         drop(first);
         assert!(second.await.unwrap().is_ok());
     }
@@ -138,21 +139,21 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_wait_ends_with_its_deadline() {
         let admission = Arc::new(Admission::new(1, 1, Duration::from_secs(5)));
-        let _held = admission.admit().await.unwrap();
-        assert!(matches!(admission.admit().await, Err(Error::Overloaded { .. })));
+        let _held = admission.admit(Lane::Interactive).await.unwrap();
+        assert!(matches!(admission.admit(Lane::Interactive).await, Err(Error::Overloaded { .. })));
         assert_eq!(admission.waiting.load(Ordering::Relaxed), 0);
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_waits_for_somebody_else_keeps_nobody_from_a_permit_and_stands_in_the_queue() {
         let admission = Arc::new(Admission::new(1, 1, Duration::from_secs(5)));
-        let ticket = admission.admit().await.unwrap();
+        let ticket = admission.admit(Lane::Interactive).await.unwrap();
         let (done, waits) = tokio::sync::oneshot::channel::<u8>();
         let waiting = tokio::spawn(async move { (ticket.aside(waits).await, ticket) });
         tokio::task::yield_now().await;
         assert_eq!((admission.in_flight(), admission.queued()), (0, 1));
-        let other = admission.admit().await.unwrap();
-        assert!(matches!(admission.admit().await, Err(Error::Overloaded { in_flight: 1, queued: 1 })));
+        let other = admission.admit(Lane::Interactive).await.unwrap();
+        assert!(matches!(admission.admit(Lane::Interactive).await, Err(Error::Overloaded { in_flight: 1, queued: 1 })));
         done.send(7).unwrap();
         tokio::task::yield_now().await;
         let (value, ticket) = waiting.await.unwrap();
@@ -168,7 +169,7 @@ mod tests {
         assert_eq!(ticket.aside(async { 3 }).await, 3, "what is there is not waited for");
         // Where the queue is full, it waits with its permit.
         let full = Arc::new(Admission::new(1, 0, Duration::from_secs(5)));
-        let ticket = full.admit().await.unwrap();
+        let ticket = full.admit(Lane::Interactive).await.unwrap();
         let kept = ticket.aside(async {
             tokio::task::yield_now().await;
             full.in_flight()

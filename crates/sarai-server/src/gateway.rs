@@ -6,7 +6,7 @@ use std::time::Instant;
 use futures_util::StreamExt;
 use sarai_api::embed::{self, Embedded};
 use sarai_api::{Parsed, Served};
-use sarai_core::{Error, Event, GenerateRequest, MediaSource, Residence};
+use sarai_core::{Error, Event, GenerateRequest, Lane, MediaSource, Residence};
 
 use crate::admission::Admission;
 use crate::catalog::{Catalog, Catalogs};
@@ -35,7 +35,7 @@ impl Gateway {
     pub async fn answer(&self, parsed: Parsed, strict: bool) -> Result<Answer, Error> {
         let model = &self.chat_model(&parsed.model)?;
         let arrived = Instant::now();
-        let ticket = self.admission.admit().await?;
+        let ticket = self.admission.admit(parsed.request.lane).await?;
         let queued = arrived.elapsed();
         let mut request = parsed.request;
         request.sampling = request.sampling.or(&model.sampling);
@@ -85,7 +85,7 @@ impl Gateway {
             return Err(Error::invalid("model", message));
         }
         let arrived = Instant::now();
-        let ticket = self.admission.admit().await?;
+        let ticket = self.admission.admit(parsed.request.lane).await?;
         let queued = arrived.elapsed();
         let (served, mut embedded) = self.dispatch.embed(&model, parsed, strict, &ticket).await?;
         embedded.timings.queue += queued;
@@ -112,7 +112,7 @@ impl Gateway {
     /// The load was refused or failed.
     pub async fn load(&self, name: &str, residence: Residence) -> Result<(), Error> {
         let model = Arc::clone(self.catalog().find(name)?);
-        let _ticket = self.admission.admit().await?;
+        let _ticket = self.admission.admit(Lane::Interactive).await?;
         self.dispatch.load(&model, residence).await
     }
 

@@ -12,6 +12,7 @@ mod fetch;
 mod gateway;
 mod health;
 mod http;
+mod lanes;
 pub mod machine;
 mod metrics;
 pub mod model_file;

@@ -1,7 +1,7 @@
 //! `POST /api/chat`, `/api/generate` and `/api/show`, from the wire to the core.
 
 use sarai_core::{
-    Api, Error, Format, GenerateRequest, KeepAlive, Media, MediaKind, Message, Prompt, Residence, ResultOf, Role,
+    Api, Error, Format, GenerateRequest, KeepAlive, Lane, Media, MediaKind, Message, Prompt, Residence, ResultOf, Role,
 };
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -236,6 +236,7 @@ impl Common {
             think: rest.think()?,
             logprobs: rest.logprobs()?,
             residence,
+            lane: Lane::default(),
             prefill: String::new(),
             given: String::new(),
             extras: Some(rest.finish()),

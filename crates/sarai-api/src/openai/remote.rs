@@ -413,6 +413,7 @@ mod tests {
             think: None,
             logprobs: None,
             residence: sarai_core::Residence::default(),
+            lane: sarai_core::Lane::default(),
             prefill: String::new(),
             given: String::new(),
             extras: None,

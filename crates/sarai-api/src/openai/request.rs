@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use sarai_core::{Api, Error, Format, GenerateRequest, Media, MediaKind, Message, Prompt, Residence, ResultOf, Role};
+use sarai_core::{
+    Api, Error, Format, GenerateRequest, Lane, Media, MediaKind, Message, Prompt, Residence, ResultOf, Role,
+};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -379,6 +381,7 @@ impl Common {
             think: rest.think()?,
             logprobs: rest.logprobs()?,
             residence: Residence::default(),
+            lane: lane_of(&rest),
             prefill: String::new(),
             given: String::new(),
             extras: Some(rest.finish()),
@@ -408,6 +411,14 @@ impl Common {
             }
             _ => Ok(n),
         }
+    }
+}
+
+/// OpenAI's tier for what is slower and may wait is the lane of bulk; hosts read it for themselves.
+fn lane_of(rest: &Rest) -> Lane {
+    match rest.field("service_tier").and_then(Value::as_str) {
+        Some("flex") => Lane::Bulk,
+        _ => Lane::Interactive,
     }
 }
 

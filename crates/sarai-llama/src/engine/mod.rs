@@ -8,7 +8,7 @@ mod writer;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -30,6 +30,7 @@ use crate::media::{Encoded, Job, Part, Senses, Source};
 use crate::model::{self, Allocation};
 use crate::park::Parking;
 use crate::prompt::{self, Rendered, Rendering};
+use crate::rest::Rest;
 use crate::sampler::{self, Sampler};
 use crate::schedule::{Limits, Scheduler};
 use crate::sequence::Waiting;
@@ -142,6 +143,7 @@ struct Engine<'model> {
     parking: Option<Parking>,
     /// Whether all that runs waits for something to be encoded.
     is_stuck: bool,
+    rest: Rest,
     resize: Option<u32>,
     leaves: bool,
     trials: Trials,
@@ -187,6 +189,7 @@ impl<'model> Engine<'model> {
             path: spec.path.clone(),
             parking: Parking::open(spec, model),
             is_stuck: false,
+            rest: Rest::default(),
             resize: None,
             leaves: false,
             trials: Trials::new(inbox.clone()),
@@ -219,6 +222,12 @@ impl<'model> Engine<'model> {
                 match incoming.recv() {
                     Ok(next) => next,
                     Err(_) => return false,
+                }
+            } else if let Some(left) = self.rest.left() {
+                match incoming.recv_timeout(left) {
+                    Ok(next) => next,
+                    Err(RecvTimeoutError::Timeout) => return true,
+                    Err(RecvTimeoutError::Disconnected) => return false,
                 }
             } else {
                 match incoming.try_recv() {
@@ -253,9 +262,10 @@ impl<'model> Engine<'model> {
                 self.trials.cancel(id);
                 Ok(())
             }
-            ToWorker::Threads(threads) => {
+            ToWorker::Share { threads, rests } => {
                 let threads = i32::try_from(threads.max(1)).unwrap_or(1);
                 self.context.set_n_threads(threads, threads);
+                self.rest.set(rests);
                 Ok(())
             }
             ToWorker::Resize { context_tokens } => {
@@ -423,8 +433,9 @@ impl<'model> Engine<'model> {
         let lacks = lacking.keys().copied().collect();
         let writer =
             Writer { sampler, answer, parts, pieces, lacking, source: Source::default(), likely, unplaced: Vec::new() };
-        let given = given.len();
-        self.scheduler.push(Waiting { id, prompt, given, max_tokens, context_tokens, since, encode, lacks, writer });
+        let (given, lane) = (given.len(), request.lane);
+        let waiting = Waiting { id, prompt, given, lane, max_tokens, context_tokens, since, encode, lacks, writer };
+        self.scheduler.push(waiting);
         Ok(())
     }
 

@@ -33,7 +33,9 @@ impl Engine<'_> {
         if let Err(reason) = self.compute(&step) {
             return self.fail_all(frames, &reason);
         }
-        self.scheduler.pace.observe(step.answers, step.rows.len() - step.answers, began.elapsed());
+        let took = began.elapsed();
+        self.scheduler.pace.observe(step.answers, step.rows.len() - step.answers, took);
+        self.rest.after(took);
         for index in 0..self.scheduler.sequences.len() {
             self.advance(index, frames)?;
         }

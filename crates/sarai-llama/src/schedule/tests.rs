@@ -127,6 +127,7 @@ struct Case {
     scheduler: Scheduler<u32>,
     pool: Pool,
     ended: Vec<(u64, Vec<Unit>, usize)>,
+    lane: fn(u64) -> Lane,
 }
 
 impl Case {
@@ -136,17 +137,34 @@ impl Case {
 
     fn sharing(sharing: Sharing, parallel: usize, cells: usize, step_tokens: usize) -> Self {
         let limits = Limits { parallel, cells, step_tokens, draft_tokens: 4, sharing, seconds_per_foreign_cell: 1e-12 };
-        Self { scheduler: Scheduler::new(limits), pool: Pool::new(cells), ended: Vec::new() }
+        Self {
+            scheduler: Scheduler::new(limits),
+            pool: Pool::new(cells),
+            ended: Vec::new(),
+            lane: |_| Lane::Interactive,
+        }
     }
 
     fn ask(&mut self, id: u64, prompt: &[i32], max_tokens: u32, context_tokens: usize) {
         let prompt = units(prompt);
         let since = Instant::now();
         let encode = Duration::ZERO;
-        let writer = max_tokens;
         // As with pictures that were seen before, and are not kept encoded.
         let lacks = prompt.iter().filter_map(|unit| unit.piece()).filter(|piece| piece % 3 > 0).collect();
-        self.scheduler.push(Waiting { id, prompt, given: 0, max_tokens, context_tokens, since, encode, lacks, writer });
+        let lane = (self.lane)(id);
+        let (given, writer) = (0, max_tokens);
+        self.scheduler.push(Waiting {
+            id,
+            prompt,
+            given,
+            lane,
+            max_tokens,
+            context_tokens,
+            since,
+            encode,
+            lacks,
+            writer,
+        });
     }
 
     /// Has something encoded that a generation waits for; false if none does.
@@ -246,6 +264,7 @@ proptest! {
     ) {
         let context = 150;
         let mut case = Case::sharing(sharing, parallel, context * parallel, step_tokens);
+        case.lane = |id| if id % 3 == 1 { Lane::Bulk } else { Lane::Interactive };
         let mut prompts = Vec::new();
         for (id, (beginning, shared, own, most, pause, cancelled)) in asked.iter().enumerate() {
             let id = id as u64;
@@ -383,4 +402,55 @@ fn a_sequence_in_cells_of_its_own_is_continued_there_and_cut_only_where_it_keeps
         let taken_over: Vec<_> = case.ended.iter().map(|ended| (ended.0, ended.2)).collect();
         assert_eq!(taken_over, [(2, 100), (3, if may_cut { 90 } else { 0 })]);
     }
+}
+
+#[test]
+fn bulk_has_a_fourth_of_the_steps_beside_others_and_begins_after_them() {
+    let mut case = Case::new(2, 4096, 256);
+    case.lane = |id| if id < 10 { Lane::Bulk } else { Lane::Interactive };
+    case.scheduler.limits.draft_tokens = 0;
+    let generated = |case: &Case, id: u64| {
+        let running = case.scheduler.sequences.iter().filter_map(|one| one.generation.as_ref());
+        running.filter(|one| one.asked.id == id).map(|one| one.generated).sum::<u32>()
+    };
+    case.ask(1, &numbers(0, 20), 500, 1024);
+    (0..10).for_each(|_| assert!(case.step()));
+    assert_eq!(generated(&case, 1), 10, "alone, it has all steps");
+    case.ask(10, &numbers(1000, 20), 40, 1024);
+    // Another one of each, which wait for a place; the bulk one came first.
+    case.ask(2, &numbers(2000, 20), 5, 1024);
+    case.ask(11, &numbers(3000, 20), 5, 1024);
+    (0..20).for_each(|_| assert!(case.step()));
+    assert_eq!((generated(&case, 1), generated(&case, 10)), (15, 20));
+    while case.step() {}
+    let order: Vec<_> = case.ended.iter().map(|(id, ..)| *id).collect();
+    assert_eq!(order, [10, 11, 2, 1]);
+}
+
+#[test]
+fn bulk_that_waits_is_not_passed_without_end() {
+    let mut case = Case::new(1, 4096, 256);
+    case.lane = |id| if id == 0 { Lane::Bulk } else { Lane::Interactive };
+    for id in 0..30 {
+        case.ask(id, &numbers(100, 5), 1, 1024);
+    }
+    while case.step() {}
+    let order: Vec<_> = case.ended.iter().map(|(id, ..)| *id).collect();
+    let passed = order.iter().position(|id| *id == 0).unwrap();
+    assert_eq!(passed, MOST_BEFORE_BULK);
+}
+
+#[test]
+fn a_long_bulk_prompt_goes_on_beside_others() {
+    let mut case = Case::new(2, 8192, 64);
+    case.lane = |id| if id == 1 { Lane::Bulk } else { Lane::Interactive };
+    case.ask(1, &numbers(0, 1000), 1, 2048);
+    case.ask(2, &numbers(5000, 2000), 1, 4096);
+    (0..20).for_each(|_| assert!(case.step()));
+    let done = |case: &Case, id: u64| {
+        let one = case.scheduler.sequences.iter().find(|one| one.age() == id);
+        one.map_or(0, |one| one.cached.len())
+    };
+    // Half of the room in a fourth of the steps.
+    assert_eq!((done(&case, 1), done(&case, 2)), (5 * 32, 20 * 64 - 5 * 32));
 }

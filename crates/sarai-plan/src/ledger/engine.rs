@@ -1,6 +1,6 @@
 //! One engine in the ledger: its state, its size, its claim, and who waits for it.
 
-use sarai_core::{Bytes, KeepAlive, Part};
+use sarai_core::{Bytes, KeepAlive, Lane, Part};
 
 use super::{EngineId, Millis, Ticket};
 use crate::estimate::{DECLARED, Plan, WEIGHTS};
@@ -38,6 +38,16 @@ pub struct Want {
     pub usual: Size,
     /// How long the engine stays after it.
     pub keep_alive: Option<KeepAlive>,
+    /// Whether it may take its time once it has the engine.
+    pub lane: Lane,
+}
+
+impl Want {
+    /// The same for a request of this lane.
+    #[must_use]
+    pub fn in_lane(self, lane: Lane) -> Self {
+        Self { lane, ..self }
+    }
 }
 
 /// What a worker was measured at.

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use proptest::strategy::Strategy as _;
-use sarai_core::{KeepAlive, Part};
+use sarai_core::{KeepAlive, Lane, Part};
 
 use super::{Strategy, *};
 use crate::Plan;
@@ -18,7 +18,7 @@ fn size(context_tokens: u32, mib: u64) -> Size {
 
 /// A want of the usual context.
 fn want(mib: u64) -> Want {
-    Want { needed: size(1024, mib), usual: size(1024, mib), keep_alive: None }
+    Want { needed: size(1024, mib), usual: size(1024, mib), keep_alive: None, lane: Lane::Interactive }
 }
 
 /// A want of a longer context than usual: a MiB more per 1024 tokens.
@@ -239,7 +239,7 @@ fn an_idle_engine_goes_back_to_its_usual_context_before_a_model_is_evicted() {
 #[test]
 fn a_request_for_less_than_usual_is_served_with_less_where_the_usual_does_not_fit() {
     let mut ledger = ledger(50, 1, Strategy::HybridHttpGguf, 1);
-    let less = Want { needed: size(512, 40), usual: size(8192, 90), keep_alive: None };
+    let less = Want { needed: size(512, 40), usual: size(8192, 90), keep_alive: None, lane: Lane::Interactive };
     assert_eq!(ledger.at_once(PoolEvent::Wanted(A, Ticket(1), less)), [Effect::Load(A, 512)]);
 }
 

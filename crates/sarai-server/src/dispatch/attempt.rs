@@ -51,7 +51,7 @@ async fn at_worker(
     request: &GenerateRequest,
 ) -> Result<EventStream, Error> {
     let deadlines = &candidate.model.deadlines;
-    let want = dispatch.want(engine, context_tokens, request.residence).await?;
+    let want = dispatch.want(engine, context_tokens, request.residence).await?.in_lane(request.lane);
     let place = local::Place {
         engine,
         context_tokens: request.residence.context_tokens.unwrap_or(context_tokens),
@@ -70,7 +70,7 @@ async fn at_process(
     request: &GenerateRequest,
 ) -> Result<EventStream, Error> {
     let (model, deadlines) = (&candidate.model, &candidate.model.deadlines);
-    let want = dispatch.want(engine, context_tokens, request.residence).await?;
+    let want = dispatch.want(engine, context_tokens, request.residence).await?.in_lane(request.lane);
     let lease = dispatch.pool.lease(engine, want, &model.name, deadlines).await?;
     let Some(url) = &lease.worker.url else {
         return Err(Error::Internal("a worker of frames was taken for a command".into()));

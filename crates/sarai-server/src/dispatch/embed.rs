@@ -143,12 +143,12 @@ impl Dispatch {
                 if let Some(file) = self.catalogs.now().known_file(*engine) {
                     refuse(model, file.purpose(), parsed.request.query.is_some())?;
                 }
-                let want = self.want(*engine, *context_tokens, residence).await?;
+                let want = self.want(*engine, *context_tokens, residence).await?.in_lane(parsed.request.lane);
                 let lease = self.pool.lease(*engine, want, &model.name, deadlines).await?;
                 local::embed(lease, &model.name, deadlines.first_token, parsed.request.clone()).await
             }
             Deployment::Process { engine, context_tokens, remote } => {
-                let want = self.want(*engine, *context_tokens, residence).await?;
+                let want = self.want(*engine, *context_tokens, residence).await?.in_lane(parsed.request.lane);
                 let lease = self.pool.lease(*engine, want, &model.name, deadlines).await?;
                 let url = lease.worker.url.as_ref().map(ToString::to_string).unwrap_or_default();
                 self.embed_there(model, &Remote { url, ..remote.clone() }, parsed).await

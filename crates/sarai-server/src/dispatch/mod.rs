@@ -19,7 +19,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use futures_util::{FutureExt, StreamExt, stream};
 use sarai_api::Served;
-use sarai_core::{Attempt, Error, GenerateRequest, Phase, RemoteCause, Residence};
+use sarai_core::{Attempt, Error, GenerateRequest, Lane, Phase, RemoteCause, Residence};
 use sarai_plan::{EngineId, Want};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
@@ -493,6 +493,7 @@ impl Dispatch {
                 needed: planner.size(&source, settings, needed),
                 usual: planner.size(&source, settings, settings.context_tokens),
                 keep_alive: residence.keep_alive,
+                lane: Lane::Interactive,
             })
         };
         let made = tokio::task::spawn_blocking(want).await;

@@ -159,6 +159,7 @@ fn request(tag: &str) -> GenerateRequest {
         think: None,
         logprobs: None,
         residence: Residence::default(),
+        lane: sarai_core::Lane::default(),
         prefill: String::new(),
         given: String::new(),
         extras: None,
@@ -168,7 +169,7 @@ fn request(tag: &str) -> GenerateRequest {
 /// What a client has seen: its whole text, or an error and the text before it.
 async fn ask(dispatch: &Dispatch, tag: &str, whole: bool) -> (String, Option<Error>) {
     let model = Arc::clone(dispatch.catalogs.now().find("m").unwrap());
-    let ticket = Arc::new(Admission::new(1, 0, Duration::ZERO)).admit().await.unwrap();
+    let ticket = Arc::new(Admission::new(1, 0, Duration::ZERO)).admit(sarai_core::Lane::Interactive).await.unwrap();
     let manner = Manner { whole, strict: false };
     let mut events = match dispatch.answer(&model, request(tag), manner, &ticket).await {
         Ok(answer) => answer.events,

@@ -32,7 +32,9 @@ fn fallback_of(catalog: &Catalog, model: &Model, remote: &Remote) -> Option<(Eng
 }
 
 async fn warm(dispatch: &Dispatch, model: &Model, engine: EngineId, context_tokens: u32) {
-    let Ok(want) = dispatch.want(engine, context_tokens, Residence::default()).await else { return };
+    let Ok(want) = dispatch.want(engine, context_tokens, Residence::default()).await else {
+        return;
+    };
     if !is_loaded_for_nothing(dispatch, engine, want.clone()).await {
         return;
     }

@@ -521,6 +521,7 @@ impl Table {
             think: None,
             logprobs: None,
             residence: Residence::default(),
+            lane: sarai_core::Lane::default(),
             prefill: String::new(),
             given: String::new(),
             extras: None,

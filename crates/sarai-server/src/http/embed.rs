@@ -8,7 +8,7 @@ use sarai_core::Error;
 use serde_json::Value;
 
 use super::error::Failure;
-use super::{App, body, is_strict, json_response, served_headers};
+use super::{App, body, is_strict, json_response, lane, served_headers};
 
 /// `POST /v1/embeddings`.
 pub async fn openai(State(app): State<App>, request: Request) -> Result<Response, Failure> {
@@ -41,8 +41,9 @@ async fn answer(
     parse: fn(&[u8]) -> Result<Parsed, Error>,
     write: fn(&Parsed, &Embedded, &Served) -> Value,
 ) -> Result<Response, Error> {
-    let strict = is_strict(request.headers())?;
-    let parsed = parse(&body::read(request, &app).await?)?;
+    let (strict, lane) = (is_strict(request.headers())?, lane(request.headers())?);
+    let mut parsed = parse(&body::read(request, &app).await?)?;
+    parsed.request.lane = lane.unwrap_or_default();
     let (served, mut embedded) = app.gateway.embed(&parsed, strict).await?;
     embedded.shorten(parsed.dimensions)?;
     Ok(json_response(served_headers(&served), &write(&parsed, &embedded, &served)))

@@ -18,7 +18,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
 use sarai_api::Served;
-use sarai_core::Error;
+use sarai_core::{Error, Lane};
 
 use crate::gateway::Gateway;
 use error::Failure;
@@ -80,6 +80,19 @@ fn is_strict(headers: &HeaderMap) -> Result<bool, Error> {
         Some(text) if text == "true" || text == "1" => Ok(true),
         Some(text) if text == "false" || text == "0" => Ok(false),
         Some(text) => Err(Error::invalid("x-sarai-strict", format!("x-sarai-strict is `{text}`: use true or false"))),
+    }
+}
+
+/// The lane that the client names: `x-sarai-lane: bulk`, or `interactive`.
+///
+/// # Errors
+/// The header says something else.
+fn lane(headers: &HeaderMap) -> Result<Option<Lane>, Error> {
+    match headers.get("x-sarai-lane").map(|value| value.to_str().unwrap_or_default().to_ascii_lowercase()) {
+        None => Ok(None),
+        Some(text) if text == "bulk" => Ok(Some(Lane::Bulk)),
+        Some(text) if text == "interactive" => Ok(Some(Lane::Interactive)),
+        Some(text) => Err(Error::invalid("x-sarai-lane", format!("x-sarai-lane is `{text}`: use bulk or interactive"))),
     }
 }
 

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::error::{Failure, ollama_body};
 use super::waiting::{self, Begun, Step, Waiting};
-use super::{App, body, is_strict, json_response, served_headers, stream};
+use super::{App, body, is_strict, json_response, lane, served_headers, stream};
 use crate::config::Deployment;
 
 /// `POST /api/chat`.
@@ -83,9 +83,9 @@ async fn answer(
         let line = LineWriter { kind, model }.without_text(SystemTime::now(), reason);
         Ok(json_response(HeaderMap::new(), &line))
     };
-    let strict = is_strict(request.headers())?;
+    let (strict, lane) = (is_strict(request.headers())?, lane(request.headers())?);
     match parse(&body::read(request, &app).await?)? {
-        OllamaRequest::Generate(parsed) => generated(app, kind, *parsed, strict).await,
+        OllamaRequest::Generate(parsed) => generated(app, kind, parsed.in_lane(lane), strict).await,
         OllamaRequest::Load { model, residence } => {
             app.gateway.load(&model, residence).await?;
             without_text(model, "load")

@@ -2,29 +2,29 @@
 
 use std::time::{Duration, Instant};
 
-use sarai_core::{Deadlines, Error, Phase};
-use sarai_plan::{EngineId, Ticket, Want};
-use tokio::sync::OwnedSemaphorePermit;
-
 use super::{Message, Pool};
+use crate::lanes::Place;
 use crate::supervise::child::Worker;
+use sarai_core::{Deadlines, Error, Lane, Phase};
+use sarai_plan::{EngineId, Ticket, Want};
 
 /// Keeps an engine from being unloaded; given back on drop.
 #[derive(Debug)]
 pub struct Busy {
     engine: EngineId,
+    lane: Lane,
     pool: Pool,
 }
 
 impl Busy {
-    pub(super) const fn new(engine: EngineId, pool: Pool) -> Self {
-        Self { engine, pool }
+    pub(super) const fn new(engine: EngineId, lane: Lane, pool: Pool) -> Self {
+        Self { engine, lane, pool }
     }
 }
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        self.pool.send(Message::Released(self.engine));
+        self.pool.send(Message::Released(self.engine, self.lane));
     }
 }
 
@@ -49,7 +49,7 @@ pub struct Lease {
     pub load: Duration,
     /// How long its slot was waited for.
     pub queue: Duration,
-    _slot: OwnedSemaphorePermit,
+    _slot: Place,
     _busy: Busy,
 }
 
@@ -68,10 +68,11 @@ impl Pool {
         let late =
             |phase, limit: Duration| Error::Deadline { model: model.to_owned(), phase, seconds: limit.as_secs() };
         let started = Instant::now();
+        let lane = want.lane;
         let loaded = tokio::time::timeout(deadlines.load, self.acquire(engine, want)).await;
         let (worker, busy) = loaded.map_err(|_| late(Phase::Load, deadlines.load))??;
         let load = started.elapsed();
-        let slot = tokio::time::timeout(deadlines.queue, worker.slots.clone().acquire_owned()).await;
+        let slot = tokio::time::timeout(deadlines.queue, worker.slots.take(lane)).await;
         let died =
             || Error::WorkerDied { model: model.to_owned(), detail: "it ended while its slot was waited for".into() };
         let slot = slot.map_err(|_| late(Phase::Queue, deadlines.queue))?.map_err(|_| died())?;

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use sarai_core::{Bytes, EngineMemory, Error};
+use sarai_core::{Bytes, EngineMemory, Error, Lane};
 use sarai_plan::ledger::{DECISIONS_MADE, Decision, Limits, Row};
 use sarai_plan::{Effect, EngineId, Ticket, Want};
 use tokio::sync::{mpsc, oneshot};
@@ -40,7 +40,7 @@ type Reply = oneshot::Sender<Result<(Worker, Busy), Error>>;
 enum Message {
     Wanted(EngineId, Ticket, Box<Want>, Reply),
     Abandoned(Ticket),
-    Released(EngineId),
+    Released(EngineId, Lane),
     Report(EngineId, Report),
     Observed(Box<observe::Seen>),
     Probed(EngineId, Result<EngineMemory, String>),

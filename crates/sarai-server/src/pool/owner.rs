@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use sarai_core::frame::{LoadSpec, Projector, ToWorker};
-use sarai_core::{Bytes, Error};
+use sarai_core::{Bytes, Error, Lane};
 use sarai_plan::estimate::{Repack, Settings, idle_pieces};
 use sarai_plan::layers::purpose;
 use sarai_plan::ledger::{EngineSpec, Limits, Millis, State};
@@ -48,7 +48,9 @@ pub(super) struct Slot {
     pub size: Size,
     /// Memory of its own at the most, while it had this size.
     pub most: Bytes,
-    threads: Option<u32>,
+    /// Leases that are out for requests that somebody waits for.
+    interactive: usize,
+    share: Option<Share>,
     load_began: Option<Instant>,
     /// How far the load has come, in parts of a hundred.
     progress: Arc<AtomicU8>,
@@ -68,6 +70,17 @@ impl Slot {
     }
 }
 
+/// What of the cores a worker has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Share {
+    threads: u32,
+    /// So many times as long as each step took it rests after it.
+    rests: u32,
+}
+
+/// A worker that only has bulk to do computes for a tenth of the time while others have somebody waiting.
+const BULK_RESTS: u32 = 9;
+
 pub(super) struct Owner {
     pub ledger: Ledger,
     pub catalog: Arc<Catalog>,
@@ -76,7 +89,7 @@ pub(super) struct Owner {
     pub groups: Groups,
     pub workers: Vec<Slot>,
     pub executable: PathBuf,
-    replies: HashMap<Ticket, Reply>,
+    replies: HashMap<Ticket, (Reply, Lane)>,
     cores: Cores,
     began: Instant,
     pub last_asked: Instant,
@@ -169,7 +182,8 @@ impl Owner {
                     self.apply(PoolEvent::Abandoned(ticket));
                 }
             }
-            Message::Released(engine) => {
+            Message::Released(engine, lane) => {
+                self.workers[engine.0].interactive -= usize::from(lane == Lane::Interactive);
                 self.apply(PoolEvent::Released(engine));
                 if self.catalog.engines[engine.0].process.is_some() {
                     // Of a command nothing else says what an answer makes it take.
@@ -224,7 +238,7 @@ impl Owner {
         if self.workers[engine.0].worker.is_none() {
             self.look_again();
         }
-        self.replies.insert(ticket, reply);
+        self.replies.insert(ticket, (reply, want.lane));
         self.apply(PoolEvent::Wanted(engine, ticket, want));
     }
 
@@ -268,7 +282,7 @@ impl Owner {
         slot.stop = None;
         slot.pid = None;
         slot.worker = None;
-        slot.threads = None;
+        slot.share = None;
         slot.load_began = None;
         slot.resize_began = None;
         let failed = ended.failure.is_some();
@@ -357,7 +371,9 @@ impl Owner {
 
     fn grant(&mut self, engine: EngineId, ticket: Ticket) {
         // The guard is made first: if nobody waits any more, dropping it gives the engine back.
-        let busy = Busy::new(engine, self.pool.clone());
+        let lane = self.replies.get(&ticket).map_or(Lane::Bulk, |(_, lane)| *lane);
+        self.workers[engine.0].interactive += usize::from(lane == Lane::Interactive);
+        let busy = Busy::new(engine, lane, self.pool.clone());
         let granted = match &self.workers[engine.0].worker {
             Some(worker) => Ok((worker.clone(), busy)),
             None => Err(Error::Internal("an engine without a worker was granted".into())),
@@ -366,7 +382,7 @@ impl Owner {
     }
 
     fn answer(&mut self, ticket: Ticket, answer: Result<(Worker, Busy), Error>) {
-        if let Some(reply) = self.replies.remove(&ticket) {
+        if let Some((reply, _)) = self.replies.remove(&ticket) {
             let _ = reply.send(answer);
         }
     }
@@ -415,19 +431,28 @@ impl Owner {
         self.catalog.engines[engine.0].threads.map_or(share, |most| share.min(most))
     }
 
-    /// Workers that compute at the same time share the cores: two that use them all collapse together.
+    /// Workers that compute at the same time share the cores: two that use them all collapse together. Those that only have bulk to do
+    /// have a core from time to time while there are others.
     fn share_cores(&mut self) {
-        let computing = self.ledger.computing();
+        let is_awaited = self.workers.iter().any(|slot| slot.interactive > 0);
+        let shares = |index: usize| {
+            self.ledger.is_computing(EngineId(index)) && !(is_awaited && self.workers[index].interactive == 0)
+        };
+        let sharing: Vec<_> = (0..self.workers.len()).map(shares).collect();
+        let computing = sharing.iter().filter(|shares| **shares).count();
         let mut rank = 0;
-        for index in 0..self.workers.len() {
+        for (index, shares) in sharing.into_iter().enumerate() {
             let engine = EngineId(index);
-            // One that begins meanwhile is told when it does.
-            let threads = self.threads_of(engine, computing, rank);
-            rank += usize::from(self.ledger.is_computing(engine));
+            let share = match !shares && self.ledger.is_computing(engine) {
+                true => Share { threads: 1, rests: BULK_RESTS },
+                // One that begins meanwhile is told when it does.
+                false => Share { threads: self.threads_of(engine, computing, rank), rests: 0 },
+            };
+            rank += usize::from(shares);
             let slot = &mut self.workers[index];
-            if let Some(worker) = slot.worker.as_ref().filter(|_| slot.threads != Some(threads)) {
-                worker.send(ToWorker::Threads(threads));
-                slot.threads = Some(threads);
+            if let Some(worker) = slot.worker.as_ref().filter(|_| slot.share != Some(share)) {
+                worker.send(ToWorker::Share { threads: share.threads, rests: share.rests });
+                slot.share = Some(share);
             }
         }
     }

@@ -19,11 +19,12 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::{Child, ChildStderr, Command};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tracing::Level;
 
 use super::route::Routes;
 use crate::config::Process;
+use crate::lanes::Places;
 use crate::machine::cgroup::Groups;
 
 /// How long a worker may take to end by itself.
@@ -54,7 +55,7 @@ pub struct Worker {
     /// The API of a command; a worker of ours is sent frames.
     pub url: Option<Arc<str>>,
     /// Places for generations.
-    pub slots: Arc<Semaphore>,
+    pub slots: Places,
     /// Requests it is answering.
     pub routes: Routes,
     // Unbounded in type: a guard that is dropped must be able to send. In fact a request sends two commands.
@@ -201,7 +202,7 @@ pub fn launch<A: AsRef<OsStr>, V: AsRef<OsStr>>(
 }
 
 /// Requests of a worker, and the places for them.
-pub(super) type Places = (Routes, Arc<Semaphore>);
+pub(super) type Occupied = (Routes, Places);
 
 /// Returns why the worker ended, or `None` if it was stopped, and whoever must be told.
 async fn run(
@@ -209,9 +210,9 @@ async fn run(
     (start, spec): (&Start, &LoadSpec),
     mut stop: oneshot::Receiver<Stop>,
     report: &(impl Fn(Report) + Send),
-) -> (Option<String>, Option<Places>) {
+) -> (Option<String>, Option<Occupied>) {
     report(Report::Started(launched.pid));
-    let slots = Arc::new(Semaphore::new(spec.parallel as usize));
+    let slots = Places::new(spec.parallel as usize);
     let (commands, to_write) = mpsc::unbounded_channel();
     let (loaded, mut on_loaded) = mpsc::channel(1);
     let routes = Routes::open();
@@ -232,7 +233,7 @@ async fn run(
                     pid: launched.pid,
                     info,
                     url: None,
-                    slots: Arc::clone(&slots),
+                    slots: slots.clone(),
                     routes: routes.clone(),
                     commands: commands.clone(),
                     ids: Arc::new(AtomicU64::new(1)),
@@ -388,7 +389,7 @@ mod tests {
         let mut events = routes.enter(1, 1).unwrap();
         let writing = tokio::spawn(write_frames(ours.into_split().1, to_write, routes));
         let inputs = vec![Input::Text("a".repeat(frame::MAX_FRAME_BYTES))];
-        let request = EmbedRequest { inputs, query: None, truncate: false };
+        let request = EmbedRequest { inputs, query: None, truncate: false, lane: sarai_core::Lane::default() };
         commands.send(ToWorker::Embed { id: 1, request: Box::new(request) }).unwrap();
         let told = events.recv().await.unwrap().unwrap_err().to_string();
         assert!(told.contains("send less at once"), "{told}");

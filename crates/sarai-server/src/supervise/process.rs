@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use sarai_core::frame::LoadedInfo;
 use tokio::process::Child;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
-use super::child::{self, Outcome, Places, Report, Start, Stop, Worker};
+use super::child::{self, Occupied, Outcome, Report, Start, Stop, Worker};
 use super::route::Routes;
 use super::shepherd;
 use crate::config::{PORT, Process};
+use crate::lanes::Places;
 
 /// Between two questions whether it is ready.
 const ASK_EVERY: Duration = Duration::from_millis(100);
@@ -29,7 +30,7 @@ pub async fn run(
     start: &Start,
     stop: oneshot::Receiver<Stop>,
     report: &(impl Fn(Report) + Send),
-) -> (Option<String>, Option<Places>) {
+) -> (Option<String>, Option<Occupied>) {
     let port = match free_port(process.port) {
         Ok(port) => port,
         Err(reason) => return (Some(reason), None),
@@ -46,14 +47,14 @@ pub async fn run(
     };
     report(Report::Started(launched.pid));
     let words = tokio::spawn(child::read_log(launched.child.stderr.take(), start.label.clone(), tracing::Level::INFO));
-    let slots = Arc::new(Semaphore::new(process.parallel));
+    let slots = Places::new(process.parallel);
     let routes = Routes::open();
     let url = format!("http://127.0.0.1:{port}/v1");
     let worker = |commands| Worker {
         pid: launched.pid,
         info: LoadedInfo { context_tokens: process.context_tokens, ..LoadedInfo::default() },
         url: Some(url.clone().into()),
-        slots: Arc::clone(&slots),
+        slots: slots.clone(),
         routes: routes.clone(),
         commands,
         ids: Arc::new(AtomicU64::new(1)),

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use super::error::{Failure, openai_body};
 use super::waiting::{self, Begun, Step, Waiting};
-use super::{App, body, is_strict, json_response, served_headers, stream};
+use super::{App, body, is_strict, json_response, lane, served_headers, stream};
 
 /// `POST /v1/chat/completions`.
 pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, Failure> {
@@ -49,8 +49,8 @@ async fn answer(
     kind: Kind,
     parse: fn(&[u8]) -> Result<Parsed, Error>,
 ) -> Result<Response, Error> {
-    let strict = is_strict(request.headers())?;
-    let parsed = parse(&body::read(request, &app).await?)?;
+    let (strict, lane) = (is_strict(request.headers())?, lane(request.headers())?);
+    let parsed = parse(&body::read(request, &app).await?)?.in_lane(lane);
     let delivery = parsed.delivery;
     let writer = ChunkWriter {
         kind,
