@@ -421,7 +421,7 @@ impl<W> Scheduler<W> {
         self.share_what_has_grown(cells);
         let mut room = self.limits.step_tokens - step.answers;
         if step.answers > 0 {
-            room = room.min(self.pace.prompt_tokens_beside(step.answers));
+            room = room.min(self.pace.prompt_tokens_beside_answers());
         }
         let is_ready = |&index: &usize| {
             let sequence = &self.sequences[index];
