@@ -7,6 +7,7 @@ mod check;
 pub mod embed;
 mod extras;
 mod json;
+pub mod listed;
 mod logprobs;
 mod media;
 pub mod ollama;

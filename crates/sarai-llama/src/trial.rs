@@ -320,6 +320,8 @@ impl Copy {
                 // SAFETY: the limit is a plain value that outlives the call.
                 unsafe { libc::setrlimit(kind, &raw const limit) };
             };
+            // No plan has its memory: where that is short, it goes before anything else does.
+            let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
             limit(libc::RLIMIT_AS, most);
             limit(libc::RLIMIT_CORE, 0);
             limit(libc::RLIMIT_FSIZE, SAID_BYTES);
@@ -430,6 +432,11 @@ mod tests {
         assert_eq!(Copy::begin(greedy).ended(), Ended::Badly, "an allocation that fails ends the process");
         assert_eq!(Copy(None).ended(), Ended::Unfinished, "what was not tried is not used");
         assert_eq!(Copy::begin(|| std::panic::resume_unwind(Box::new(()))).ended(), Ended::Badly);
+        let goes_first = || match std::fs::read_to_string("/proc/self/oom_score_adj").as_deref() {
+            Ok("1000\n") => Ended::Well,
+            _ => Ended::Late,
+        };
+        assert_eq!(Copy::begin(goes_first).ended(), Ended::Well);
         let killed = || {
             let _ = kill_process(rustix::process::getpid(), Signal::KILL);
             Ended::Well

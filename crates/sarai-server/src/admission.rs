@@ -21,13 +21,22 @@ pub struct Admission {
     max_queued: usize,
     deadline: Duration,
     waiting: AtomicUsize,
+    /// Requests that are answered, those that came from a host's queue and found no permit among them.
+    answered: AtomicUsize,
 }
 
 impl Admission {
     /// Permits for so many requests at a time.
     pub fn new(max_in_flight: usize, max_queued: usize, deadline: Duration) -> Self {
         let permits = Places::new(max_in_flight);
-        Self { permits, max_in_flight, max_queued, deadline, waiting: AtomicUsize::new(0) }
+        Self {
+            permits,
+            max_in_flight,
+            max_queued,
+            deadline,
+            waiting: AtomicUsize::new(0),
+            answered: AtomicUsize::new(0),
+        }
     }
 
     /// Takes a permit; it is given back when the ticket is dropped.
@@ -42,6 +51,7 @@ impl Admission {
                 self.acquire(lane).await?
             }
         };
+        self.answered.fetch_add(1, Ordering::Relaxed);
         Ok(Ticket { admission: Arc::clone(self), lane, permit: Mutex::new(Some(permit)) })
     }
 
@@ -55,7 +65,7 @@ impl Admission {
 
     /// Requests that are answered now.
     pub fn in_flight(&self) -> usize {
-        self.max_in_flight.saturating_sub(self.permits.free())
+        self.answered.load(Ordering::Relaxed)
     }
 
     /// Requests that wait for a permit.
@@ -88,15 +98,39 @@ impl Ticket {
         if let Some(value) = wait.as_mut().now_or_never() {
             return value;
         }
-        let Some(_place) = Waiting::enter(&self.admission) else { return wait.await };
+        let Some(place) = Waiting::enter(&self.admission) else { return wait.await };
         drop(self.replace(None));
+        let not_answered = NotAnswered::begin(&self.admission);
         let value = wait.await;
+        drop((place, not_answered));
         self.replace(self.admission.permits.try_take(self.lane));
         value
     }
 
     fn replace(&self, permit: Option<Place>) -> Option<Place> {
         std::mem::replace(&mut *self.permit.lock().unwrap_or_else(PoisonError::into_inner), permit)
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.admission.answered.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A request that has its turn and waits for somebody else.
+struct NotAnswered<'a>(&'a Admission);
+
+impl<'a> NotAnswered<'a> {
+    fn begin(admission: &'a Admission) -> Self {
+        admission.answered.fetch_sub(1, Ordering::Relaxed);
+        Self(admission)
+    }
+}
+
+impl Drop for NotAnswered<'_> {
+    fn drop(&mut self) {
+        self.0.answered.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -159,7 +193,7 @@ mod tests {
         let (value, ticket) = waiting.await.unwrap();
         assert_eq!(
             (value.unwrap(), admission.in_flight(), admission.queued()),
-            (7, 1, 0),
+            (7, 2, 0),
             "it goes on without a permit"
         );
         drop(other);

@@ -85,12 +85,6 @@ impl Places {
         got.await.map_err(|_| Closed)
     }
 
-    /// Places that are free.
-    pub fn free(&self) -> usize {
-        let state = self.state();
-        state.places.saturating_sub(state.taken)
-    }
-
     /// Nobody gets a place any more.
     pub fn close(&self) {
         let mut state = self.state();
@@ -114,6 +108,12 @@ impl Places {
             // If it is refused, it is dropped here.
             let _ = waiting.gets.send(place);
         }
+    }
+
+    #[cfg(test)]
+    fn free(&self) -> usize {
+        let state = self.state();
+        state.places - state.taken
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

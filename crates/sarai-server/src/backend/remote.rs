@@ -13,7 +13,7 @@ use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use sarai_api::embed::Embedded;
 use sarai_api::openai::remote::SseReader;
 use sarai_api::translate::Translator;
-use sarai_api::{RemoteLine, embed, ollama, openai};
+use sarai_api::{RemoteLine, embed, listed, ollama, openai};
 use sarai_core::{Api, Error, Event, GenerateRequest, KeepAlive, RemoteCause};
 
 use super::EventStream;
@@ -91,9 +91,9 @@ impl Hosts {
     /// # Errors
     /// Why it cannot be used now.
     pub async fn models(&self, remote: &Remote, connect: Duration) -> Result<Vec<String>, RemoteCause> {
-        let (path, list, name) = match remote.api {
-            Api::Ollama => ("/api/tags", "models", "name"),
-            Api::OpenAi => ("/models", "data", "id"),
+        let path = match remote.api {
+            Api::Ollama => "/api/tags",
+            Api::OpenAi => "/models",
         };
         let request = with_key(self.client(connect).get(format!("{}{path}", remote.url)), remote);
         let response = request.timeout(connect + Duration::from_secs(3)).send().await;
@@ -104,8 +104,7 @@ impl Hosts {
         let body = up_to(response, MAX_WHOLE_BYTES).await;
         let listed: serde_json::Value =
             serde_json::from_slice(&body).map_err(|_| RemoteCause::Garbled(format!("{path} is not JSON")))?;
-        let models = listed[list].as_array().into_iter().flatten();
-        Ok(models.filter_map(|model| model[name].as_str()).map(str::to_owned).collect())
+        Ok(listed::names(remote.api, &listed))
     }
 
     /// What a model can do on an Ollama host, as `/api/show` lists it; `None` where the host does not say.
@@ -148,15 +147,12 @@ impl Hosts {
             reach(&remote.url).await.ok_or_else(|| RemoteCause::Unreachable("no connection".into()))?;
             round_trip = round_trip.min(began.elapsed());
         }
-        if remote.api == Api::OpenAi || !response.status().is_success() {
+        if !response.status().is_success() {
             return Ok(Look { round_trip, loaded: None });
         }
         let body = up_to(response, MAX_WHOLE_BYTES).await;
         let listed: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
-        let names = |models: &Vec<serde_json::Value>| {
-            models.iter().filter_map(|model| model["name"].as_str().map(str::to_owned)).collect()
-        };
-        Ok(Look { round_trip, loaded: listed["models"].as_array().map(names) })
+        Ok(Look { round_trip, loaded: listed::loaded(remote.api, &listed) })
     }
 
     /// Has a host load a model. OpenAI's API has no word for it: there, it is loaded by its first request.
