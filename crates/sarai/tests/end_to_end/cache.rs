@@ -46,7 +46,7 @@ fn parked(sarai: &Sarai, extension: &str) -> Vec<PathBuf> {
 #[tokio::test]
 async fn requests_that_arrive_together_compute_a_common_beginning_once_and_answer_as_alone() {
     let sarai = Sarai::start(&config(&smollm2(), 4, ""));
-    let shared = words(0, 60);
+    let shared = words(0, 40);
     // What follows is certain enough that the order of sums in a batch does not decide it.
     let count = |n: usize| (10 * n..10 * n + 6).map(|n| format!("{n}, ")).collect::<String>();
     let prompts: Vec<_> = (1..11).map(|n| format!("{shared} We count: {}", count(n).trim_end())).collect();
@@ -120,7 +120,7 @@ async fn a_conversation_of_a_worker_that_went_comes_back_from_disk_and_goes_on_a
     for (file, parallel) in [(smollm2(), 2), (gemma(), 1), (qwen(), 1)] {
         let sarai = Sarai::start(&config(&file, parallel, ""));
         let stays = Sarai::start(&config(&file, 1, ", park_mb: 0"));
-        let first = words(0, 70);
+        let first = words(0, 40);
         let (text, ..) = complete(&sarai, &first, 8).await;
         assert_eq!(complete(&stays, &first, 8).await.0, text);
         unload(&sarai).await;
@@ -178,7 +178,7 @@ async fn requests_with_a_common_beginning_longer_than_the_sliding_window_are_all
 #[tokio::test]
 async fn what_is_damaged_or_of_something_else_is_computed_again_and_goes() {
     let sarai = Sarai::start(&config(&smollm2(), 1, ""));
-    let prompt = words(0, 60);
+    let prompt = words(0, 30);
     let (text, _, whole) = complete(&sarai, &prompt, 8).await;
     let damages: [fn(&Sarai); 4] = [
         |sarai| {
@@ -208,13 +208,13 @@ async fn what_is_damaged_or_of_something_else_is_computed_again_and_goes() {
 
 #[tokio::test]
 async fn what_is_parked_stays_within_its_room_on_disk() {
-    let sarai = Sarai::start(&config(&smollm2(), 1, ", park_mb: 20"));
+    let sarai = Sarai::start(&config(&smollm2(), 1, ", park_mb: 8"));
     for round in 0..3 {
         for n in 0..3 {
-            complete(&sarai, &words(10_000 * round + 1000 * n, 60), 1).await;
+            complete(&sarai, &words(1000 * (3 * round + n), 25), 1).await;
         }
         unload(&sarai).await;
         let bytes: u64 = parked(&sarai, "kv").iter().map(|path| path.metadata().unwrap().len()).sum();
-        assert!(bytes > 5 << 20 && bytes <= 20 << 20, "{bytes} bytes");
+        assert!(bytes > 3 << 20 && bytes <= 8 << 20, "{bytes} bytes");
     }
 }

@@ -117,6 +117,7 @@ async fn a_place_is_waited_for_once() {
         answer = ask(&sarai, json!({})) => panic!("{}", answer.text),
     };
     assert!(took < Duration::from_secs(7), "4 s, and not once more for each host: {took:?}");
+    sarai.until("all have left", |ps| ps["requests"] == json!({ "in_flight": 0, "queued": 0 })).await;
 }
 
 /// What was known of a host is known when it comes back.

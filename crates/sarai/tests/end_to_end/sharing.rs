@@ -68,6 +68,9 @@ async fn what_is_known_of_hosts_stands_in_the_metrics() {
         assert!(metrics.contains(&line), "{line}{metrics}");
     }
     asked.abort();
+    // Its connection is closed, so that nothing keeps the server from its end.
+    assert!(asked.await.unwrap_err().is_cancelled());
+    busy.until("it is told", |asked| asked[0].left.is_some()).await;
 }
 
 #[tokio::test]
