@@ -1,6 +1,6 @@
 //! What a host lists of its models.
 
-use sarai_core::Api;
+use sarai_core::{Api, MediaKind};
 use serde_json::Value;
 
 /// Names of the models that stand in a host's list.
@@ -23,6 +23,16 @@ pub fn loaded(api: Api, listed: &Value) -> Option<Vec<String>> {
             (!states.is_empty()).then(loaded)
         }
     }
+}
+
+/// What a model of a host of OpenAI's API senses beside text, in Ollama's words, where the host says it: llama.cpp's server and OpenRouter do.
+#[must_use]
+pub fn senses(listed: &Value, model: &str) -> Option<Vec<String>> {
+    let (_, entry) = entries(Api::OpenAi, listed).find(|(name, _)| name == model)?;
+    let modalities = entry["architecture"]["input_modalities"].as_array()?;
+    let kinds = [("image", MediaKind::Image), ("audio", MediaKind::Audio)];
+    let sensed = kinds.iter().filter(|(name, _)| modalities.iter().any(|modality| modality == name));
+    Some(sensed.map(|(_, kind)| kind.capability().to_owned()).collect())
 }
 
 fn entries(api: Api, listed: &Value) -> impl Iterator<Item = (String, &Value)> {
@@ -50,5 +60,15 @@ mod tests {
         let state = |id: &str, value: &str| json!({ "id": id, "status": { "value": value, "args": [] } });
         let router = json!({ "data": [state("a", "loaded"), state("b", "unloaded"), state("c", "loading"), state("d", "sleeping")] });
         assert_eq!(loaded(Api::OpenAi, &router), Some(vec!["a".to_owned()]));
+    }
+
+    #[test]
+    fn what_a_model_senses_is_known_where_the_host_says_it() {
+        let model =
+            |id: &str, modalities: Value| json!({ "id": id, "architecture": { "input_modalities": modalities } });
+        let listed = json!({ "data": [model("reads", json!(["text"])), model("all", json!(["text", "image", "audio"])), { "id": "silent" }] });
+        assert_eq!(senses(&listed, "reads"), Some(Vec::new()));
+        assert_eq!(senses(&listed, "all"), Some(vec!["vision".to_owned(), "audio".to_owned()]));
+        assert_eq!((senses(&listed, "silent"), senses(&listed, "none")), (None, None));
     }
 }

@@ -14,7 +14,7 @@ use sarai_api::embed::Embedded;
 use sarai_api::openai::remote::SseReader;
 use sarai_api::translate::Translator;
 use sarai_api::{RemoteLine, embed, listed, ollama, openai};
-use sarai_core::{Api, Error, Event, GenerateRequest, KeepAlive, RemoteCause};
+use sarai_core::{Api, Error, Event, GenerateRequest, KeepAlive, MediaKind, RemoteCause};
 
 use super::EventStream;
 use crate::config::Remote;
@@ -107,15 +107,28 @@ impl Hosts {
         Ok(listed::names(remote.api, &listed))
     }
 
-    /// What a model can do on an Ollama host, as `/api/show` lists it; `None` where the host does not say.
+    /// What a model can do on a host, as Ollama's `/api/show` or the list of OpenAI's API says it, in Ollama's words; `None` where the host
+    /// does not answer.
     pub async fn capabilities(&self, remote: &Remote, connect: Duration) -> Option<Vec<String>> {
-        let show = with_key(self.client(connect).post(format!("{}/api/show", remote.url)), remote);
-        let body = serde_json::json!({ "model": remote.model_name }).to_string();
-        let show = show.header(CONTENT_TYPE, "application/json").body(body).timeout(SHOWN_WITHIN);
-        let response = show.send().await.ok().filter(|response| response.status().is_success())?;
+        let request = match remote.api {
+            Api::Ollama => {
+                let body = serde_json::json!({ "model": remote.model_name }).to_string();
+                let show = self.client(connect).post(format!("{}/api/show", remote.url));
+                show.header(CONTENT_TYPE, JSON).body(body)
+            }
+            Api::OpenAi => self.client(connect).get(format!("{}/models", remote.url)),
+        };
+        let response = with_key(request, remote).timeout(SHOWN_WITHIN).send().await.ok();
+        let response = response.filter(|response| response.status().is_success())?;
         let shown: serde_json::Value = serde_json::from_slice(&up_to(response, MAX_WHOLE_BYTES).await).ok()?;
-        let listed = shown["capabilities"].as_array()?;
-        Some(listed.iter().filter_map(|capability| capability.as_str()).map(str::to_owned).collect())
+        match remote.api {
+            Api::Ollama => {
+                let listed = shown["capabilities"].as_array()?;
+                Some(listed.iter().filter_map(|capability| capability.as_str()).map(str::to_owned).collect())
+            }
+            // One that does not say what it senses is believed.
+            Api::OpenAi => Some(listed::senses(&shown, &remote.model_name).unwrap_or_else(all_senses)),
+        }
     }
 
     /// Looks at a host: how far away it is, and what it has loaded.
@@ -593,4 +606,8 @@ impl Lines {
         self.waiting.extend(step.into_iter().chain([end]));
         Ok(self.waiting.pop_front())
     }
+}
+
+fn all_senses() -> Vec<String> {
+    [MediaKind::Image, MediaKind::Audio].map(|kind| kind.capability().to_owned()).to_vec()
 }

@@ -98,7 +98,7 @@ struct Entries {
     hosts: HashMap<String, Host>,
     /// Of deployments that the configuration does not have any more, and that were left alone: if they come back, they still are.
     left: HashMap<Key, Breaker>,
-    /// What models can do on Ollama hosts, and when that was asked.
+    /// What models can do on hosts, and when that was asked.
     capabilities: HashMap<Key, (Vec<String>, Instant)>,
 }
 
@@ -204,8 +204,8 @@ impl Health {
         catalog.remotes().for_each(|(_, remote)| self.table.look_if_due(remote));
     }
 
-    /// Asks Ollama hosts what their models can do, where that is not known, or has not been asked for long: they answer blind what a
-    /// model cannot sense.
+    /// Asks hosts what their models can do, where that is not known, or has not been asked for long: Ollama answers blind what a model
+    /// cannot sense.
     pub async fn read_capabilities(&self, remotes: &[&Remote], connect: Duration) {
         let is_unknown = |remote: &&&Remote| {
             if self.is_open(remote) {
@@ -213,7 +213,7 @@ impl Health {
             }
             let entries = self.table.lock();
             let known = entries.capabilities.get(&key(remote));
-            remote.api == Api::Ollama && known.is_none_or(|(_, since)| since.elapsed() > CAPABILITIES_LAST)
+            known.is_none_or(|(_, since)| since.elapsed() > CAPABILITIES_LAST)
         };
         let asked: Vec<_> = remotes.iter().filter(is_unknown).collect();
         join_all(asked.into_iter().map(|remote| async move {

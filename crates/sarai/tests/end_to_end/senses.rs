@@ -567,3 +567,18 @@ async fn pictures_of_several_clients_and_text_are_answered_side_by_side_within_t
         assert!(held.as_u64().unwrap() <= planned.as_u64().unwrap(), "{worker}");
     }
 }
+
+#[tokio::test]
+async fn a_host_of_openais_api_that_says_what_it_senses_is_not_asked_blind() {
+    let chunks =
+        [json!({ "id": "x", "choices": [{ "index": 0, "delta": { "content": "red" }, "finish_reason": "stop" }] })];
+    let host = Host::start(move |_, _| openai(&chunks));
+    let at = |name: &str| format!("{{ backend: openai_http, url: \"{}/v1\", model_name: {name} }}", host.url);
+    let sarai = Sarai::start(&format!("models:\n  reads: {}\n  silent: {}\n", at("reader"), at("m")));
+    let red = image_part(&png(64, 64, RED));
+    let refused = sarai.post("/v1/chat/completions", body("reads", std::slice::from_ref(&red), json!({}))).await;
+    let error = &refused.json()["error"];
+    assert_eq!((refused.status, &error["param"]), (400, &json!("messages[0].content[0]")), "{}", refused.text);
+    assert!(host.asked().is_empty(), "{:?}", host.asked());
+    assert_eq!(text(&answer(&sarai, "silent", &[red]).await), "red", "one that does not say it is believed");
+}

@@ -96,7 +96,11 @@ fn serve(
         request.extend_from_slice(&buffer[..read]);
     };
     if head.starts_with("GET ") {
-        let list = json!({ "models": [{ "name": "m:latest" }], "data": [{ "id": "m" }] }).to_string();
+        let list = json!({ "models": [{ "name": "m:latest" }], "data": [
+            { "id": "m" },
+            { "id": "reader", "architecture": { "input_modalities": ["text"] }, "status": { "value": "loaded" } },
+        ] })
+        .to_string();
         return socket.write_all(format!("{}{list}", ok("application/json")).as_bytes());
     }
     let body: Value = serde_json::from_slice(&body).unwrap_or_default();
