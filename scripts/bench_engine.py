@@ -166,15 +166,15 @@ class Answer:
         return [after - before for before, after in pairs if since <= before and after <= until]
 
 
-def ask(port, model, prompt, tokens, answer=None, stop=None):
-    """Streams a raw completion; `answer` can be watched from another thread, `stop` ends it early."""
+def ask(port, model, prompt, tokens, answer=None, stop=None, lane="interactive"):
+    """Streams a raw completion; `answer` can be watched from another thread, `stop` ends it early. Only sarai knows of lanes."""
     answer = answer or Answer()
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
     # No answer of these models ends by itself: all are as long as they were asked for.
     body |= {"stream_options": {"include_usage": True}, "logit_bias": {str(eos): -100 for eos in EOS[model]}}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     answer.began = time.monotonic()
-    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json", "x-sarai-lane": lane})
     response = connection.getresponse()
     answer.status = response.status
     if response.status != 200 and not answer.text:
@@ -203,9 +203,9 @@ EOS = {"smollm2": [0, 2], "gemma": [1, 106], "qwen": [151643, 151645]}
 class Beside:
     """A long answer, which runs beside what is measured; knows the gaps between its tokens meanwhile."""
 
-    def __init__(self, port, model):
+    def __init__(self, port, model, lane="interactive"):
         self.answer, self.stop = Answer(), threading.Event()
-        arguments = (port, model, text("beside", 20), 1500, self.answer, self.stop)
+        arguments = (port, model, text("beside", 20), 1500, self.answer, self.stop, lane)
         self.thread = threading.Thread(target=ask, args=arguments)
 
     def __enter__(self):
@@ -523,6 +523,23 @@ class Bench:
                 report(f"tokens/s of the two that decode, stock with {setting}", *figures["decoding"])
                 report(f"prompt tokens/s of the third, stock with {setting}", *figures["reading"])
 
+    def lanes(self):
+        """An answer of SmolLM2 beside one of the same model or of another one, which is bulk or is not; sarai alone."""
+        with self.sarai(["smollm2", "gemma"], parallel=2) as sarai:
+            own = lambda seed: ask(sarai.port, "smollm2", text(seed, 20), 120).tokens_per_second
+            for other in ("smollm2", "gemma"):
+                alone, rates, theirs = [], {"bulk": [], "interactive": []}, {"bulk": [], "interactive": []}
+                for seed in range(self.rounds):
+                    alone.append(own(seed))
+                    for lane in rates:
+                        with Beside(sarai.port, other, lane) as beside:
+                            before, began = len(beside.answer.times), time.monotonic()
+                            rates[lane].append(own(100 + seed))
+                            theirs[lane].append((len(beside.answer.times) - before) / (time.monotonic() - began))
+                for lane in rates:
+                    ratio = statistics.median(rates[lane]) / statistics.median(alone)
+                    print(f"beside {lane} of {other}: {spread(rates[lane])} tokens/s, {ratio:.2f} of {spread(alone)} alone; the other {spread(theirs[lane])}")
+
     def slots(self):
         """Memory of its own that each further sequence of 2,048 tokens takes once it is filled, MiB"""
         for model in ("smollm2", "gemma"):
@@ -745,7 +762,7 @@ class Bench:
 
 
 def main():
-    parts = ["alone", "streams", "entering", "prefix", "together", "prefilling", "slots", "park", "cold", "embed", "media", "forms", "same", "draft", "quota"]
+    parts = ["alone", "streams", "entering", "prefix", "together", "prefilling", "lanes", "slots", "park", "cold", "embed", "media", "forms", "same", "draft", "quota"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}")
     parser.add_argument("--peer", default=os.environ.get("LLAMA_SERVER"), help="a llama-server")

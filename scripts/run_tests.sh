@@ -6,7 +6,8 @@ set -euo pipefail
 skip=()
 for name in $WAITING; do skip+=(--skip "$name"); done
 told=$(mktemp)
-cargo test "$@" -p sarai --test end_to_end -- --exact $WAITING > "$told" 2>&1 &
+# With the whole workspace, so that it is the same program.
+cargo test "$@" --workspace --test end_to_end -- --exact $WAITING > "$told" 2>&1 &
 beside=$!
 trap 'rm -f "$told"; kill "$beside" 2> /dev/null || true' EXIT
 failed=0
