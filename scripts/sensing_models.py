@@ -29,11 +29,12 @@ CHATML = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# As Qwen3's: reasoning stands between marks before the answer, and is left out by writing it empty.
+# As Qwen3's: reasoning stands between marks before the answer, and is left out by writing it empty. It knows a value of its own besides.
 REASONING = CHATML.replace(
     "{{ '<|im_start|>assistant\n' }}",
     "{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% if mood is defined %}{{ mood }}{% endif %}",
 ).replace(
     " + m['content']",
     " + ('<think>\n' + m['reasoning_content'] + '\n</think>\n\n' if m['reasoning_content'] else '') + m['content']",

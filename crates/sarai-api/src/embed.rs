@@ -23,12 +23,16 @@ pub struct Parsed {
     pub keep_alive: Option<KeepAlive>,
     /// Only so many numbers of each vector.
     pub dimensions: Option<usize>,
+    /// Whether more of them than there are mean all.
+    pub takes_fewer: bool,
     /// Vectors as base64 of their bytes.
     pub is_base64: bool,
     /// The best so many scores.
     pub top: Option<usize>,
     /// Whether scored texts are sent back.
     pub returns_documents: bool,
+    /// Whether scores are wanted as Text Embeddings Inference has them.
+    pub is_tei: bool,
     /// What nobody here reads: it goes, as it is, to hosts that speak the same API.
     pub extras: Option<Box<Extras>>,
 }
@@ -37,7 +41,18 @@ impl Parsed {
     fn new(model: String, inputs: Vec<Input>) -> Self {
         let request = EmbedRequest { inputs, query: None, truncate: false, lane: sarai_core::Lane::default() };
         let (keep_alive, dimensions, top) = (None, None, None);
-        Self { model, request, keep_alive, dimensions, is_base64: false, top, returns_documents: false, extras: None }
+        Self {
+            model,
+            request,
+            keep_alive,
+            dimensions,
+            takes_fewer: false,
+            is_base64: false,
+            top,
+            returns_documents: false,
+            is_tei: false,
+            extras: None,
+        }
     }
 }
 
@@ -57,9 +72,12 @@ impl Embedded {
     ///
     /// # Errors
     /// There are not so many.
-    pub fn shorten(&mut self, dimensions: Option<usize>) -> Result<(), Error> {
-        let Some(wanted) = dimensions else { return Ok(()) };
+    pub fn shorten(&mut self, parsed: &Parsed) -> Result<(), Error> {
+        let Some(wanted) = parsed.dimensions else { return Ok(()) };
         for vector in &mut self.vectors {
+            if wanted > vector.len() && parsed.takes_fewer {
+                continue;
+            }
             if wanted > vector.len() {
                 let message = format!("`dimensions` is {wanted}: use a number from 1 to {}", vector.len());
                 return Err(Error::invalid("dimensions", message));
@@ -78,20 +96,35 @@ impl Embedded {
 #[serde(untagged, expecting = "a text, an array of texts, an array of tokens, or an array of those")]
 enum Inputs {
     Text(String),
-    Texts(Vec<String>),
     Tokens(Vec<i32>),
-    AllTokens(Vec<Vec<i32>>),
+    Many(Vec<OneInput>),
+}
+
+/// One of several; texts and tokens may stand side by side.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneInput {
+    Text(String),
+    Tokens(Vec<i32>),
 }
 
 impl Inputs {
     fn read(self, param: &str) -> Result<Vec<Input>, Error> {
-        let inputs: Vec<_> = match self {
-            Self::Text(text) => vec![Input::Text(text)],
-            Self::Texts(texts) => texts.into_iter().map(Input::Text).collect(),
-            Self::Tokens(tokens) => vec![Input::Tokens(tokens)],
-            Self::AllTokens(all) => all.into_iter().map(Input::Tokens).collect(),
+        checked(param, self.all())
+    }
+
+    fn all(self) -> Vec<Input> {
+        let one = |one: OneInput| match one {
+            OneInput::Text(text) => Input::Text(text),
+            OneInput::Tokens(tokens) => Input::Tokens(tokens),
         };
-        checked(param, inputs)
+        match self {
+            Self::Text(text) => vec![Input::Text(text)],
+            // An array with nothing in it is none of texts either.
+            Self::Tokens(tokens) if tokens.is_empty() => Vec::new(),
+            Self::Tokens(tokens) => vec![Input::Tokens(tokens)],
+            Self::Many(all) => all.into_iter().map(one).collect(),
+        }
     }
 }
 
@@ -126,6 +159,7 @@ fn extras_of(api: Api, body: &[u8], read: &[&str]) -> Result<Option<Box<Extras>>
     Ok(Some(rest.finish()))
 }
 
+/// How many numbers of each vector are wanted.
 fn dimensions(written: Option<i64>) -> Result<Option<usize>, Error> {
     let wrong = |n: i64| Error::invalid("dimensions", format!("`dimensions` is {n}: use a number from 1 on"));
     written.map(|n| usize::try_from(n).ok().filter(|&n| n > 0).ok_or_else(|| wrong(n))).transpose()
@@ -137,14 +171,15 @@ struct OpenAiBody {
     input: Inputs,
     encoding_format: Option<String>,
     dimensions: Option<i64>,
+    truncate: Option<bool>,
 }
 
-/// Reads the body of `/v1/embeddings`.
+/// Reads the body of `/v1/embeddings`. Texts that are too long are cut if `truncate` says so.
 ///
 /// # Errors
 /// [`Error::InvalidRequest`] with the field's name.
 pub fn parse_openai(body: &[u8]) -> Result<Parsed, Error> {
-    let extras = extras_of(Api::OpenAi, body, &["model", "input", "encoding_format", "dimensions"])?;
+    let extras = extras_of(Api::OpenAi, body, &["model", "input", "encoding_format", "dimensions", "truncate"])?;
     let body: OpenAiBody = wire::parse(body)?;
     let is_base64 = match body.encoding_format.as_deref() {
         None | Some("float") => false,
@@ -154,7 +189,8 @@ pub fn parse_openai(body: &[u8]) -> Result<Parsed, Error> {
             return Err(Error::invalid("encoding_format", message));
         }
     };
-    let parsed = Parsed::new(body.model, body.input.read("input")?);
+    let mut parsed = Parsed::new(body.model, body.input.read("input")?);
+    parsed.request.truncate = body.truncate.unwrap_or(false);
     Ok(Parsed { dimensions: dimensions(body.dimensions)?, is_base64, extras, ..parsed })
 }
 
@@ -196,18 +232,22 @@ fn keep(value: Option<&Value>) -> Result<Option<KeepAlive>, Error> {
     value.filter(|value| !value.is_null()).map(keep_alive::parse).transpose()
 }
 
-/// Reads the body of `/api/embed`. Texts that are too long are cut, unless `truncate` is false.
+/// Reads the body of `/api/embed`. Texts that are too long are cut, unless `truncate` is false. Without a text, the model is only to be loaded.
 ///
 /// # Errors
 /// [`Error::InvalidRequest`] with the field's name.
 pub fn parse_ollama(body: &[u8]) -> Result<Parsed, Error> {
     let extras = extras_of(Api::Ollama, body, &["model", "input", "truncate", "dimensions", "keep_alive"])?;
     let body: OllamaBody = wire::parse(body)?;
-    let inputs = body.input.ok_or_else(|| Error::invalid("input", "`input` is missing: send a text, or several"))?;
-    let mut parsed = Parsed::new(body.model, inputs.read("input")?);
+    let inputs = body.input.map(Inputs::all).unwrap_or_default();
+    let is_nothing = matches!(inputs.as_slice(), [Input::Text(text)] if text.is_empty()) || inputs.is_empty();
+    let inputs = if is_nothing { Vec::new() } else { checked("input", inputs)? };
+    let mut parsed = Parsed::new(body.model, inputs);
     parsed.request.truncate = body.truncate.unwrap_or(true);
     Ok(Parsed {
-        dimensions: dimensions(body.dimensions)?,
+        // To Ollama, 0 is not set, and more than there are is all.
+        dimensions: dimensions(body.dimensions.filter(|n| *n != 0))?,
+        takes_fewer: true,
         keep_alive: keep(body.keep_alive.as_ref())?,
         extras,
         ..parsed
@@ -220,8 +260,11 @@ pub fn parse_ollama(body: &[u8]) -> Result<Parsed, Error> {
 /// [`Error::InvalidRequest`] with the field's name.
 pub fn parse_ollama_old(body: &[u8]) -> Result<Parsed, Error> {
     let body: OldOllamaBody = wire::parse(body)?;
-    let prompt = body.prompt.ok_or_else(|| Error::invalid("prompt", "`prompt` is missing: send a text"))?;
-    let mut parsed = Parsed::new(body.model, checked("prompt", vec![Input::Text(prompt)])?);
+    let inputs = match body.prompt.filter(|prompt| !prompt.is_empty()) {
+        Some(prompt) => checked("prompt", vec![Input::Text(prompt)])?,
+        None => Vec::new(),
+    };
+    let mut parsed = Parsed::new(body.model, inputs);
     parsed.request.truncate = true;
     Ok(Parsed { keep_alive: keep(body.keep_alive.as_ref())?, ..parsed })
 }
@@ -241,17 +284,24 @@ pub fn ollama(model: &str, embedded: &Embedded, served: &Served) -> Value {
 /// The answer of the older `/api/embeddings`.
 #[must_use]
 pub fn ollama_old(embedded: &Embedded) -> Value {
-    json!({ "embedding": embedded.vectors.first() })
+    json!({ "embedding": embedded.vectors.first().map_or(&[][..], Vec::as_slice) })
 }
 
 #[derive(Deserialize)]
 struct RerankBody {
     model: String,
     query: String,
-    documents: Vec<Document>,
+    documents: Option<Vec<Document>>,
+    /// As Text Embeddings Inference calls them.
+    texts: Option<Vec<Document>>,
     top_n: Option<i64>,
     return_documents: Option<bool>,
+    return_text: Option<bool>,
+    truncate: Option<bool>,
 }
+
+const READ_OF_RERANK: [&str; 8] =
+    ["model", "query", "documents", "texts", "top_n", "return_documents", "return_text", "truncate"];
 
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "a text or an object with a `text`")]
@@ -260,13 +310,19 @@ enum Document {
     Object { text: String },
 }
 
-/// Reads the body of `/v1/rerank`.
+/// Reads the body of `/v1/rerank`. Texts that are too long are cut if `truncate` says so.
 ///
 /// # Errors
 /// [`Error::InvalidRequest`] with the field's name.
 pub fn parse_rerank(body: &[u8]) -> Result<Parsed, Error> {
+    let extras = extras_of(Api::OpenAi, body, &READ_OF_RERANK)?;
     let body: RerankBody = wire::parse(body)?;
-    let texts = body.documents.into_iter().map(|document| match document {
+    let (param, documents) = match (body.documents, body.texts) {
+        (Some(documents), _) => ("documents", documents),
+        (None, Some(texts)) => ("texts", texts),
+        (None, None) => return Err(Error::invalid("documents", "`documents` is missing: send the texts to score")),
+    };
+    let texts = documents.into_iter().map(|document| match document {
         Document::Text(text) | Document::Object { text } => Input::Text(text),
     });
     let top = match body.top_n {
@@ -278,12 +334,14 @@ pub fn parse_rerank(body: &[u8]) -> Result<Parsed, Error> {
                 .ok_or_else(|| Error::invalid("top_n", format!("`top_n` is {n}: use a number from 1 on")))?,
         ),
     };
-    let mut parsed = Parsed::new(body.model, checked("documents", texts.collect())?);
+    let mut parsed = Parsed::new(body.model, checked(param, texts.collect())?);
     parsed.request.query = Some(check::text("query", body.query)?);
-    Ok(Parsed { top, returns_documents: body.return_documents.unwrap_or(false), ..parsed })
+    parsed.request.truncate = body.truncate.unwrap_or(false);
+    let returns_documents = body.return_documents.or(body.return_text).unwrap_or(false);
+    Ok(Parsed { top, returns_documents, is_tei: param == "texts", extras, ..parsed })
 }
 
-/// The answer of `/v1/rerank`: the best first.
+/// The answer of `/v1/rerank`: the best first; as Text Embeddings Inference has it, where the texts were called `texts`.
 #[must_use]
 pub fn rerank(parsed: &Parsed, embedded: &Embedded, served: &Served) -> Value {
     let score = |values: &Vec<f32>| values.first().copied().unwrap_or(f32::NEG_INFINITY);
@@ -291,12 +349,18 @@ pub fn rerank(parsed: &Parsed, embedded: &Embedded, served: &Served) -> Value {
     scores.sort_by(|(_, a), (_, b)| b.total_cmp(a));
     scores.truncate(parsed.top.unwrap_or(usize::MAX));
     let row = |(index, score): (usize, f32)| {
-        let mut row = json!({ "index": index, "relevance_score": score });
-        if let (true, Some(Input::Text(text))) = (parsed.returns_documents, parsed.request.inputs.get(index)) {
-            row["document"] = json!({ "text": text });
+        let name = if parsed.is_tei { "score" } else { "relevance_score" };
+        let mut row = json!({ "index": index, name: score });
+        match parsed.request.inputs.get(index).filter(|_| parsed.returns_documents) {
+            Some(Input::Text(text)) if parsed.is_tei => row["text"] = text.as_str().into(),
+            Some(Input::Text(text)) => row["document"] = json!({ "text": text }),
+            _ => {}
         }
         row
     };
+    if parsed.is_tei {
+        return scores.into_iter().map(row).collect();
+    }
     let tokens = embedded.usage.prompt_tokens;
     json!({
         "model": parsed.model, "object": "list", "usage": { "prompt_tokens": tokens, "total_tokens": tokens },
@@ -369,11 +433,19 @@ mod tests {
         };
         assert_eq!(read(json!("a")).unwrap(), [Input::Text("a".into())]);
         assert_eq!(read(json!(["a", "b"])).unwrap().len(), 2);
+        assert_eq!(read(json!(["a", [1, 2]])).unwrap(), [Input::Text("a".into()), Input::Tokens(vec![1, 2])]);
         assert_eq!(read(json!([1, 2])).unwrap(), [Input::Tokens(vec![1, 2])]);
         assert_eq!(read(json!([[1], [2, 3]])).unwrap(), [Input::Tokens(vec![1]), Input::Tokens(vec![2, 3])]);
-        for wrong in
-            [json!([]), json!(""), json!(["a", ""]), json!([[]]), json!(vec!["a"; 2049]), json!("a\0"), json!(7)]
-        {
+        for wrong in [
+            json!([]),
+            json!(""),
+            json!(["a", ""]),
+            json!([[]]),
+            json!(vec!["a"; 2049]),
+            json!("a\0"),
+            json!(7),
+            json!([1, "a"]),
+        ] {
             let error = read(wrong.clone()).unwrap_err();
             assert!(error.to_string().contains("input"), "{wrong}: {error}");
         }
@@ -382,9 +454,19 @@ mod tests {
     #[test]
     fn a_shortened_vector_has_the_length_one_again() {
         let mut embedded = Embedded { vectors: vec![vec![0.6, 0.8, 0.0]], ..Embedded::default() };
-        embedded.shorten(Some(1)).unwrap();
+        let openai = |dimensions: i64| {
+            parse_openai(json!({ "model": "m", "input": "a", "dimensions": dimensions }).to_string().as_bytes())
+                .unwrap()
+        };
+        embedded.shorten(&openai(1)).unwrap();
         assert_eq!(embedded.vectors, [[1.0]]);
-        assert!(embedded.shorten(Some(2)).is_err());
+        assert!(embedded.shorten(&openai(2)).is_err());
+        let ollama = |dimensions: i64| {
+            parse_ollama(json!({ "model": "m", "input": "a", "dimensions": dimensions }).to_string().as_bytes())
+                .unwrap()
+        };
+        [0, 2].into_iter().for_each(|all| embedded.shorten(&ollama(all)).unwrap());
+        assert_eq!(embedded.vectors, [[1.0]]);
     }
 
     #[test]

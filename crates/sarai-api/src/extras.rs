@@ -62,6 +62,27 @@ impl Rest {
         }
     }
 
+    /// A field that is not read apart, and is followed all the same.
+    pub fn follow(&mut self, name: &str) {
+        self.kept.push(name.to_owned());
+    }
+
+    /// Reads what else the model's chat template is to know.
+    ///
+    /// # Errors
+    /// It is no object.
+    pub fn template_values(&mut self, is_chat: bool) -> Result<Option<String>, Error> {
+        const NAME: &str = "chat_template_kwargs";
+        let values = match self.field(NAME) {
+            None | Some(Value::Null) => return Ok(None),
+            Some(values @ Value::Object(_)) if is_chat => values.to_string(),
+            Some(Value::Object(_)) => return Ok(None),
+            Some(other) => return Err(Error::invalid(NAME, format!("`{NAME}` is {other}: use an object"))),
+        };
+        self.follow(NAME);
+        Ok(Some(values))
+    }
+
     /// A field that was not read.
     pub fn field(&self, name: &str) -> Option<&Value> {
         self.extras.fields.get(name)
@@ -74,7 +95,7 @@ impl Rest {
     pub fn tools(&mut self, is_chat: bool) -> Result<Option<Tools>, Error> {
         let written = match self.field("tools") {
             Some(Value::Array(tools)) if !tools.is_empty() => tools,
-            Some(Value::Array(_) | Value::Null) | None => return Ok(None),
+            Some(Value::Array(_) | Value::Null) | None => return self.no_tools(),
             Some(other) => return Err(Error::invalid("tools", format!("`tools` is {other}: use an array of tools"))),
         };
         if !is_chat {
@@ -99,6 +120,18 @@ impl Rest {
                 self.need_also("tools", lack, false);
                 Ok(None)
             }
+        }
+    }
+
+    /// Without tools, none can have to be called.
+    fn no_tools(&self) -> Result<Option<Tools>, Error> {
+        match self.field("tool_choice") {
+            None | Some(Value::Null) => Ok(None),
+            Some(choice) if choice == "auto" || choice == "none" => Ok(None),
+            Some(choice) => Err(Error::invalid(
+                "tool_choice",
+                format!("`tool_choice` is {choice} without `tools`: send the tools too"),
+            )),
         }
     }
 

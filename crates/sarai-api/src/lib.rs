@@ -16,6 +16,7 @@ mod sampling;
 pub mod schema;
 pub mod tools;
 pub mod translate;
+pub mod validate;
 
 use sarai_core::{Event, Extra, FinishReason, GenerateRequest, Lane, Timings, TokenLogprob, ToolCall, Usage};
 

@@ -55,7 +55,22 @@ impl WireSampling {
             Some(Stop::One(stop)) => vec![stop],
             Some(Stop::Many(stops)) => stops,
         };
-        Ok((sampling, stop))
+        Ok((sampling, few(stop)?))
+    }
+}
+
+/// Stop texts at most, and bytes of each: all are looked for at every token.
+const MOST_STOPS: usize = 64;
+const LONGEST_STOP: usize = 1024;
+
+fn few(stop: Vec<String>) -> Result<Vec<String>, Error> {
+    let wrong = |message: String| Err(Error::invalid("stop", message));
+    if stop.len() > MOST_STOPS {
+        return wrong(format!("`stop` has {} texts: use at most {MOST_STOPS}", stop.len()));
+    }
+    match stop.iter().find(|text| text.len() > LONGEST_STOP) {
+        Some(text) => wrong(format!("`stop` has a text of {} bytes: use at most {LONGEST_STOP}", text.len())),
+        None => Ok(stop),
     }
 }
 

@@ -2,11 +2,15 @@
 
 use std::collections::BTreeSet;
 
-use sarai_core::schema::{MOST_ITEMS, MOST_REPEATED, meant, multiples, number_rule, only_part, plain_pattern, visit};
+use sarai_core::schema::{
+    MOST_ITEMS, MOST_REPEATED, meant, multiples, number_rule, of_format, only_part, plain_pattern, put_together, visit,
+};
 use serde_json::{Map, Value};
 
 /// Keywords that are never followed.
-const NEVER: [&str; 16] = [
+const NEVER: [&str; 18] = [
+    "$dynamicRef",
+    "$recursiveRef",
     "multipleOf",
     "not",
     "if",
@@ -62,15 +66,29 @@ pub fn not_followed(schema: &str) -> Vec<String> {
 /// The same of the arguments of tools that are to be called strictly.
 #[must_use]
 pub fn not_followed_by_calls(definitions: &str) -> Vec<String> {
-    let tools: Vec<Value> = serde_json::from_str(definitions).unwrap_or_default();
     let mut found = BTreeSet::new();
-    for function in tools.iter().map(|tool| &tool["function"]).filter(|function| function["strict"] == true) {
-        look_through(&function["parameters"], &mut found);
-    }
+    strict(definitions).iter().for_each(|tool| look_through(&tool["function"]["parameters"], &mut found));
     found.into_iter().map(|keyword| format!("tools:{keyword}")).collect()
 }
 
+/// The tools that are to be called strictly: their names, and the schemas of their arguments.
+#[must_use]
+pub fn strict_arguments(definitions: &str) -> Vec<(String, String)> {
+    let named = |tool: &Value| {
+        let function = &tool["function"];
+        Some((function["name"].as_str()?.to_owned(), function["parameters"].to_string()))
+    };
+    strict(definitions).iter().filter_map(named).collect()
+}
+
+fn strict(definitions: &str) -> Vec<Value> {
+    let mut tools: Vec<Value> = serde_json::from_str(definitions).unwrap_or_default();
+    tools.retain(|tool| tool["function"]["strict"] == true);
+    tools
+}
+
 fn look_through(document: &Value, found: &mut BTreeSet<String>) {
+    let document = &*put_together(document);
     visit(document, |_, schema| {
         if let Value::Object(fields) = schema {
             look(document, fields, found);
@@ -90,7 +108,8 @@ fn look(document: &Value, fields: &Map<String, Value>, found: &mut BTreeSet<Stri
             found.insert(keyword.to_owned());
         }
     };
-    let (has_rule, has_multiples) = (number_rule(fields).is_some(), multiples(fields).is_some());
+    let (has_rule, has_multiples) =
+        (number_rule(fields).is_some(), multiples(fields).is_some() || has_decimals(fields));
     NEVER.iter().filter(|keyword| !(has_multiples && **keyword == "multipleOf")).for_each(|keyword| miss(keyword));
     if fields.get("uniqueItems") == Some(&Value::Bool(true)) {
         miss("uniqueItems");
@@ -116,7 +135,12 @@ fn look(document: &Value, fields: &Map<String, Value>, found: &mut BTreeSet<Stri
             miss(bound);
         }
     }
-    if !fields.get("format").and_then(Value::as_str).is_none_or(|format| FORMATS.contains(&format)) {
+    let format = fields.get("format").and_then(Value::as_str);
+    let is_pattern = format.is_some_and(|format| of_format(format).is_some());
+    let is_followed = is_pattern || format.is_some_and(|format| FORMATS.contains(&format));
+    if is_followed && !has("pattern") {
+        ["minLength", "maxLength"].iter().for_each(|keyword| miss(keyword));
+    } else if !format.is_none_or(|format| FORMATS.contains(&format)) {
         miss("format");
     }
     if fields.get("allOf").and_then(Value::as_array).is_some_and(|parts| !are_put_together(document, fields, parts)) {
@@ -161,8 +185,19 @@ fn look(document: &Value, fields: &Map<String, Value>, found: &mut BTreeSet<Stri
         if has("prefixItems") && has("items") && fields["items"] != Value::Bool(false) {
             miss("prefixItems");
         }
-        if has("prefixItems") || fields.get("items").is_some_and(Value::is_array) {
-            ["minItems", "maxItems"].iter().for_each(|keyword| miss(keyword));
+        let row = fields.get("prefixItems").or(fields.get("items")).and_then(Value::as_array);
+        if let Some(row) = row {
+            // All of the row are written, and nothing behind it.
+            let count = row.len() as u64;
+            let is_kept = |keyword: &str, keeps: fn(u64, u64) -> bool| {
+                fields.get(keyword).is_none_or(|bound| bound.as_u64().is_some_and(|bound| keeps(count, bound)))
+            };
+            if !is_kept("minItems", |count, least| count >= least) {
+                found.insert("minItems".to_owned());
+            }
+            if !is_kept("maxItems", |count, most| count <= most) {
+                found.insert("maxItems".to_owned());
+            }
         }
     }
     if fields.get("oneOf").and_then(Value::as_array).is_some_and(|options| {
@@ -208,6 +243,13 @@ fn values_are_of_type(fields: &Map<String, Value>, keyword: &str) -> bool {
         (_, Some(value)) => is_of(value),
         _ => false,
     }
+}
+
+/// Whether it is to be a number with so many decimals, and a rule says so.
+fn has_decimals(fields: &Map<String, Value>) -> bool {
+    let mut alone = fields.clone();
+    alone.retain(|keyword, _| ["type", "multipleOf"].contains(&keyword.as_str()));
+    number_rule(&alone).is_some() && number_rule(fields).is_some()
 }
 
 fn may_be_number(fields: &Map<String, Value>) -> bool {
@@ -270,6 +312,14 @@ mod tests {
             json!({ "type": "string", "pattern": "\\d{5}" }),
             json!({ "type": "number", "minimum": 0, "exclusiveMinimum": 0, "maximum": 1 }),
             json!({ "type": "integer", "minimum": 0, "exclusiveMinimum": 0, "multipleOf": 5 }),
+            json!({ "type": ["number", "null"], "minimum": 0, "multipleOf": 0.01 }),
+            json!({ "type": "number", "multipleOf": 2.5 }),
+            json!({ "type": "array", "prefixItems": [{}, {}], "minItems": 2, "maxItems": 2 }),
+            json!({ "allOf": [{ "type": "integer" }, { "minimum": 5 }] }),
+            json!({ "allOf": [{ "properties": { "a": {} }, "additionalProperties": false }, { "properties": { "b": {} } }] }),
+            json!({ "type": "object", "properties": { "a": {} }, "required": ["a", "b"] }),
+            json!({ "type": "object", "properties": { "a": {} }, "anyOf": [{ "required": ["a"] }, { "required": ["b"] }] }),
+            json!({ "anyOf": [{ "type": "string" }], "enum": ["a"] }),
             // Nothing refers to it.
             json!({ "$defs": { "x": { "type": "array", "uniqueItems": true } }, "type": "string" }),
             json!({ "type": "object", "properties": { "next": { "$ref": "#" } } }),
@@ -295,30 +345,29 @@ mod tests {
             (json!({ "type": "number", "minimum": 1e12 }), "schema:minimum"),
             (json!({ "minimum": 1 }), "schema:minimum"),
             (
-                json!({ "type": "object", "properties": { "a": { "type": "array", "items": { "type": "number", "multipleOf": 0.01 } } } }),
+                json!({ "type": "object", "properties": { "a": { "type": "array", "items": { "type": "number", "multipleOf": 0.0000003 } } } }),
                 "schema:multipleOf",
             ),
             (
                 json!({ "$defs": { "x": { "type": "array", "uniqueItems": true } }, "$ref": "#/$defs/x" }),
                 "schema:uniqueItems",
             ),
-            (json!({ "type": "object", "properties": {}, "required": ["x"] }), "schema:required"),
-            (json!({ "type": "string", "pattern": "^a*$", "maxLength": 3 }), "schema:maxLength"),
-            (json!({ "anyOf": [{ "type": "string" }], "enum": ["a"] }), "schema:enum"),
-            (json!({ "oneOf": [{ "type": "integer" }, { "type": "number" }] }), "schema:oneOf"),
-            (json!({ "type": "string", "pattern": "^\\bx$" }), "schema:pattern"),
-            (json!({ "type": "string", "format": "email" }), "schema:format"),
-            (json!({ "type": "string", "maxLength": 5000 }), "schema:maxLength"),
-            (json!({ "allOf": [{ "$ref": "#/$defs/x" }, {}] }), "schema:allOf"),
-            (json!({ "allOf": [{ "properties": { "a": {} } }, { "properties": { "a": {} } }] }), "schema:allOf"),
             (
-                json!({ "allOf": [{ "properties": { "a": {} }, "additionalProperties": false }, { "properties": { "b": {} } }] }),
-                "schema:allOf",
-            ),
-            (
-                json!({ "allOf": [{ "properties": { "a": {} } }, { "properties": { "b": {} } }], "required": ["c"] }),
+                json!({ "type": "object", "properties": {}, "required": ["x"], "additionalProperties": false }),
                 "schema:required",
             ),
+            (json!({ "type": "string", "pattern": "^a*$", "maxLength": 3 }), "schema:maxLength"),
+            (json!({ "anyOf": [{ "pattern": "a" }], "pattern": "b" }), "schema:pattern"),
+            (json!({ "oneOf": [{ "type": "integer" }, { "type": "number" }] }), "schema:oneOf"),
+            (json!({ "type": "string", "pattern": "^\\bx$" }), "schema:pattern"),
+            (json!({ "type": "string", "format": "isbn" }), "schema:format"),
+            (json!({ "type": "string", "format": "uri", "maxLength": 9 }), "schema:maxLength"),
+            (json!({ "type": "string", "maxLength": 5000 }), "schema:maxLength"),
+            (json!({ "allOf": [{ "$ref": "#/$defs/x" }, {}] }), "schema:allOf"),
+            (json!({ "allOf": [{ "pattern": "a" }, { "pattern": "b" }] }), "schema:allOf"),
+            (json!({ "type": "string", "format": "uuid", "maxLength": 8 }), "schema:maxLength"),
+            (json!({ "$dynamicRef": "#n" }), "schema:$dynamicRef"),
+            (json!({ "type": "array", "prefixItems": [{}, {}], "minItems": 3, "maxItems": 4 }), "schema:minItems"),
             (json!({ "minItems": 1 }), "schema:minItems"),
             (json!({ "type": "string", "enum": ["a", 1] }), "schema:type"),
             (json!({ "type": "string", "not": { "const": "a" } }), "schema:not"),
@@ -340,5 +389,7 @@ mod tests {
         let missed = |tools: Value| not_followed_by_calls(&tools.to_string());
         assert_eq!(missed(json!([tool(false), tool(true)])), ["tools:uniqueItems"]);
         assert!(missed(json!([tool(false)])).is_empty());
+        let arguments = strict_arguments(&json!([tool(false), tool(true)]).to_string());
+        assert_eq!(arguments, [("f".to_owned(), tool(true)["function"]["parameters"].to_string())]);
     }
 }

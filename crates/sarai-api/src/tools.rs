@@ -44,7 +44,10 @@ pub fn are_shown_by(template: &str) -> bool {
 /// Whether a chat template has the model reason before it answers.
 #[must_use]
 pub fn reasons(template: &str) -> bool {
-    template.contains("enable_thinking") || template.contains("<think>")
+    // The marks of the templates that llama.cpp reads reasoning of.
+    ["enable_thinking", "<think>", "[THINK]", "<mm:think>", "<|channel|>analysis", "<seed:think>"]
+        .iter()
+        .any(|mark| template.contains(mark))
 }
 
 /// What may be called.

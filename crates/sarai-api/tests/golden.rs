@@ -181,20 +181,8 @@ fn errors_name_the_field_and_the_value() {
 #[test]
 fn a_request_to_an_ollama_host_sets_only_what_was_asked_for() {
     let request = GenerateRequest {
-        prompt: Prompt::Chat(vec![Message::new(Role::User, "Hi")]),
         sampling: Sampling { temperature: Some(0.7), ..Sampling::default() },
-        stop: Vec::new(),
-        max_tokens: None,
-        format: sarai_core::Format::Text,
-        format_param: "format".into(),
-        tools: None,
-        think: None,
-        logprobs: None,
-        residence: sarai_core::Residence::default(),
-        lane: sarai_core::Lane::default(),
-        prefill: String::new(),
-        given: String::new(),
-        extras: None,
+        ..GenerateRequest::new(Prompt::Chat(vec![Message::new(Role::User, "Hi")]))
     };
     let (path, body) = ollama::chat_request("solar", None, &request);
     assert_eq!(path, "/api/chat");

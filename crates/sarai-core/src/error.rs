@@ -214,6 +214,19 @@ pub enum Error {
         /// Exit status and last words.
         detail: String,
     },
+    /// No answer kept the schema.
+    #[error(
+        "`{model}` gave {answers} answers, and each broke its schema; the last one: {why}: ask for it in the prompt as well, or \
+         simplify the schema"
+    )]
+    SchemaBroken {
+        /// The model's name.
+        model: String,
+        /// How many answers.
+        answers: u32,
+        /// Where and how.
+        why: String,
+    },
     /// A remote host failed.
     #[error("host {host} {cause}")]
     Remote {
@@ -253,6 +266,7 @@ impl Error {
             | Self::TextTooLong { model, .. }
             | Self::Deadline { model, .. }
             | Self::Unavailable { model, .. }
+            | Self::SchemaBroken { model, .. }
             | Self::WorkerDied { model, .. } => name.clone_into(model),
             Self::DoesNotFit(refusal) => name.clone_into(&mut refusal.model),
             _ => {}
@@ -277,6 +291,7 @@ impl Error {
             | Self::DoesNotFit(_)
             | Self::Unavailable { .. }
             | Self::WorkerDied { .. }
+            | Self::SchemaBroken { .. }
             | Self::Remote { .. }
             | Self::Internal(_) => true,
         }

@@ -83,13 +83,19 @@ impl Extra {
     /// Whether it has nothing of the answer itself.
     #[must_use]
     pub fn only_describes(&self) -> bool {
+        self.text.is_empty() && self.is_plain()
+    }
+
+    /// Whether it has nothing of the answer itself but text.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
         let is_nothing = |value: &Value| match value {
             Value::Null => true,
             Value::String(text) => text.is_empty(),
             Value::Array(all) => all.is_empty(),
             _ => false,
         };
-        self.text.is_empty() && self.choice.values().chain(self.message.values()).all(is_nothing)
+        self.choice.values().chain(self.message.values()).all(is_nothing)
     }
 
     /// Puts a later step's fields to these, for an answer that is wanted whole: texts and lists grow, what has an `index` is

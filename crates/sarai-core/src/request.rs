@@ -51,6 +51,9 @@ pub struct Message {
     /// Of a tool's result: whose it is.
     #[serde(default)]
     pub result_of: Option<ResultOf>,
+    /// What the model thought before it said this, for templates that show it.
+    #[serde(default)]
+    pub reasoning: String,
 }
 
 /// Which call a message is the result of.
@@ -66,7 +69,8 @@ impl Message {
     /// A message of text.
     #[must_use]
     pub fn new(role: Role, content: impl Into<String>) -> Self {
-        Self { role, content: content.into(), media: Vec::new(), tool_calls: Vec::new(), result_of: None }
+        let content = content.into();
+        Self { role, content, media: Vec::new(), tool_calls: Vec::new(), result_of: None, reasoning: String::new() }
     }
 }
 
@@ -229,6 +233,9 @@ pub struct GenerateRequest {
     /// Whether the model reasons before it answers, where it can; `None` leaves it to its template.
     #[serde(default)]
     pub think: Option<bool>,
+    /// What else the model's chat template is to know: a JSON object, as text.
+    #[serde(default)]
+    pub template_values: Option<String>,
     /// Whether it is told how likely each token was, and how many others that were likely.
     #[serde(default)]
     pub logprobs: Option<u8>,
@@ -278,6 +285,28 @@ pub struct EmbedRequest {
 }
 
 impl GenerateRequest {
+    /// A request for all that a model says to a prompt, as it is configured.
+    #[must_use]
+    pub fn new(prompt: Prompt) -> Self {
+        Self {
+            prompt,
+            sampling: Sampling::default(),
+            stop: Vec::new(),
+            max_tokens: None,
+            format: Format::Text,
+            format_param: "format".into(),
+            tools: None,
+            think: None,
+            template_values: None,
+            logprobs: None,
+            residence: Residence::default(),
+            lane: Lane::default(),
+            prefill: String::new(),
+            given: String::new(),
+            extras: None,
+        }
+    }
+
     /// All that its messages show or let hear.
     pub fn media(&self) -> impl Iterator<Item = &Media> {
         let messages = match &self.prompt {

@@ -147,7 +147,10 @@ const TOLD: usize = 400;
 fn chat_params(messages: &[Message], mark: &str, request: &GenerateRequest) -> ChatApplyParams {
     let mut marks = 0;
     let messages: Value = messages.iter().map(|one| message(one, mark, &mut marks)).collect();
-    let params = ChatApplyParams::new(messages.to_string());
+    let mut params = ChatApplyParams::new(messages.to_string());
+    if let Some(values) = &request.template_values {
+        params = params.with_template_kwargs(written_out(values));
+    }
     let Some(tools) = &request.tools else {
         // What must have a form of its own does not begin with reasoning.
         let is_constrained = request.format.is_constrained();
@@ -164,6 +167,13 @@ fn chat_params(messages: &[Message], mark: &str, request: &GenerateRequest) -> C
         .with_enable_thinking(request.think.unwrap_or(true))
         .with_tool_choice(choice)
         .with_parallel_tool_calls(tools.parallel.unwrap_or(true))
+}
+
+/// Values for a template, each as the text of its JSON: the bindings hand texts on as they are.
+fn written_out(values: &str) -> String {
+    let values: serde_json::Map<String, Value> = serde_json::from_str(values).unwrap_or_default();
+    let values = values.into_iter().map(|(name, value)| (name, Value::String(value.to_string())));
+    Value::Object(values.collect()).to_string()
 }
 
 /// The definitions that the model is shown: all, or the one that it must call.
@@ -184,6 +194,9 @@ fn message(message: &Message, mark: &str, marks: &mut usize) -> Value {
     if !message.tool_calls.is_empty() {
         let call = |call: &sarai_core::ToolCall| json!({ "id": call.id, "type": "function", "function": { "name": call.name, "arguments": call.arguments } });
         value["tool_calls"] = message.tool_calls.iter().map(call).collect();
+    }
+    if !message.reasoning.is_empty() {
+        value["reasoning_content"] = message.reasoning.as_str().into();
     }
     if let Some(result_of) = &message.result_of {
         for (key, said) in [("tool_call_id", &result_of.id), ("name", &result_of.name)] {

@@ -2,7 +2,8 @@
 
 use llama_cpp_4::chat::json_schema_to_grammar;
 use sarai_core::schema::{
-    MOST_ITEMS, MOST_REPEATED, multiples, number_rule, only_part, parts_mut, plain_pattern, target, visit,
+    MOST_ITEMS, MOST_REPEATED, multiples, number_rule, of_format, only_part, parts_mut, plain_pattern, put_together,
+    target, visit,
 };
 use serde_json::{Map, Value, json};
 
@@ -40,6 +41,8 @@ impl Words {
 
     /// A schema in these words.
     pub fn of(&mut self, document: &Value) -> Value {
+        let together = put_together(document);
+        let document = if self.is_for_reading { document } else { &*together };
         let first = self.references.len();
         let mut written = self.rewritten(document, document, first);
         let mut definitions = Map::new();
@@ -101,6 +104,12 @@ impl Words {
             if fields.get(keyword).and_then(Value::as_u64).is_some_and(|count| count > most) {
                 fields.remove(keyword);
             }
+        }
+        if let Some(pattern) = fields.get("format").and_then(Value::as_str).and_then(of_format)
+            && !self.is_for_reading
+            && !fields.contains_key("pattern")
+        {
+            fields.insert("pattern".into(), pattern.into());
         }
         if let Some(pattern) = fields.get("pattern").and_then(Value::as_str).filter(|_| !self.is_for_reading) {
             match plain_pattern(pattern) {

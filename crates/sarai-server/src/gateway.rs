@@ -6,7 +6,7 @@ use std::time::Instant;
 use futures_util::StreamExt;
 use sarai_api::embed::{self, Embedded};
 use sarai_api::{Parsed, Served};
-use sarai_core::{Error, Event, GenerateRequest, Lane, MediaSource, Residence};
+use sarai_core::{Error, Event, GenerateRequest, KeepAlive, Lane, MediaSource, Residence};
 
 use crate::admission::Admission;
 use crate::catalog::{Catalog, Catalogs};
@@ -83,6 +83,14 @@ impl Gateway {
         if model.role == ModelRole::Router {
             let message = format!("`{}` chooses models: use a model of role embedding", parsed.model);
             return Err(Error::invalid("model", message));
+        }
+        if parsed.request.inputs.is_empty() {
+            // As Ollama's clients have a model loaded, or unloaded.
+            match parsed.keep_alive {
+                Some(KeepAlive::For(0)) => self.unload(&parsed.model)?,
+                keep_alive => self.load(&parsed.model, Residence { context_tokens: None, keep_alive }).await?,
+            }
+            return Ok((Served::default(), Embedded::default()));
         }
         let arrived = Instant::now();
         let ticket = self.admission.admit(parsed.request.lane).await?;

@@ -111,7 +111,9 @@ impl ModelFile {
 
     /// Whether its chat template shows tools to the model.
     pub fn knows_tools(&self) -> bool {
-        sarai_api::tools::are_shown_by(self.header.text("tokenizer.chat_template").unwrap_or_default())
+        // Where tools are given, llama.cpp takes the second one if there is one.
+        let templates = ["tokenizer.chat_template", "tokenizer.chat_template.tool_use"];
+        templates.iter().filter_map(|key| self.header.text(key)).any(sarai_api::tools::are_shown_by)
     }
 
     /// Whether its chat template has it reason before it answers.

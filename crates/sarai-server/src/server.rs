@@ -26,6 +26,7 @@ use crate::pool::{Parts, Pool};
 use crate::reload::{Live, Names, keep_current};
 use crate::state::State;
 use crate::supervise::spare::spare_the_server;
+use crate::supervise::validate::Validator;
 
 /// How long the workers together may take to end; those that still live are killed with their handles.
 const END_WORKERS: Duration = Duration::from_secs(8);
@@ -92,11 +93,12 @@ impl Server {
             catalog: Arc::clone(&catalog),
             planner: planner.clone(),
             memory: config.memory,
-            executable,
+            executable: executable.clone(),
         });
         let limits = &config.server;
         let (health, opened) = Health::new(&catalog, hosts.clone(), state);
-        let dispatch = Dispatch { catalogs: catalogs.clone(), planner, pool: pool.0.clone(), hosts, health };
+        let validator = Validator::new(executable);
+        let dispatch = Dispatch { catalogs: catalogs.clone(), planner, pool: pool.0.clone(), hosts, health, validator };
         let warming = tokio::spawn(warm_fallbacks(dispatch.clone(), opened));
         let live = Live { sender, catalogs: catalogs.clone(), dispatch: dispatch.clone() };
         let reloading = file.map(|file| tokio::spawn(keep_current(file, as_written, names, live)));

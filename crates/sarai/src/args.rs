@@ -77,6 +77,11 @@ pub enum WorkerKind {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// a validator of JSON schemas
+    Validate {
+        /// Shown by `ps` of the system.
+        label: Option<String>,
+    },
     /// nothing: the kernel may take it in the server's place
     Spare {
         /// Shown by `ps` of the system.

@@ -127,7 +127,8 @@ pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
         let text = |name: &str| message.rest.get(name).and_then(Value::as_str).map(str::to_owned);
         let result_of = (role == Role::Tool).then(|| ResultOf { id: text("tool_call_id"), name: text("tool_name") });
         let content = check::text(&at, message.content.unwrap_or_default())?;
-        Ok(Message { role, content, media, tool_calls, result_of })
+        let reasoning = check::text(&format!("{at}.thinking"), text("thinking").unwrap_or_default())?;
+        Ok(Message { role, content, media, tool_calls, result_of, reasoning })
     });
     let prompt = Prompt::Chat(messages.collect::<Result<_, Error>>()?);
     if is_more {
@@ -234,6 +235,7 @@ impl Common {
             format_param: "format".into(),
             tools: rest.tools(is_chat)?,
             think: rest.think()?,
+            template_values: None,
             logprobs: rest.logprobs()?,
             residence,
             lane: Lane::default(),

@@ -403,20 +403,10 @@ mod tests {
     #[test]
     fn only_what_is_set_is_sent() {
         let request = GenerateRequest {
-            prompt: Prompt::Raw("Once".into()),
             sampling: Sampling { temperature: Some(0.7), ..Sampling::default() },
-            stop: Vec::new(),
             max_tokens: Some(4),
             format: Format::Json,
-            format_param: "format".into(),
-            tools: None,
-            think: None,
-            logprobs: None,
-            residence: sarai_core::Residence::default(),
-            lane: sarai_core::Lane::default(),
-            prefill: String::new(),
-            given: String::new(),
-            extras: None,
+            ..GenerateRequest::new(Prompt::Raw("Once".into()))
         };
         let (path, body) = super::request("m", &request);
         assert_eq!(path, "/completions");

@@ -194,8 +194,7 @@ const NEEDS: [&str; 12] = [
     "stop_token_ids",
 ];
 /// Fields that do not change the answer, or only together with others.
-const HARMLESS: [&str; 15] = [
-    "chat_template_kwargs",
+const HARMLESS: [&str; 14] = [
     "add_generation_prompt",
     "continue_final_message",
     "user",
@@ -224,6 +223,9 @@ fn rest_of(body: &[u8]) -> Result<Rest, Error> {
         }
     }
     rest.degrades_without(&HARMLESS);
+    if rest.field("reasoning_effort").is_some_and(|effort| effort == "none") {
+        rest.follow("reasoning_effort");
+    }
     // What is read of these is not all that they may say.
     ["response_format", "stream_options", "max_completion_tokens"].iter().for_each(|name| rest.keep(name));
     Ok(rest)
@@ -296,7 +298,10 @@ impl Reading<'_> {
             Some(Content::Parts(parts)) => self.parts(&at, parts)?,
         };
         let content = check::text(&format!("{at}.content"), content)?;
-        Ok(Message { role, content, media, tool_calls, result_of })
+        // As llama.cpp's server and vLLM call it.
+        let reasoning = text("reasoning_content").or_else(|| text("reasoning")).unwrap_or_default();
+        let reasoning = check::text(&format!("{at}.reasoning_content"), reasoning)?;
+        Ok(Message { role, content, media, tool_calls, result_of, reasoning })
     }
 
     /// The text of the parts, and what stands between it. As llama.cpp has it, lines are broken between two texts alone.
@@ -379,6 +384,7 @@ impl Common {
             format_param: format_param.into(),
             tools: rest.tools(is_chat)?,
             think: rest.think()?,
+            template_values: rest.template_values(is_chat)?,
             logprobs: rest.logprobs()?,
             residence: Residence::default(),
             lane: lane_of(&rest),
@@ -457,5 +463,7 @@ fn logit_bias(biases: BTreeMap<String, f32>) -> Result<Vec<(i32, f32)>, Error> {
         check::range("logit_bias", Some(bias), -100.0, 100.0)?;
         Ok((id, bias))
     };
-    biases.into_iter().map(one).collect()
+    // The same number may be written in several ways.
+    let all: BTreeMap<i32, f32> = biases.into_iter().map(one).collect::<Result<_, Error>>()?;
+    Ok(all.into_iter().collect())
 }

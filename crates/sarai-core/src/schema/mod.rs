@@ -3,13 +3,15 @@
 //!
 //! Whatever is written so is allowed by the schema; not all that the schema allows is written so.
 
+mod merge;
 mod number;
 mod parts;
 mod pattern;
 
+pub use merge::put_together;
 pub use number::{multiples, number_rule};
 pub use parts::{meant, only_part, parts_mut, target, visit};
-pub use pattern::plain_pattern;
+pub use pattern::{of_format, plain_pattern};
 
 /// llama.cpp repeats nothing more often.
 pub const MOST_REPEATED: u64 = 2000;

@@ -1,6 +1,6 @@
-//! Numbers within bounds, as rules in GBNF: llama.cpp makes right ones only of two bounds of whole numbers.
+//! Numbers within bounds, as rules in GBNF: llama.cpp makes right ones only of two bounds of whole numbers, and knows no multiples.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Number, Value};
 
 /// Digits behind the point that a bounded number has at most.
 const DECIMALS: usize = 6;
@@ -15,8 +15,8 @@ const DIGITS: usize = 15;
 /// Decimals of a cell that a bound parts, at least, if there are so many.
 const ENOUGH: u64 = 10;
 
-/// A rule in GBNF for the numbers that a schema's bounds allow, if it has any and they can be followed: it is of type `number` or
-/// `integer`, alone or among others.
+/// A rule in GBNF for the numbers that a schema's bounds allow, and its decimals where they are to be multiples of 0.1, 0.01 and so on; if it
+/// has any and they can be followed: it is of type `number` or `integer`, alone or among others.
 #[must_use]
 pub fn number_rule(schema: &Map<String, Value>) -> Option<String> {
     let is_of = |wanted: &str| match schema.get("type") {
@@ -24,15 +24,19 @@ pub fn number_rule(schema: &Map<String, Value>) -> Option<String> {
         Some(Value::Array(kinds)) => kinds.contains(&wanted.into()),
         _ => false,
     };
-    let has_decimals = is_of("number");
-    if !(has_decimals || is_of("integer")) || is_decided(schema) {
+    let is_number = is_of("number");
+    if !(is_number || is_of("integer")) || is_decided(schema) {
         return None;
     }
+    let step = schema.get("multipleOf").and_then(Step::of).filter(|step| is_number && step.is_decimal());
+    let decimals = step.map_or(DECIMALS, |step| step.decimals);
+    let has_decimals = is_number && decimals > 0;
     let furthest = if has_decimals { FURTHEST } else { FURTHEST_WHOLE };
     let bound = |keyword: &str, is_excluded: bool| bound(schema, keyword, is_excluded, furthest);
     let least = tighter(bound("minimum", false)?, bound("exclusiveMinimum", true)?, f64::gt);
     let most = tighter(bound("maximum", false)?, bound("exclusiveMaximum", true)?, f64::lt);
-    let sizes = |from: Bound, to: Option<Bound>| if has_decimals { sizes(from, to) } else { whole_sizes(from, to) };
+    let sizes =
+        |from: Bound, to: Option<Bound>| if has_decimals { sizes(from, to, decimals) } else { whole_sizes(from, to) };
     let mirrored = |bound: Bound| Bound { at: -bound.at, ..bound };
     let zero = |is_excluded: bool| Bound { at: 0.0, is_excluded };
     let mut alternatives = Vec::new();
@@ -43,18 +47,85 @@ pub fn number_rule(schema: &Map<String, Value>) -> Option<String> {
     if most.is_none_or(|most| most.at >= 0.0) {
         alternatives.extend(sizes(least.filter(|least| least.at >= 0.0).unwrap_or(zero(false)), most));
     }
-    let is_bounded = least.is_some() || most.is_some();
+    let is_bounded = least.is_some() || most.is_some() || step.is_some();
     (is_bounded && !alternatives.is_empty()).then(|| alternatives.join(" | "))
 }
 
-/// The whole numbers that a schema of type `integer` with `multipleOf` allows; where it leaves a side open, those next to the other bound or
-/// to zero.
+/// What `multipleOf` asks for: a number of tenths, hundredths and so on.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    parts: i64,
+    decimals: usize,
+}
+
+impl Step {
+    /// One that is above zero and has not too many decimals.
+    fn of(value: &Value) -> Option<Self> {
+        let step = value.as_f64().filter(|step| *step > 0.0 && *step <= FURTHEST)?;
+        let written = format!("{step}");
+        let (whole, behind) = written.split_once('.').unwrap_or((&written, ""));
+        let parts = format!("{whole}{behind}").parse().ok()?;
+        (behind.len() <= DECIMALS).then_some(Self { parts, decimals: behind.len() })
+    }
+
+    /// Whether all numbers with so many decimals are multiples.
+    fn is_decimal(self) -> bool {
+        self.parts == 1
+    }
+
+    fn times(self, count: i64) -> f64 {
+        let parts = self.parts.saturating_mul(count);
+        format!("{parts}e-{}", self.decimals).parse().unwrap_or(f64::NAN)
+    }
+}
+
+/// The multiples that a schema of type `integer` or `number` allows, but where all that has so many decimals is one; where it leaves a side
+/// open, those next to the other bound or to zero.
 #[must_use]
-pub fn multiples(schema: &Map<String, Value>) -> Option<Vec<i64>> {
-    let step = schema.get("multipleOf")?.as_i64().filter(|step| *step > 0)?;
-    if schema.get("type") != Some(&"integer".into()) || is_decided(schema) {
+pub fn multiples(schema: &Map<String, Value>) -> Option<Vec<Number>> {
+    let step = schema.get("multipleOf")?;
+    if is_decided(schema) {
         return None;
     }
+    match schema.get("type").and_then(Value::as_str)? {
+        "integer" => Some(
+            whole_multiples(schema, step.as_i64().filter(|step| *step > 0)?)?.into_iter().map(Number::from).collect(),
+        ),
+        "number" => fractions(schema, Step::of(step).filter(|step| !step.is_decimal())?),
+        _ => None,
+    }
+}
+
+/// Those that are not whole; of these, what is a multiple to whoever divides one float by the other.
+#[expect(clippy::cast_possible_truncation, reason = "bounds are small")]
+fn fractions(schema: &Map<String, Value>, step: Step) -> Option<Vec<Number>> {
+    let bound = |keyword: &str, is_excluded: bool| bound(schema, keyword, is_excluded, FURTHEST);
+    let least = tighter(bound("minimum", false)?, bound("exclusiveMinimum", true)?, f64::gt);
+    let most = tighter(bound("maximum", false)?, bound("exclusiveMaximum", true)?, f64::lt);
+    let one = step.times(1);
+    let count = |bound: Bound| (bound.at / one) as i64;
+    let first = match (least, most) {
+        (Some(least), _) => count(least) - 1,
+        (None, Some(most)) if most.at < 0.0 => count(most) - MOST_MULTIPLES,
+        (None, _) => 0,
+    };
+    let last = most.map_or(i64::MAX, |most| count(most) + 1);
+    let is_allowed = |number: &f64| {
+        (number / one).fract() == 0.0
+            && least.is_none_or(|least| least.is_below(*number))
+            && most.is_none_or(|most| most.is_above(*number))
+    };
+    let number =
+        |number: f64| if number.fract() == 0.0 { Some(Number::from(number as i64)) } else { Number::from_f64(number) };
+    let all: Vec<_> = (first..=last.min(first + MOST_MULTIPLES))
+        .map(|n| step.times(n))
+        .filter(is_allowed)
+        .filter_map(number)
+        .collect();
+    (!all.is_empty()).then_some(all)
+}
+
+fn whole_multiples(schema: &Map<String, Value>, step: i64) -> Option<Vec<i64>> {
     let whole = |keyword: &str| match schema.get(keyword) {
         Some(value) => value.as_i64().map(Some),
         None => Some(None),
@@ -140,7 +211,7 @@ fn whole_sizes(from: Bound, to: Option<Bound>) -> Option<String> {
     clippy::cast_precision_loss,
     reason = "small and not negative"
 )]
-fn sizes(from: Bound, to: Option<Bound>) -> Option<String> {
+fn sizes(from: Bound, to: Option<Bound>, most_decimals: usize) -> Option<String> {
     let is_within = |number: f64| from.is_below(number) && to.is_none_or(|to| to.is_above(number));
     let (first, last) = (first(from), to.map(last));
     // All that begin with these and a point.
@@ -152,7 +223,7 @@ fn sizes(from: Bound, to: Option<Bound>) -> Option<String> {
     if last_whole != Some(None)
         && let Some(whole) = whole(first, last_whole.flatten())
     {
-        alternatives.push(format!("({whole}) \".\" [0-9]{{1,{DECIMALS}}}"));
+        alternatives.push(format!("({whole}) \".\" [0-9]{{1,{most_decimals}}}"));
     }
     // Those that a bound parts.
     let parted = [from.at.floor() as u64, to.map_or(u64::MAX, |to| to.at.floor() as u64)];
@@ -166,7 +237,7 @@ fn sizes(from: Bound, to: Option<Bound>) -> Option<String> {
             (low, high)
         };
         let mut written = Vec::new();
-        for digits in 1..=DECIMALS {
+        for digits in 1..=most_decimals {
             let (low, high) = decimals(digits);
             let parts = (low..=high).map(|part| format!("{part:0digits$}"));
             let mut within = parts.filter(|part| format!("{cell}.{part}").parse().is_ok_and(is_within));
@@ -300,6 +371,13 @@ mod tests {
                 &["-4", "13", "1.5", "-0"],
             ),
             (json!({ "type": "number", "minimum": 0.001, "maximum": 0.002 }), &["0.001", "0.0015"], &["0", "0.003"]),
+            (json!({ "type": "number", "multipleOf": 0.01 }), &["0", "-3", "19.99", "-0.5"], &["1.999", "1."]),
+            (
+                json!({ "type": "number", "multipleOf": 0.1, "exclusiveMinimum": 1.25, "maximum": 2.5 }),
+                &["1.3", "2", "2.5"],
+                &["1", "1.25", "1.26", "2.49", "2.6"],
+            ),
+            (json!({ "type": ["number", "null"], "multipleOf": 1, "minimum": 3 }), &["3", "17"], &["2", "3.5"]),
         ] {
             let rule = rule(&schema).unwrap();
             allowed.iter().for_each(|number| assert!(rule.is_match(number), "{number} of {schema}: {rule}"));
@@ -320,16 +398,24 @@ mod tests {
 
     #[test]
     fn multiples_are_named() {
-        let of = |schema: Value| multiples(schema.as_object().unwrap());
+        let of = |schema: Value| {
+            let all = multiples(schema.as_object().unwrap())?;
+            Some(all.iter().map(|number| number.as_f64().unwrap()).collect::<Vec<_>>())
+        };
         let bounded = json!({ "type": "integer", "minimum": -4, "exclusiveMaximum": 9, "multipleOf": 3 });
-        assert_eq!(of(bounded), Some(vec![-3, 0, 3, 6]));
+        assert_eq!(of(bounded), Some(vec![-3.0, 0.0, 3.0, 6.0]));
         let open = of(json!({ "type": "integer", "multipleOf": 5 })).unwrap();
-        assert_eq!((open[0], open[1], open.len()), (0, 5, 200));
+        assert_eq!((open[0], open[1], open.len()), (0.0, 5.0, 200));
         let below = of(json!({ "type": "integer", "maximum": -1, "multipleOf": 10 })).unwrap();
-        assert!(below.contains(&-10) && below.iter().all(|n| *n < 0 && n % 10 == 0), "{below:?}");
+        assert!(below.contains(&-10.0) && below.iter().all(|n| *n < 0.0 && n % 10.0 == 0.0), "{below:?}");
+        let quarters = json!({ "type": "number", "exclusiveMinimum": -0.5, "maximum": 0.6, "multipleOf": 0.25 });
+        assert_eq!(of(quarters), Some(vec![-0.25, 0.0, 0.25, 0.5]));
+        let steps = of(json!({ "type": "number", "maximum": -1.2, "multipleOf": 0.3 })).unwrap();
+        assert!(steps.len() > 50 && steps.iter().all(|n| *n <= -1.2 && (n / 0.3).fract() == 0.0), "{steps:?}");
         for none in [
             json!({ "type": "integer", "minimum": 1, "maximum": 2, "multipleOf": 3 }),
-            json!({ "type": "number", "multipleOf": 3 }),
+            json!({ "type": "number", "multipleOf": 0.01 }),
+            json!({ "type": "number", "multipleOf": 0.000_000_3 }),
             json!({ "type": "integer", "multipleOf": 0.5 }),
             json!({ "type": "integer", "minimum": 0.5, "multipleOf": 3 }),
         ] {

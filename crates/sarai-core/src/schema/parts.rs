@@ -113,7 +113,7 @@ pub fn only_part(schema: &Map<String, Value>) -> Option<&Value> {
 const MOST_HOPS: usize = 32;
 
 /// Whether a keyword says nothing of what is valid.
-fn describes(keyword: &str) -> bool {
+pub fn describes(keyword: &str) -> bool {
     [
         "title",
         "description",

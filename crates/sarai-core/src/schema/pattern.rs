@@ -201,6 +201,35 @@ fn code(c: char) -> String {
     }
 }
 
+const DATE: &str = "^[12][0-9]{3}-((01|03|05|07|08|10|12)-(0[1-9]|[12][0-9]|3[01])|(04|06|09|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))$";
+const DATE_TIME: &str = concat!(
+    "^[12][0-9]{3}-((01|03|05|07|08|10|12)-(0[1-9]|[12][0-9]|3[01])|(04|06|09|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))",
+    "T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]([.][0-9]{3})?(Z|[+-](0[0-9]|1[0-3]):[0-5][0-9])$"
+);
+
+/// A pattern for texts of a format that llama.cpp knows no rule for, or one that lets through what is none. It lets the usual ones through, and nothing else.
+#[must_use]
+pub fn of_format(format: &str) -> Option<&'static str> {
+    match format {
+        // A day that there is.
+        "date" => Some(DATE),
+        "date-time" => Some(DATE_TIME),
+        "email" | "idn-email" => Some(
+            "^[a-zA-Z0-9]{1,16}([._+-][a-zA-Z0-9]{1,16}){0,2}@[a-z0-9]{1,24}(-[a-z0-9]{1,12})?(\\.[a-z]{2,8}){1,2}$",
+        ),
+        "hostname" | "idn-hostname" => Some("^[a-z0-9]{1,24}(-[a-z0-9]{1,12}){0,2}(\\.[a-z]{2,12}){0,3}$"),
+        "uri" | "iri" | "uri-reference" | "iri-reference" => Some(
+            "^https?://[a-z0-9]{1,24}(-[a-z0-9]{1,12})?(\\.[a-z]{2,12}){1,3}(:[1-9][0-9]{1,3})?(/[a-zA-Z0-9._~-]{1,40}){0,6}/?([?][a-zA-Z0-9=&_-]{1,60})?$",
+        ),
+        "ipv4" => Some(
+            "^(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9][0-9]|[0-9])(\\.(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9][0-9]|[0-9])){3}$",
+        ),
+        "ipv6" => Some("^[0-9a-f]{1,4}(:[0-9a-f]{1,4}){7}$"),
+        "duration" => Some("^P([1-9][0-9]{0,2}[DWMY]|T[1-9][0-9]{0,2}[HMS])$"),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {

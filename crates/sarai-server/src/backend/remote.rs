@@ -30,6 +30,8 @@ const END_OF_BODY: Duration = Duration::from_secs(1);
 const END_IS_THERE: Duration = Duration::from_millis(2);
 /// How much of an answer of vectors, or of a list, is read, in bytes.
 const MAX_WHOLE_BYTES: usize = 256 << 20;
+/// The longest list of models that is read.
+const MAX_LIST_BYTES: usize = 4 << 20;
 /// How much of an error body is read, in bytes, and how long it is waited for.
 const MAX_ERROR_BYTES: usize = 4 << 10;
 const ERROR_WITHIN: Duration = Duration::from_secs(2);
@@ -101,7 +103,7 @@ impl Hosts {
         if !response.status().is_success() {
             return Err(refused(response, "").await);
         }
-        let body = up_to(response, MAX_WHOLE_BYTES).await;
+        let body = up_to(response, MAX_LIST_BYTES).await;
         let listed: serde_json::Value =
             serde_json::from_slice(&body).map_err(|_| RemoteCause::Garbled(format!("{path} is not JSON")))?;
         Ok(listed::names(remote.api, &listed))
@@ -120,7 +122,7 @@ impl Hosts {
         };
         let response = with_key(request, remote).timeout(SHOWN_WITHIN).send().await.ok();
         let response = response.filter(|response| response.status().is_success())?;
-        let shown: serde_json::Value = serde_json::from_slice(&up_to(response, MAX_WHOLE_BYTES).await).ok()?;
+        let shown: serde_json::Value = serde_json::from_slice(&up_to(response, MAX_LIST_BYTES).await).ok()?;
         match remote.api {
             Api::Ollama => {
                 let listed = shown["capabilities"].as_array()?;
@@ -149,7 +151,7 @@ impl Hosts {
         let mut response = get().await.map_err(|error| unreachable(&error))?;
         let mut round_trip = Duration::MAX;
         for _ in 0..2 {
-            let _ = response.bytes().await;
+            let _ = up_to(response, MAX_LIST_BYTES).await;
             let began = tokio::time::Instant::now();
             response = get().await.map_err(|error| unreachable(&error))?;
             round_trip = round_trip.min(began.elapsed());
@@ -564,11 +566,11 @@ impl Lines {
                 // Heartbeats, or half a line: it lives.
                 Ok(self.buffered()?.unwrap_or(Event::Alive))
             }
-            // What is left without a line end may be garbage, such as an HTML page: say which it is.
-            Some(Err(_)) => {
-                let rest = self.rest();
-                self.reader.end().ok_or(rest.err().unwrap_or(RemoteCause::Cut))
-            }
+            // What is left without a line end may be garbage, such as an HTML page: say which it is. Or it is all there was.
+            Some(Err(_)) => match self.rest() {
+                Ok(rest) => rest.ok_or(RemoteCause::Cut),
+                Err(cause) => self.reader.end().ok_or(cause),
+            },
             None => self.rest().and_then(|end| end.ok_or(RemoteCause::Cut)),
         }
     }

@@ -121,7 +121,7 @@ async fn within_deadlines(
     let first = first_event(&mut events, deadlines.first_token, until).await;
     let first = first.map_err(|limit| late(Phase::FirstToken, limit))??;
     let limits = Limits { silence: deadlines.gap, whole: deadlines.gap };
-    Ok(with_gaps_limited(first, events, limits, move |limit| late(Phase::Gap, limit)))
+    Ok(with_gaps_limited(first, events, move |_| limits, move |limit| late(Phase::Gap, limit)))
 }
 
 async fn at_host(
@@ -154,12 +154,9 @@ async fn at_host(
     let until = began + deadlines.first_token;
     let first = first_event(&mut events, first_limit, until).await;
     let (early, first) = first.map_err(|limit| silent(Phase::FirstToken, limit))??;
-    let gap = match candidate.model.gap_is_set {
-        true => deadlines.gap,
-        false => known.pace.gap_limit(deadlines.gap),
-    };
     let took = began.elapsed();
-    let limits = Limits { silence: gap, whole: deadlines.gap };
+    let (pace, whole, is_set) = (known.pace, deadlines.gap, candidate.model.gap_is_set);
+    let limits = move |gaps: Gaps| Limits { silence: if is_set { whole } else { pace.gap_limit(gaps, whole) }, whole };
     let events = with_gaps_limited((early, first), events, limits, move |limit| silent(Phase::Gap, limit));
     Ok(observed(events, host.clone(), health.clone(), permit, took))
 }
@@ -218,16 +215,18 @@ async fn first_event(
 fn with_gaps_limited(
     (early, first): (Vec<Event>, Event),
     rest: EventStream,
-    limits: Limits,
+    limits: impl Fn(Gaps) -> Limits + Send + 'static,
     late: impl Fn(Duration) -> Error + Send + 'static,
 ) -> EventStream {
     let goes_on = |event: &Event| !matches!(event, Event::Done { .. });
-    let begun = goes_on(&first).then_some((rest, late));
+    let begun = goes_on(&first).then_some((rest, Gaps::default(), limits, late));
     let rest = stream::unfold(begun, move |state| async move {
-        let (mut rest, late) = state?;
-        match next_event(&mut rest, limits).await {
+        let (mut rest, mut gaps, limits, late) = state?;
+        let asked = Instant::now();
+        match next_event(&mut rest, limits(gaps)).await {
             Ok(Ok(event)) => {
-                let state = goes_on(&event).then_some((rest, late));
+                gaps.saw(asked.elapsed());
+                let state = goes_on(&event).then_some((rest, gaps, limits, late));
                 Some((Ok(event), state))
             }
             Ok(Err(error)) => Some((Err(error), None)),

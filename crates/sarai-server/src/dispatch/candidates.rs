@@ -42,6 +42,11 @@ impl Candidate {
         }
     }
 
+    /// Whether it is a worker of ours.
+    pub fn is_worker(&self) -> bool {
+        matches!(self.deployment(), Deployment::Local { .. })
+    }
+
     /// Whether it is on a host whose breaker is open.
     pub fn is_left_alone(&self, health: &Health) -> bool {
         self.remote().is_some_and(|remote| health.is_open(remote))
@@ -228,6 +233,11 @@ fn degraded(asked: &Model, model: &Model, deployment: &Deployment, request: &Gen
             _ => Vec::new(),
         },
     };
+    if matches!(deployment, Deployment::Local { .. }) && request.think == Some(true) && request.format.is_constrained()
+    {
+        // What must have a form of its own does not begin with reasoning.
+        lost.push("think".to_owned());
+    }
     if let (Deployment::Local { .. }, Some(tools)) = (deployment, &request.tools) {
         lost.extend(not_followed_by_calls(&tools.definitions));
         if request.format.is_constrained() {
@@ -342,12 +352,18 @@ fn prefix(request: &GenerateRequest) -> Vec<u8> {
     text.bytes().take(PREFIX_BYTES).collect()
 }
 
-/// Hosts that are far away come after those that are near.
+/// Hosts that are far away come after those that are near; between them those of which that is not known: who hangs delays nobody who
+/// could be answered by another one.
 pub fn near_first(tiers: Vec<Tier>, health: &Health) -> Vec<Tier> {
-    let is_far = |one: &Candidate| one.remote().is_some_and(|remote| health.of(remote).is_far);
+    let distance = |one: &Candidate| match one.remote() {
+        Some(remote) if health.of(remote).is_far => 2,
+        Some(remote) if health.is_measured_soon(remote) => 1,
+        _ => 0,
+    };
     let split = |tier: Tier| {
-        let (far, near): (Tier, Tier) = tier.into_iter().partition(is_far);
-        [near, far]
+        let mut split = [Tier::new(), Tier::new(), Tier::new()];
+        tier.into_iter().for_each(|one| split[distance(&one)].push(one));
+        split
     };
     tiers.into_iter().flat_map(split).filter(|tier| !tier.is_empty()).collect()
 }

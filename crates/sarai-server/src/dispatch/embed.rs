@@ -76,11 +76,11 @@ impl Dispatch {
         until: Instant,
         ticket: &Ticket,
     ) -> (usize, Result<Place, Error>) {
-        let Some(host) = host_of(left[0]) else { return (0, Ok(None)) };
         let unavailable = |reason: &str| Error::Unavailable { model: model.name.clone(), reason: reason.to_owned() };
-        if parsed.request.query.is_some() {
-            return (0, Err(unavailable("hosts are not asked for scores in this version")));
+        if parsed.request.query.is_some() && !matches!(left[0], Deployment::Local { .. }) {
+            return (0, Err(unavailable("hosts and commands are not asked for scores in this version")));
         }
+        let Some(host) = host_of(left[0]) else { return (0, Ok(None)) };
         if host.api == Api::Ollama && parsed.request.inputs.iter().any(|input| matches!(input, Input::Tokens(_))) {
             return (0, Err(unavailable("Ollama takes texts, and no tokens")));
         }

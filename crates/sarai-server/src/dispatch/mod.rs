@@ -5,6 +5,7 @@
 
 mod attempt;
 mod candidates;
+mod checked;
 mod embed;
 mod hedge;
 mod resume;
@@ -19,7 +20,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use futures_util::{FutureExt, StreamExt, stream};
 use sarai_api::Served;
-use sarai_core::{Attempt, Error, GenerateRequest, Lane, Phase, RemoteCause, Residence};
+use sarai_core::{Attempt, Error, Event, GenerateRequest, Lane, Phase, RemoteCause, Residence};
 use sarai_plan::{EngineId, Want};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
@@ -31,9 +32,11 @@ use crate::config::{Deployment, Model};
 use crate::health::{self, Health};
 use crate::planner::Planner;
 use crate::pool::Pool;
+use crate::supervise::validate::Validator;
 pub use candidates::label;
 use candidates::{Candidate, Tier, near_first, spread, tiers};
-use hedge::Hedged;
+use checked::{Checks, MOST_ANSWERS};
+use hedge::{Hedged, Others};
 pub use warm::warm_fallbacks;
 
 /// An answer that has begun: its first event is there.
@@ -72,6 +75,8 @@ pub struct Dispatch {
     pub hosts: Hosts,
     /// What is known of them.
     pub health: Health,
+    /// Of answers that no grammar holds to their schema.
+    pub validator: Validator,
 }
 
 /// One request on its way through the candidates.
@@ -82,9 +87,13 @@ struct Ask<'a> {
     /// Lets it be answered.
     ticket: &'a Ticket,
     attempts: Vec<Attempt>,
+    /// What a worker's answer is checked against, where its grammar does not follow the schema.
+    checks: Option<Checks>,
     /// The model's own worker, which may be asked while a host is late.
     worker: Option<Candidate>,
-    /// Whose breaker is open: asked only when nobody else answered.
+    /// The first worker of the models that it falls back to.
+    fallback: Option<Candidate>,
+    /// Whose breaker is open, or who broke off before anything was out: asked only when nobody else answered.
     last_resort: Vec<Candidate>,
     /// Since when a place is waited for, whoever has it.
     arrived: Instant,
@@ -127,16 +136,26 @@ impl Dispatch {
         if request.media().next().is_some() {
             self.read_capabilities(model).await;
         }
-        let tiers = near_first(tiers(&self.catalogs.now(), &self.health, model, &request)?, &self.health);
+        let mut tiers = near_first(tiers(&self.catalogs.now(), &self.health, model, &request)?, &self.health);
+        let workers = || tiers.iter().flatten().any(Candidate::is_worker);
+        let checks = if workers() { Checks::of(&request, manner.whole, &self.validator).await } else { None };
+        if let Some(checks) = &checks {
+            let workers = tiers.iter_mut().flatten().filter(|one| one.is_worker());
+            workers.for_each(|worker| worker.degraded.retain(|lost| !checks.cover(lost)));
+        }
         let is_own = |one: &&Candidate| one.model.name == model.name && one.remote().is_none();
         let worker = tiers.iter().flatten().find(is_own).cloned();
+        let is_fallback = |one: &&Candidate| one.model.name != model.name && one.is_worker();
+        let fallback = tiers.iter().flatten().find(is_fallback).cloned();
         let mut ask = Ask {
             model,
             request,
             manner,
             ticket,
             attempts: Vec::new(),
+            checks,
             worker,
+            fallback,
             last_resort: Vec::new(),
             arrived: Instant::now(),
         };
@@ -156,7 +175,7 @@ impl Dispatch {
                     place
                 }
             };
-            if let Some(answer) = self.ask_one(&mut ask, &candidate, place).await? {
+            if let Some(answer) = self.ask_one(&mut ask, &candidate, place, &[]).await? {
                 return Ok(answer);
             }
         }
@@ -218,7 +237,7 @@ impl Dispatch {
                 break;
             };
             let candidate = left.remove(index);
-            if let Some(answer) = self.ask_one(ask, &candidate, place).await? {
+            if let Some(answer) = self.ask_one(ask, &candidate, place, &left).await? {
                 return Ok(Some(answer));
             }
         }
@@ -364,8 +383,9 @@ impl Dispatch {
         ask: &mut Ask<'_>,
         candidate: &Candidate,
         place: health::Place,
+        others: &[Candidate],
     ) -> Result<Option<Answer>, Error> {
-        let (mut asked, mut outcome) = self.ask_once(ask, candidate, place).await;
+        let (mut asked, mut outcome) = self.ask_once(ask, candidate, place, others).await;
         let may_repeat = candidate.remote().is_none_or(|remote| !remote.managed_lb);
         if may_repeat && outcome.as_ref().is_err_and(was_hardly_asked) {
             // Nothing was sent of it: it may be replayed, once, in its turn.
@@ -378,7 +398,7 @@ impl Dispatch {
                 }
             };
             if let Some(place) = place {
-                match self.ask_once(ask, candidate, place).await {
+                match self.ask_once(ask, candidate, place, others).await {
                     // It was there, and went while it was asked: that is the reason.
                     (_, Err(Error::Remote { cause: RemoteCause::Unreachable(_), .. })) => {}
                     again => (asked, outcome) = again,
@@ -390,6 +410,10 @@ impl Dispatch {
             Ok(events) => Ok(Some(ask.begun(&candidate, events))),
             Err(error) if error.may_succeed_elsewhere() => {
                 tracing::warn!(deployment = candidate.label(), %error, "attempt failed");
+                if may_repeat && ask.manner.whole && matches!(error, Error::Remote { cause: RemoteCause::Cut, .. }) {
+                    // Nothing of it is out: if nobody else answers, it may once more, as in a stream.
+                    ask.last_resort.push(candidate.clone());
+                }
                 ask.note(&candidate, error);
                 Ok(None)
             }
@@ -397,25 +421,26 @@ impl Dispatch {
         }
     }
 
-    /// Asks a candidate, and the model's own worker if it is late; says who answered.
+    /// Asks a candidate, and others if it is late; says who answered.
     async fn ask_once(
         &self,
         ask: &mut Ask<'_>,
         candidate: &Candidate,
         place: health::Place,
+        others: &[Candidate],
     ) -> (Candidate, Result<EventStream, Error>) {
-        let worker = ask.worker.clone().filter(|worker| is_allowed(worker, ask.manner.strict));
-        let (asked, opened) = match (candidate.remote(), worker) {
-            (Some(remote), Some(worker)) => {
-                match hedge::open(self, (candidate, remote), &worker, &ask.request, place).await {
-                    Hedged::Host(opened) => (candidate.clone(), opened),
-                    Hedged::Worker(error, events) => {
-                        ask.note(candidate, error);
-                        (worker, Ok(events))
-                    }
-                }
+        let allowed = |worker: &&Candidate| is_allowed(worker, ask.manner.strict);
+        let own = ask.worker.as_ref().filter(allowed);
+        let worker = own.or_else(|| ask.fallback.as_ref().filter(allowed));
+        let (asked, opened) = match candidate.remote() {
+            Some(remote) => {
+                let hosts = if remote.managed_lb { &[] } else { others };
+                let others = Others { hosts, worker, worker_is_own: own.is_some() };
+                let Hedged { by, opened, before } = hedge::open(self, candidate, others, &ask.request, place).await;
+                before.into_iter().for_each(|(one, error)| ask.note(&one, error));
+                (by, opened)
             }
-            _ => (candidate.clone(), attempt::open(self, candidate, &ask.request, place).await),
+            None => (candidate.clone(), attempt::open(self, candidate, &ask.request, place).await),
         };
         let outcome = self.begin(ask, &asked, opened).await;
         (asked, outcome)
@@ -429,8 +454,11 @@ impl Dispatch {
         opened: Result<EventStream, Error>,
     ) -> Result<EventStream, Error> {
         let events = opened?;
+        if let Some(checks) = ask.checks.as_ref().filter(|_| candidate.is_worker()) {
+            return self.checked(ask, candidate, checks, events).await;
+        }
         if ask.manner.whole {
-            return gathered(events).await;
+            return gathered(events).await.map(replayed);
         }
         if !resume::is_resumable(ask.model, &ask.request) {
             return Ok(events);
@@ -438,6 +466,27 @@ impl Dispatch {
         let request = Arc::clone(&ask.request);
         let begun = (candidate.clone(), events);
         Ok(resume::resuming(self.clone(), Arc::clone(ask.model), request, ask.manner.strict, begun))
+    }
+
+    /// The first answer of a worker that keeps its schema, whole.
+    async fn checked(
+        &self,
+        ask: &Ask<'_>,
+        worker: &Candidate,
+        checks: &Checks,
+        mut events: EventStream,
+    ) -> Result<EventStream, Error> {
+        let mut answers = 1;
+        loop {
+            let answer = gathered(events).await?;
+            let Some(why) = checks.broken(&answer, &self.validator).await else { return Ok(replayed(answer)) };
+            tracing::info!(deployment = worker.label(), why, answers, "an answer broke its schema");
+            if answers == MOST_ANSWERS {
+                return Err(Error::SchemaBroken { model: worker.model.name.clone(), answers, why });
+            }
+            events = attempt::open(self, worker, &checked::anew(&ask.request, answers), None).await?;
+            answers += 1;
+        }
     }
 
     /// Has the model loaded by the first deployment that can.
@@ -541,10 +590,14 @@ fn failed(model: &Model, mut attempts: Vec<Attempt>) -> Error {
 }
 
 /// An answer that nothing is sent of before it is whole: if it is cut, the next deployment may still give it.
-async fn gathered(mut events: EventStream) -> Result<EventStream, Error> {
+async fn gathered(mut events: EventStream) -> Result<Vec<Event>, Error> {
     let mut whole = Vec::new();
     while let Some(event) = events.next().await {
-        whole.push(Ok(event?));
+        whole.push(event?);
     }
-    Ok(Box::pin(stream::iter(whole)))
+    Ok(whole)
+}
+
+fn replayed(whole: Vec<Event>) -> EventStream {
+    Box::pin(stream::iter(whole.into_iter().map(Ok)))
 }

@@ -23,6 +23,9 @@ const MOST: usize = 4;
 /// How long a host's place is waited for: the client's stream stands still meanwhile.
 const PLACE_WITHIN: Duration = Duration::from_secs(5);
 
+/// How long a host may take to say once more what is out already, if a worker could go on instead.
+const CAUGHT_UP_WITHIN: Duration = Duration::from_secs(30);
+
 /// An answer under way that may be resumed.
 struct Running {
     dispatch: Dispatch,
@@ -41,9 +44,15 @@ struct Running {
     waiting: VecDeque<Event>,
 }
 
-/// Whether an answer to this may be resumed: plain text only, never a constrained form.
+/// Whether an answer to this may be resumed: plain text only, never a constrained form, nor what only its host understands.
 pub fn is_resumable(model: &Model, request: &GenerateRequest) -> bool {
-    model.resume != Resume::Never && !request.format.is_constrained() && request.needs().is_empty()
+    let is_understood = request.needs().iter().all(|need| need.at_worker);
+    model.resume != Resume::Never && !request.format.is_constrained() && is_understood
+}
+
+/// Whether a worker would know calls and reasoning in what it goes on with: it takes nothing apart in the middle of an answer.
+fn is_text_alone(request: &GenerateRequest) -> bool {
+    request.tools.is_none() && request.think != Some(true)
 }
 
 /// The same events; where they break off, those of whoever goes on.
@@ -99,7 +108,7 @@ impl Running {
             Event::Extra(extra) => {
                 self.journal.push_str(&extra.text);
                 self.pieces += u32::from(!extra.text.is_empty());
-                self.is_text &= extra.message.is_empty() && extra.choice.is_empty();
+                self.is_text &= extra.is_plain();
             }
             Event::Reasoning(_) | Event::ToolCall(_) => self.is_text = false,
             _ => {}
@@ -122,9 +131,13 @@ impl Running {
             let given =
                 Given { dispatch: &self.dispatch, request: &self.request, text: &self.journal, pieces: self.pieces };
             let has_worker = candidates[index + 1..].iter().any(|one| one.deployment().engine().is_some());
-            let outcome = match candidate.remote().filter(|_| has_worker) {
+            let begun = match candidate.remote().filter(|_| has_worker) {
                 Some(remote) => given.unless_late(candidate, remote).await,
-                None => given.go_on(candidate).await,
+                None => given.begin(candidate).await,
+            };
+            let outcome = match begun {
+                Ok(begun) => given.go_on(candidate, begun, has_worker).await,
+                Err(error) => Err(error),
             };
             match outcome {
                 Ok(events) => {
@@ -155,6 +168,7 @@ impl Running {
             // As the one that wrote the text, which may be a fallback.
             let same = candidate.model.name == self.candidate.model.name;
             (same || self.model.resume == Resume::Any)
+                && (!candidate.is_worker() || is_text_alone(&self.request))
                 && is_allowed(candidate, self.strict)
                 && candidate.is_too_far(health).is_none()
                 && !(candidate.is(&self.candidate) && candidate.remote().is_some_and(|remote| remote.managed_lb))
@@ -166,6 +180,14 @@ impl Running {
     }
 }
 
+/// An answer that somebody has begun to go on with.
+enum Begun {
+    /// From where it broke off.
+    Further(EventStream),
+    /// From its beginning: what is out already comes once more.
+    Again(EventStream),
+}
+
 /// What is out of an answer, for whoever goes on.
 struct Given<'a> {
     dispatch: &'a Dispatch,
@@ -175,21 +197,37 @@ struct Given<'a> {
 }
 
 impl Given<'_> {
-    /// As a host goes on, unless it is late: a worker could meanwhile.
-    async fn unless_late(&self, candidate: &Candidate, remote: &Remote) -> Result<EventStream, Error> {
+    /// As a host begins, unless it is late: a worker could meanwhile.
+    async fn unless_late(&self, candidate: &Candidate, remote: &Remote) -> Result<Begun, Error> {
         let (expected, known) = expected(&self.dispatch.health, remote, self.request);
         let limit = known.pace.late(expected);
         let cause = RemoteCause::Late { seconds: limit.as_secs() };
         let late = Error::Remote { host: remote.url.clone(), cause };
-        timeout(limit, self.go_on(candidate)).await.unwrap_or(Err(late))
+        timeout(limit, self.begin(candidate)).await.unwrap_or(Err(late))
     }
 
-    async fn go_on(&self, candidate: &Candidate) -> Result<EventStream, Error> {
+    /// What follows the text that is out. A host that repeats that first is given its time, if a worker waits not without end.
+    async fn go_on(&self, candidate: &Candidate, begun: Begun, has_worker: bool) -> Result<EventStream, Error> {
+        let events = match begun {
+            Begun::Further(events) => return Ok(events),
+            Begun::Again(events) => events,
+        };
+        let (model, label) = (candidate.model.name.clone(), candidate.label());
+        let reason = format!("{label}, asked again, gives another text");
+        let gap = candidate.model.deadlines.gap;
+        let limit = if has_worker { CAUGHT_UP_WITHIN } else { Duration::MAX };
+        let caught_up = timeout(limit, caught_up(events, self.text, gap)).await;
+        let late = || Error::Deadline { model: model.clone(), phase: Phase::Gap, seconds: limit.as_secs() };
+        caught_up.map_err(|_| late())??.ok_or(Error::Unavailable { model, reason })
+    }
+
+    /// Has a candidate begin.
+    async fn begin(&self, candidate: &Candidate) -> Result<Begun, Error> {
         let request = self.request;
         match candidate.deployment() {
             Deployment::Local { .. } => {
                 let request = GenerateRequest { given: self.text.to_owned(), ..request.clone() };
-                attempt::open(self.dispatch, candidate, &request, None).await
+                attempt::open(self.dispatch, candidate, &request, None).await.map(Begun::Further)
             }
             Deployment::Process { .. } => self.asked_again(candidate, None).await,
             Deployment::Remote(remote) => {
@@ -205,7 +243,7 @@ impl Given<'_> {
                         // All that was wanted is out; only the end is missing.
                         let usage = Usage { completion_tokens: self.pieces, ..Usage::default() };
                         let end = Event::Done { finish: FinishReason::Length, usage, timings: Timings::default() };
-                        Ok(Box::pin(stream::iter([Ok(end)])))
+                        Ok(Begun::Further(Box::pin(stream::iter([Ok(end)]))))
                     }
                     Prompt::Raw(text) if remote.api == Api::Ollama => {
                         let request = GenerateRequest {
@@ -214,7 +252,7 @@ impl Given<'_> {
                             ..request.clone()
                         };
                         let events = attempt::open(self.dispatch, candidate, &request, place().await?).await?;
-                        Ok(with_given_counted(events, self.pieces))
+                        Ok(Begun::Further(with_given_counted(events, self.pieces)))
                     }
                     // A place is not waited for in vain.
                     _ if !is_determined(request) => self.asked_again(candidate, None).await,
@@ -224,17 +262,14 @@ impl Given<'_> {
         }
     }
 
-    /// Asks for the whole answer once more, and goes on with it where it says what is out already.
-    async fn asked_again(&self, candidate: &Candidate, place: Place) -> Result<EventStream, Error> {
+    /// Asks for the whole answer once more.
+    async fn asked_again(&self, candidate: &Candidate, place: Place) -> Result<Begun, Error> {
         let (model, label) = (candidate.model.name.clone(), candidate.label());
         if !is_determined(self.request) {
             let reason = format!("{label} would give another text: only temperature 0 or a seed determine it");
             return Err(Error::Unavailable { model, reason });
         }
-        let events = attempt::open(self.dispatch, candidate, self.request, place).await?;
-        let reason = format!("{label}, asked again, gives another text");
-        let gap = candidate.model.deadlines.gap;
-        caught_up(events, self.text, gap).await?.ok_or(Error::Unavailable { model, reason })
+        attempt::open(self.dispatch, candidate, self.request, place).await.map(Begun::Again)
     }
 }
 
@@ -265,8 +300,7 @@ async fn caught_up(mut events: EventStream, out: &str, gap: Duration) -> Result<
         let event = timeout(gap, events.next()).await.ok().flatten();
         match event.transpose()? {
             Some(Event::Text(text)) => said.push_str(&text),
-            // What it says beyond text was said by the one before.
-            Some(Event::Extra(extra)) => said.push_str(&extra.text),
+            Some(Event::Extra(extra)) if extra.is_plain() => said.push_str(&extra.text),
             _ => return Ok(None),
         }
         let common = said.len().min(out.len());

@@ -10,8 +10,7 @@ use std::time::Duration;
 use futures_util::{StreamExt, stream};
 use proptest::prelude::*;
 use sarai_core::{
-    Error, Event, FinishReason, GenerateRequest, Message, Prompt, RemoteCause, Residence, Role, Sampling, Timings,
-    Usage,
+    Error, Event, FinishReason, GenerateRequest, Message, Prompt, RemoteCause, Role, Sampling, Timings, Usage,
 };
 use tokio::time::Instant;
 
@@ -25,6 +24,7 @@ use crate::health::{Health, State as BreakerState};
 use crate::planner::Planner;
 use crate::pool::{Parts, Pool};
 use crate::state::State;
+use crate::supervise::validate::Validator;
 
 const MOST: usize = 2;
 const PIECES: usize = 6;
@@ -144,25 +144,13 @@ fn dispatch(hosts: usize, deadlines: &str, script: Script, folder: &std::path::P
         executable: "none".into(),
     });
     let (health, _) = Health::new(&catalog, hosts.clone(), state);
-    Dispatch { catalogs, planner, pool, hosts, health }
+    Dispatch { catalogs, planner, pool, hosts, health, validator: Validator::new("none".into()) }
 }
 
 fn request(tag: &str) -> GenerateRequest {
     GenerateRequest {
-        prompt: Prompt::Chat(vec![Message::new(Role::User, tag)]),
         sampling: Sampling { temperature: Some(0.0), ..Sampling::default() },
-        stop: Vec::new(),
-        max_tokens: None,
-        format: sarai_core::Format::Text,
-        format_param: "format".into(),
-        tools: None,
-        think: None,
-        logprobs: None,
-        residence: Residence::default(),
-        lane: sarai_core::Lane::default(),
-        prefill: String::new(),
-        given: String::new(),
-        extras: None,
+        ..GenerateRequest::new(Prompt::Chat(vec![Message::new(Role::User, tag)]))
     }
 }
 
@@ -306,6 +294,67 @@ async fn a_cold_host_that_loads_for_90_seconds_is_waited_for() {
     for whole in [true, false] {
         assert_eq!(ask(&dispatch, "cold", whole).await, (text(PIECES), None));
     }
+    dispatch.pool.stop().await;
+}
+
+/// Hosts that do something else each time, the last thing from then on.
+fn by_turns(fates: &'static [Does]) -> Script {
+    let next = AtomicUsize::new(0);
+    Script(Arc::new(move |remote: &Remote, _: &GenerateRequest| {
+        let turn = next.fetch_add(1, Ordering::SeqCst);
+        answer(remote, fates[turn.min(fates.len() - 1)], Answering::at(&Arc::default(), &Arc::default()))
+    }))
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_a_host_hangs_another_one_that_idles_is_asked_too() {
+    for whole in [true, false] {
+        let folder = tempfile::tempdir().unwrap();
+        // All of them but the last.
+        let dispatch =
+            dispatch(3, "connect_seconds: 2", by_turns(&[Does::Hangs, Does::Hangs, Does::Answers]), folder.path());
+        let began = Instant::now();
+        assert_eq!(ask(&dispatch, "m", whole).await, (text(PIECES), None));
+        assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
+        dispatch.pool.stop().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_whole_answer_that_was_cut_is_asked_for_once_more_where_nobody_else_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let once = dispatch(1, SHORT, by_turns(&[Does::Cuts(2), Does::Answers]), folder.path());
+    assert_eq!(ask(&once, "m", true).await, (text(PIECES), None));
+    let twice = dispatch(1, SHORT, by_turns(&[Does::Cuts(2), Does::Cuts(3), Does::Answers]), folder.path());
+    let (said, error) = ask(&twice, "m", true).await;
+    assert!(said.is_empty() && error.is_some_and(|error| error.to_string().contains("cut the stream")));
+    for dispatch in [once, twice] {
+        dispatch.pool.stop().await;
+    }
+}
+
+/// The fault is over, and the connection that it has met stays silent.
+#[tokio::test(start_paused = true)]
+async fn a_probe_that_hangs_holds_its_breaker_open_for_seconds_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let probes = Arc::new(AtomicUsize::new(0));
+    let probed = Arc::clone(&probes);
+    let script = Script(Arc::new(move |remote: &Remote, request: &GenerateRequest| {
+        let does = match request.max_tokens {
+            Some(1) if probed.fetch_add(1, Ordering::SeqCst) == 0 => Does::Hangs,
+            Some(1) => Does::Answers,
+            _ => Does::Fails,
+        };
+        answer(remote, does, Answering::at(&Arc::default(), &Arc::default()))
+    }));
+    let dispatch = dispatch(1, "connect_seconds: 2", script, folder.path());
+    let remote = dispatch.catalogs.now().remotes().map(|(_, remote)| remote.clone()).next().unwrap();
+    while dispatch.health.of(&remote).state == BreakerState::Closed {
+        assert!(ask(&dispatch, "m", true).await.1.is_some());
+    }
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    let state = dispatch.health.of(&remote).state;
+    assert_eq!((state, probes.load(Ordering::SeqCst)), (BreakerState::Closed, 2));
     dispatch.pool.stop().await;
 }
 

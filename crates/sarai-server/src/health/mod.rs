@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::future::join_all;
 use sarai_core::{
-    Api, Deadlines, Error, GenerateRequest, MediaKind, Message, Phase, Prompt, RemoteCause, Residence, Role, Sampling,
+    Api, Deadlines, Error, GenerateRequest, MediaKind, Message, Phase, Prompt, RemoteCause, Role, Sampling,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
@@ -35,8 +35,10 @@ const LOOK_WITHIN: Duration = Duration::from_secs(10);
 /// And one that a request waits for.
 const LOOK_NOW: Duration = Duration::from_millis(400);
 
-/// And one that tells how far away it is.
-const MEASURE_WITHIN: Duration = Duration::from_secs(2);
+/// And one that tells how far away it is: a connection and three round trips.
+const MEASURE_WITHIN: Duration = Duration::from_secs(4);
+/// A probe is given up after what is late there and at least this; twice as long after each one that was silent.
+const PROBE_WITHIN: Duration = Duration::from_secs(5);
 
 /// Names a deployment: the host and its model.
 type Key = (String, String);
@@ -233,18 +235,7 @@ impl Health {
 
     /// What is known of a deployment.
     pub fn of(&self, remote: &Remote) -> Known {
-        let (entries, now) = (self.table.lock(), Instant::now());
-        let (entry, host) = (entries.deployments.get(&key(remote)), entries.hosts.get(&remote.url));
-        Known {
-            state: entry.map_or(State::Closed, |entry| entry.breaker.state()),
-            last: entry.and_then(|entry| entry.breaker.last().cloned()),
-            outstanding: host.map_or(0, Host::outstanding),
-            pace: entry.map(|entry| entry.pace).unwrap_or_default(),
-            is_loaded: host.and_then(|host| host.is_loaded(&remote.model_name, now)),
-            may_load: host.is_some_and(|host| host.may_load(&remote.model_name, now)),
-            round_trip: host.and_then(Host::round_trip),
-            is_far: host.is_some_and(Host::is_far),
-        }
+        self.table.of(remote)
     }
 
     /// Whether its breaker says to leave it alone.
@@ -318,13 +309,19 @@ impl Health {
         }
     }
 
+    /// Whether a host's distance is not known, and will be soon: it is looked at, aside.
+    pub fn is_measured_soon(&self, remote: &Remote) -> bool {
+        let is_unknown = |host: &Host| host.is_to_be_measured(Instant::now());
+        let is_soon = !remote.wan && self.table.lock().hosts.get(&remote.url).is_some_and(is_unknown);
+        if is_soon {
+            self.look(remote);
+        }
+        is_soon
+    }
+
     /// Whether a host answers, and has not the model loaded: a look that is waited for.
     pub async fn loads_now(&self, remote: &Remote) -> bool {
-        if remote.api != Api::Ollama || remote.managed_lb {
-            return false;
-        }
-        let looked = timeout(LOOK_NOW, self.table.look(remote)).await;
-        looked == Ok(true) && self.of(remote).loads()
+        self.table.loads_now(remote).await
     }
 
     /// Has a host load a model, aside, unless that is under way: who asked for it has an answer from elsewhere.
@@ -433,6 +430,29 @@ impl Table {
         }
     }
 
+    fn of(&self, remote: &Remote) -> Known {
+        let (entries, now) = (self.lock(), Instant::now());
+        let (entry, host) = (entries.deployments.get(&key(remote)), entries.hosts.get(&remote.url));
+        Known {
+            state: entry.map_or(State::Closed, |entry| entry.breaker.state()),
+            last: entry.and_then(|entry| entry.breaker.last().cloned()),
+            outstanding: host.map_or(0, Host::outstanding),
+            pace: entry.map(|entry| entry.pace).unwrap_or_default(),
+            is_loaded: host.and_then(|host| host.is_loaded(&remote.model_name, now)),
+            may_load: host.is_some_and(|host| host.may_load(&remote.model_name, now)),
+            round_trip: host.and_then(Host::round_trip),
+            is_far: host.is_some_and(Host::is_far),
+        }
+    }
+
+    async fn loads_now(&self, remote: &Remote) -> bool {
+        if remote.api != Api::Ollama || remote.managed_lb {
+            return false;
+        }
+        let looked = timeout(LOOK_NOW, self.look(remote)).await;
+        looked == Ok(true) && self.of(remote).loads()
+    }
+
     fn tell(&self) {
         self.changed.send_modify(|count| *count += 1);
     }
@@ -471,6 +491,8 @@ impl Table {
 
     /// Recovers without traffic: after each rest, one real token is asked for.
     async fn probe_until_closed(self, remote: Remote, turn: u64) {
+        let nothing = Expected { prompt_tokens: 0, answer_tokens: 1, is_resident: true };
+        let mut within = self.of(&remote).pace.late(nothing).max(PROBE_WITHIN);
         loop {
             let State::Open { until } = self.breaker(&remote).state() else { return };
             tokio::time::sleep_until(until).await;
@@ -479,7 +501,10 @@ impl Table {
                 continue;
             }
             let Some((current, deadlines)) = self.begin_probe(&remote, turn) else { return };
-            let outcome = self.probe(&current, &deadlines).await;
+            let outcome = self.probe(&current, &deadlines, within).await;
+            if matches!(outcome, Err(Error::Remote { cause: RemoteCause::Silent { .. }, .. })) {
+                within = (within * 2).min(deadlines.first_token);
+            }
             let mut entries = self.lock();
             let entry = entries.deployments.get_mut(&key(&remote)).filter(|entry| entry.turn == turn);
             let Some(entry) = entry else { return };
@@ -506,29 +531,20 @@ impl Table {
         Some((entry.remote.clone(), entry.deadlines))
     }
 
-    /// Asks for one token: a list of models that is there proves nothing.
-    async fn probe(&self, remote: &Remote, deadlines: &Deadlines) -> Result<(), Error> {
+    /// Asks for one token: a list of models that is there proves nothing. A host that is silent for so long, and does not load, has its connection
+    /// given up: the next one may be better.
+    async fn probe(&self, remote: &Remote, deadlines: &Deadlines, within: Duration) -> Result<(), Error> {
         let place = remote::Place { remote, context_tokens: remote.context_tokens, connect: deadlines.connect };
         let hello = Message::new(Role::User, "Hi");
         let request = GenerateRequest {
-            prompt: Prompt::Chat(vec![hello]),
             sampling: Sampling { temperature: Some(0.0), ..Sampling::default() },
-            stop: Vec::new(),
             max_tokens: Some(1),
-            format: sarai_core::Format::Text,
-            format_param: "format".into(),
-            tools: None,
-            think: None,
-            logprobs: None,
-            residence: Residence::default(),
-            lane: sarai_core::Lane::default(),
-            prefill: String::new(),
-            given: String::new(),
-            extras: None,
+            ..GenerateRequest::new(Prompt::Chat(vec![hello]))
         };
+        let within = within.min(deadlines.first_token);
         let silent = || Error::Remote {
             host: remote.url.clone(),
-            cause: RemoteCause::Silent { phase: Phase::FirstToken, seconds: deadlines.first_token.as_secs() },
+            cause: RemoteCause::Silent { phase: Phase::FirstToken, seconds: within.as_secs() },
         };
         let asked = async {
             let mut events = self.hosts.open(&place, &request).await?;
@@ -537,7 +553,12 @@ impl Table {
             }
             Ok(())
         };
-        match timeout(deadlines.first_token, asked).await.unwrap_or_else(|_| Err(silent())) {
+        let mut asked = std::pin::pin!(asked);
+        let mut outcome = timeout(within, &mut asked).await;
+        if outcome.is_err() && self.loads_now(remote).await {
+            outcome = timeout(deadlines.first_token.saturating_sub(within), &mut asked).await;
+        }
+        match outcome.unwrap_or_else(|_| Err(silent())) {
             // It does not like this request, but it answers.
             Err(Error::InvalidRequest { .. }) => Ok(()),
             Err(Error::Remote { cause, .. }) if cause.is_of_the_request() => Ok(()),

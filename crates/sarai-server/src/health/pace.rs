@@ -13,6 +13,10 @@ const ANSWERS_TO_LEARN: u32 = 8;
 /// A gap is too long at so many times the longest usual one, and not before the shortest limit.
 const GAP_FACTOR: u32 = 12;
 const SHORTEST_GAP_LIMIT: Duration = Duration::from_secs(4);
+/// Nor before this one, where only the answer under way is known.
+const SHORTEST_AT_FIRST: Duration = Duration::from_secs(10);
+/// And so many times what it was, after an answer that was cut for it.
+const LONGER: u32 = 2;
 /// A first token is too late at so many times what is usual, and not before the shortest limit: other clients of the host
 /// may be before us.
 const FIRST_FACTOR: u32 = 6;
@@ -84,6 +88,8 @@ pub struct Pace {
     load: f64,
     /// After so many seconds without a first token it was given up, since it last answered.
     gave_up: f64,
+    /// After so many seconds without a further one it was, since it last came to an end.
+    cut_after: f64,
 }
 
 impl Pace {
@@ -109,11 +115,12 @@ impl Pace {
         self.wait = longest(self.wait, beyond.max(0.0));
         self.answers = self.answers.saturating_add(1);
         self.gave_up = 0.0;
+        self.cut_after = 0.0;
     }
 
     /// A stream was cut for a gap of this length: the limit may have been too short.
     pub fn cut_for_gap(&mut self, gap: Duration) {
-        self.gaps.saw(gap);
+        self.cut_after = self.cut_after.max(gap.as_secs_f64());
     }
 
     /// An answer was given up before its first token after so long: it may have been too early.
@@ -121,13 +128,16 @@ impl Pace {
         self.gave_up = self.gave_up.max(after.as_secs_f64());
     }
 
-    /// How long a gap may be, within the configured limit.
+    /// How long a gap may be, within the configured limit: by what is usual there, and in this answer so far.
     #[must_use]
-    pub fn gap_limit(&self, configured: Duration) -> Duration {
-        if self.gaps.seen < GAPS_TO_LEARN {
+    pub fn gap_limit(&self, now: Gaps, configured: Duration) -> Duration {
+        if self.gaps.seen.saturating_add(now.seen) < GAPS_TO_LEARN {
             return configured;
         }
-        (self.gaps.longest * GAP_FACTOR).max(SHORTEST_GAP_LIMIT).min(configured)
+        let usual = self.gaps.longest.max(now.longest) * GAP_FACTOR;
+        let longer = Duration::from_secs_f64(self.cut_after) * LONGER;
+        let shortest = if self.gaps.seen < GAPS_TO_LEARN { SHORTEST_AT_FIRST } else { SHORTEST_GAP_LIMIT };
+        usual.max(longer).max(shortest).min(configured)
     }
 
     /// How long nothing at all may come before the first token, within the configured limit.
@@ -216,15 +226,32 @@ mod tests {
     #[test]
     fn the_limit_of_a_gap_is_learned_and_never_beyond_the_configured_one() {
         let mut pace = Pace::default();
-        assert_eq!(pace.gap_limit(MINUTE), MINUTE, "nothing is known yet");
+        let limit = |pace: &Pace| pace.gap_limit(Gaps::default(), MINUTE);
+        assert_eq!(limit(&pace), MINUTE, "nothing is known yet");
+        let mut now = Gaps::default();
+        (0..40).for_each(|_| now.saw(Duration::from_millis(50)));
+        assert_eq!(pace.gap_limit(now, MINUTE), SHORTEST_AT_FIRST, "but of this answer");
+        now.saw(Duration::from_secs(2));
+        assert_eq!(pace.gap_limit(now, MINUTE), Duration::from_secs(24));
         with_gaps(&mut pace, std::iter::repeat_n(50, 40));
-        assert_eq!(pace.gap_limit(MINUTE), SHORTEST_GAP_LIMIT, "a host may pause for other clients");
+        assert_eq!(limit(&pace), SHORTEST_GAP_LIMIT, "a host may pause for other clients");
         with_gaps(&mut pace, [2_000]);
-        assert_eq!(pace.gap_limit(MINUTE), Duration::from_secs(24));
-        pace.cut_for_gap(Duration::from_secs(9));
-        assert_eq!(pace.gap_limit(MINUTE), MINUTE);
+        assert_eq!(limit(&pace), Duration::from_secs(24));
         with_gaps(&mut pace, std::iter::repeat_n(50, 500));
-        assert_eq!(pace.gap_limit(MINUTE), SHORTEST_GAP_LIMIT, "and forgotten");
+        assert_eq!(limit(&pace), SHORTEST_GAP_LIMIT, "and forgotten");
+    }
+
+    #[test]
+    fn a_stall_that_was_noticed_makes_the_next_limit_twice_as_long_until_an_answer_ends() {
+        let mut pace = Pace::default();
+        with_gaps(&mut pace, std::iter::repeat_n(50, 40));
+        for wanted in [4, 8, 16, 32, 60, 60] {
+            let limit = pace.gap_limit(Gaps::default(), MINUTE);
+            assert_eq!(limit.as_secs(), wanted);
+            pace.cut_for_gap(limit);
+        }
+        pace.saw(&answer(100, 100));
+        assert_eq!(pace.gap_limit(Gaps::default(), MINUTE), SHORTEST_GAP_LIMIT);
     }
 
     #[test]

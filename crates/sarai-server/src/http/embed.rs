@@ -45,6 +45,6 @@ async fn answer(
     let mut parsed = parse(&body::read(request, &app).await?)?;
     parsed.request.lane = lane.unwrap_or_default();
     let (served, mut embedded) = app.gateway.embed(&parsed, strict).await?;
-    embedded.shorten(parsed.dimensions)?;
+    embedded.shorten(&parsed)?;
     Ok(json_response(served_headers(&served), &write(&parsed, &embedded, &served)))
 }

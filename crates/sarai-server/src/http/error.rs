@@ -40,6 +40,7 @@ fn row(error: &Error) -> Row {
         Error::DoesNotFit(_) => row(StatusCode::SERVICE_UNAVAILABLE, "server_error", "insufficient_memory"),
         Error::Unavailable { .. } => row(StatusCode::SERVICE_UNAVAILABLE, "server_error", "model_unavailable"),
         Error::WorkerDied { .. } => row(StatusCode::BAD_GATEWAY, "server_error", "worker_died"),
+        Error::SchemaBroken { .. } => row(StatusCode::BAD_REQUEST, "invalid_request_error", "json_validate_failed"),
         Error::Remote { cause: RemoteCause::Silent { .. }, .. } => {
             row(StatusCode::GATEWAY_TIMEOUT, "server_error", "remote_silent")
         }

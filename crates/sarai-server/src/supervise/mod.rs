@@ -6,3 +6,4 @@ pub mod process;
 pub mod route;
 pub mod shepherd;
 pub mod spare;
+pub mod validate;

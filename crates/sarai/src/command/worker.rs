@@ -1,9 +1,9 @@
 //! `sarai worker`: computes, or plans by a dry run, for the server that started it.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 
-use sarai_server::supervise::shepherd;
+use sarai_server::supervise::{shepherd, validate};
 
 use crate::args::WorkerKind;
 use crate::log;
@@ -20,6 +20,7 @@ pub fn run(kind: &WorkerKind) -> ExitCode {
         WorkerKind::Llama { .. } => sarai_llama::run_worker,
         WorkerKind::Probe { .. } => sarai_llama::run_probe,
         WorkerKind::Spare { .. } => sarai_llama::run_spare,
+        WorkerKind::Validate { .. } => |socket: OwnedFd| Ok(validate::run(socket.into())?),
     };
     let socket = std::io::stdin().as_fd().try_clone_to_owned();
     let outcome = socket.map_err(anyhow::Error::from).and_then(work);

@@ -146,6 +146,14 @@ async fn both_apis_say_the_same_in_their_own_ways() {
     let tokens = embed(&sarai, json!({ "model": "minilm", "input": [101, 1996, 4937, 102] })).await;
     let words = embed(&sarai, json!({ "model": "minilm", "input": "The cat" })).await;
     assert!(cosine(&numbers(&tokens["data"][0]["embedding"]), &numbers(&words["data"][0]["embedding"])) > 0.9999);
+    let mixed = embed(&sarai, json!({ "model": "minilm", "input": ["The cat", [101, 1996, 4937, 102]] })).await;
+    assert!(cosine(&numbers(&mixed["data"][0]["embedding"]), &numbers(&mixed["data"][1]["embedding"])) > 0.9999);
+    // To Ollama, no dimensions or too many of them are all.
+    for dimensions in [0, 385] {
+        let all =
+            post("/api/embed", json!({ "model": "minilm", "input": text, "dimensions": dimensions })).await.json();
+        assert_eq!(numbers(&all["embeddings"][0]).len(), 384);
+    }
     let shown = post("/api/show", json!({ "model": "minilm" })).await.json();
     assert_eq!(shown["capabilities"], json!(["embedding"]));
 }
@@ -162,6 +170,8 @@ async fn what_is_too_long_is_cut_or_refused_as_asked_and_what_is_wrong_is_a_400(
     assert_eq!(whole.status, 400, "{}", whole.text);
     let cut = post("/api/embed", json!({ "model": "minilm", "input": long })).await.json();
     assert_eq!(cut["prompt_eval_count"], 512, "{cut}");
+    let asked = post("/v1/embeddings", json!({ "model": "minilm", "input": long, "truncate": true })).await.json();
+    assert_eq!(asked["usage"]["prompt_tokens"], 512, "{asked}");
     // The longest that fits: 510 words between two marks.
     let edge = embed(&sarai, json!({ "model": "minilm", "input": "word ".repeat(510) })).await;
     assert!(
@@ -213,6 +223,20 @@ async fn texts_are_ranked_as_llama_cpps_server_ranks_them() {
         assert_eq!((first.as_array().unwrap().len(), &first[0]["index"]), (1, &results[0]["index"]));
         assert_eq!(first[0]["document"]["text"], reference["documents"][best], "{first}");
     }
+    let as_tei =
+        json!({ "model": "ranker", "query": "a cat", "texts": ["The cat sits.", "A stone."], "return_text": true });
+    let as_tei = sarai.post("/v1/rerank", as_tei.to_string()).await.json();
+    assert!(as_tei[0]["score"].is_number() && as_tei[0]["text"].is_string() && as_tei[1]["index"].is_u64(), "{as_tei}");
+    let long = |more: Value| {
+        let mut body = json!({ "model": "ranker", "query": "a cat", "documents": ["short", "word ".repeat(600)] });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body.to_string()
+    };
+    assert_eq!(sarai.post("/v1/rerank", long(json!({}))).await.status, 400);
+    let cut = sarai.post("/v1/rerank", long(json!({ "truncate": true }))).await;
+    assert_eq!((cut.status, cut.json()["results"].as_array().map(Vec::len)), (200, Some(2)), "{}", cut.text);
+    let unknown = sarai.post("/v1/rerank", long(json!({ "truncate": true, "max_chunks_per_doc": 3 }))).await;
+    assert_eq!(unknown.header("x-sarai-degraded"), Some("max_chunks_per_doc"), "{}", unknown.text);
     let together = join_all((0..6).map(|n| ask(&references[n % references.len()], json!({})))).await;
     assert_eq!(together[0]["results"].as_array().unwrap().len(), references[0]["scores"].as_array().unwrap().len());
     let refused = sarai.post("/v1/chat/completions", chat("ranker", "Hello.", json!({}))).await;
@@ -234,6 +258,26 @@ async fn a_short_context_is_kept_by_texts_that_are_read_side_by_side() {
     assert_eq!(sarai.post("/api/generate", load.to_string()).await.status, 200);
     embed(&sarai, json!({ "model": "minilm", "input": "a" })).await;
     assert_eq!(sarai.worker_pids().await, pids, "the same worker");
+}
+
+/// As Ollama's clients do it: without a text, the model is only loaded, or unloaded.
+#[tokio::test]
+async fn an_embedding_model_is_loaded_by_a_request_without_a_text() {
+    let sarai = Sarai::start(&models());
+    let post = async |path: &str, body: Value| sarai.post(path, body.to_string()).await;
+    for (path, body, wanted) in [
+        ("/api/embed", json!({ "model": "minilm" }), json!([])),
+        ("/api/embed", json!({ "model": "minilm", "input": "" }), json!([])),
+        ("/api/embed", json!({ "model": "minilm", "input": [] }), json!([])),
+    ] {
+        let answer = post(path, body.clone()).await;
+        assert_eq!((answer.status, &answer.json()["embeddings"]), (200, &wanted), "{body}: {}", answer.text);
+    }
+    let old = post("/api/embeddings", json!({ "model": "minilm", "prompt": "" })).await;
+    assert_eq!((old.status, &old.json()["embedding"]), (200, &json!([])), "{}", old.text);
+    assert_eq!(sarai.worker_pids().await.len(), 1, "it is loaded");
+    assert_eq!(post("/api/embed", json!({ "model": "minilm", "keep_alive": 0 })).await.status, 200);
+    sarai.until("it is unloaded", |ps| ps["workers"].as_array().is_some_and(Vec::is_empty)).await;
 }
 
 /// A model of the hosts' kind is asked where it is; its local copy stands in.

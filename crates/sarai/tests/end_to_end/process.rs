@@ -60,6 +60,9 @@ async fn a_command_is_started_by_its_first_request_measured_as_a_tree_and_stoppe
     let folder = tempfile::tempdir().unwrap();
     let sarai = Sarai::start(&config(folder.path(), "    keep_alive: 1s\n"));
     assert!(processes_of(folder.path()).is_empty(), "nothing runs before it is asked for");
+    let scores = json!({ "model": "small", "query": "a", "documents": ["b"] });
+    let scores = sarai.post("/v1/rerank", scores.to_string()).await;
+    assert!(scores.status == 503 && scores.text.contains("not asked for scores"), "{}", scores.text);
     let whole = ask(&sarai, json!({})).await;
     assert_eq!((whole.status, whole.header("x-sarai-served-by")), (200, Some("small@process")), "{}", whole.text);
     let text = whole.json()["choices"][0]["message"]["content"].clone();

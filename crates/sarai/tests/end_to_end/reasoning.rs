@@ -2,7 +2,7 @@
 //! shows what reaches it, and one that recites shows what comes of its words (`scripts/sensing_models.py`).
 
 use crate::support::host::{Host, ollama};
-use crate::support::{Sarai, sketch, smollm2};
+use crate::support::{Sarai, chat, sketch, smollm2};
 use serde_json::{Value, json};
 
 fn models() -> String {
@@ -35,13 +35,36 @@ async fn reasoning_is_switched_by_the_fields_of_both_apis() {
         ("/v1/chat/completions", json!({}), true),
         ("/v1/chat/completions", json!({ "chat_template_kwargs": { "enable_thinking": true } }), true),
         ("/v1/chat/completions", json!({ "chat_template_kwargs": { "enable_thinking": false } }), false),
+        ("/v1/chat/completions", json!({ "chat_template_kwargs": { "mood": "" } }), true),
+        ("/v1/chat/completions", json!({ "chat_template_kwargs": { "mood": "Gently, then." } }), false),
         ("/v1/chat/completions", json!({ "reasoning_effort": "none" }), false),
         ("/v1/chat/completions", json!({ "reasoning_effort": "low" }), true),
     ] {
         let found = prompt_tokens(path, more.clone()).await;
-        // Where it does not, what it would think stands there, empty.
+        // Where it does not, what it would think stands there, empty. So does a value of the template's own.
         assert_eq!(found > usual, !thinks, "{path} {more}: {found} tokens, usually {usual}");
     }
+    // What it thought before is shown to it again.
+    let before = |name: &str, thought: &str| json!([{ "role": "user", "content": "Hi" }, { "role": "assistant", "content": "Ho", name: thought }, { "role": "user", "content": "Hi" }]);
+    for (path, name) in [
+        ("/api/chat", "thinking"),
+        ("/v1/chat/completions", "reasoning_content"),
+        ("/v1/chat/completions", "reasoning"),
+    ] {
+        let without = prompt_tokens(path, json!({ "messages": before(name, "") })).await;
+        let with = prompt_tokens(path, json!({ "messages": before(name, "a thought that takes its tokens") })).await;
+        assert!(with > without + 3, "{path} {name}: {with} tokens, {without} without");
+    }
+    // What has a form begins with it, and that it does not reason is said.
+    let mut formed = json!({ "model": "thinker", "stream": false, "think": true, "format": { "const": 1 } });
+    formed["messages"] = json!([{ "role": "user", "content": "Hi" }]);
+    let formed = sarai.post("/api/chat", formed.to_string()).await;
+    assert_eq!((formed.status, formed.header("x-sarai-degraded")), (200, Some("think")), "{}", formed.text);
+    let none = chat("thinker", "Hi", json!({ "reasoning_effort": "none", "max_tokens": 1 }));
+    assert_eq!(sarai.post("/v1/chat/completions", none).await.header("x-sarai-degraded"), None);
+    let wrong = chat("thinker", "Hi", json!({ "chat_template_kwargs": "gently" }));
+    let wrong = sarai.post("/v1/chat/completions", wrong).await;
+    assert_eq!((wrong.status, &wrong.json()["error"]["param"]), (400, &json!("chat_template_kwargs")));
     let shown = async |model: &str| sarai.post("/api/show", json!({ "model": model }).to_string()).await.json();
     assert_eq!(shown("thinker").await["capabilities"], json!(["completion", "thinking"]));
     assert_eq!(shown("plain").await["capabilities"], json!(["completion"]));

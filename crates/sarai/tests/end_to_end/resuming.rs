@@ -1,6 +1,6 @@
 //! Who goes on, who is waited for, and where a request may go, when hosts break off, hang, are full or point elsewhere.
 
-use crate::support::host::{Host, Step, line, ok, ollama};
+use crate::support::host::{Host, Step, line, ok, ollama, openai};
 use crate::support::{Answer, Ollama, Sarai, chat, smollm2};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
@@ -18,6 +18,60 @@ fn worker() -> String {
 /// Sends so much, and is gone.
 fn cut(text: &'static str) -> Host {
     Host::start(move |_, _| vec![Step::Send(format!("{}{}", ok("application/x-ndjson"), line(text)))])
+}
+
+/// All there is has come, and then the connection breaks: nothing of it is lost.
+#[tokio::test]
+async fn a_last_line_before_a_connection_breaks_is_passed_on() {
+    let usage = json!({ "prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7 });
+    let of = |kind: &str, value: Value| json!({ "id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [{ "index": 0, kind: value, "finish_reason": "stop" }], "usage": usage });
+    let whole = of("message", json!({ "role": "assistant", "content": "all of it" })).to_string();
+    let first = json!({ "id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [{ "index": 0, "delta": { "content": "all " }, "finish_reason": null }] });
+    let last = of("delta", json!({ "content": "of it" }));
+    // Neither of them is as long as it was said to be.
+    let length = |kind: &str, body: &str| {
+        format!("HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-length: {}\r\n\r\n{body}", body.len() + 9)
+    };
+    for answer in
+        [length("application/json", &whole), length("text/event-stream", &format!("data: {first}\n\ndata: {last}"))]
+    {
+        let host = Host::start(move |_, _| vec![Step::Send(answer.clone())]);
+        let sarai = Sarai::start(&format!(
+            "models:\n  solar: {{ backend: openai_http, url: \"{}\", model_name: m }}\n",
+            host.url
+        ));
+        for stream in [false, true] {
+            let answer = ask(&sarai, json!({ "stream": stream, "temperature": 1 })).await;
+            assert_eq!(answer.status, 200, "{}", answer.text);
+            let said = if stream {
+                answer.said()
+            } else {
+                answer.json()["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
+            };
+            assert_eq!(said, "all of it", "{}", answer.text);
+        }
+    }
+}
+
+/// As long as what is out is text, whatever else was offered or could have been.
+#[tokio::test]
+async fn an_answer_goes_on_though_tools_are_offered_or_fields_are_empty() {
+    let tools = json!([{ "type": "function", "function": { "name": "f", "parameters": { "type": "object", "properties": {} } } }]);
+    let chunk = |text: &str| json!({ "id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [{ "index": 0, "delta": { "content": text, "tool_calls": [], "reasoning_content": "" }, "finish_reason": null }] });
+    let (part, rest) = (chunk("The answer"), chunk(" is 42."));
+    let end = json!({ "id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [{ "index": 0, "delta": {}, "finish_reason": "stop" }] });
+    let begun = format!("{}data: {part}\n\n", ok("text/event-stream"));
+    let first = Host::start(move |_, _| vec![Step::Send(begun.clone())]);
+    let second = Host::start(move |_, _| openai(&[part.clone(), rest.clone(), end.clone()]));
+    let sarai = Sarai::start(&format!(
+        "models:\n  solar: {{ backend: openai_http, urls: [\"{}\", {{ url: \"{}\", priority: 1 }}], model_name: m }}\n",
+        first.url, second.url
+    ));
+    for more in [json!({ "stream": true }), json!({ "stream": true, "tools": tools })] {
+        let answer = ask(&sarai, more).await;
+        assert_eq!(answer.said(), "The answer is 42.", "{}", answer.text);
+        assert!(answer.text.contains("\"resumed\":[{") && answer.text.ends_with("data: [DONE]\n\n"), "{}", answer.text);
+    }
 }
 
 /// The policy is about the model that has written the text, which is not the one that was asked for.

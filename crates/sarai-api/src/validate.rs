@@ -1,0 +1,139 @@
+//! Whether an answer is what a JSON schema allows, by a validator: of what grammars do not follow, only that tells.
+//!
+//! A schema may keep it busy without end, or take its stack: where it comes from a client, a process apart does this.
+
+use std::collections::BTreeSet;
+
+use jsonschema::{Draft, PatternOptions, ValidationOptions, Validator};
+use sarai_core::schema::visit;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Of a text, that a schema allows it; without one, that the schema can be read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// The schema.
+    pub schema: String,
+    /// The text.
+    pub text: Option<String>,
+}
+
+/// What is true of a claim.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// It holds.
+    Valid,
+    /// The text breaks the schema: where, and how.
+    Broken(String),
+    /// The schema cannot be read: why.
+    Unreadable(String),
+}
+
+/// Steps back that a pattern may take in a text.
+const MOST_BACKTRACKING: usize = 100_000;
+
+/// Whether a claim holds.
+#[must_use]
+pub fn verdict(claim: &Claim) -> Verdict {
+    let schema = match serde_json::from_str(&claim.schema) {
+        Ok(schema) => schema,
+        Err(error) => return Verdict::Unreadable(error.to_string()),
+    };
+    let validator = match validator(&schema) {
+        Ok(validator) => validator,
+        Err(why) => return Verdict::Unreadable(why),
+    };
+    let Some(text) = &claim.text else { return Verdict::Valid };
+    let value: Value = match serde_json::from_str(text) {
+        Ok(value) => value,
+        Err(error) => return Verdict::Broken(format!("it is no JSON: {error}")),
+    };
+    match validator.validate(&value) {
+        Ok(()) => Verdict::Valid,
+        Err(error) => Verdict::Broken(match error.instance_path().as_str() {
+            "" => error.masked().to_string(),
+            place => format!("`{place}`: {}", error.masked()),
+        }),
+    }
+}
+
+/// By the draft that the schema names; without a name, by the latest one that it is valid in.
+fn validator(schema: &Value) -> Result<Validator, String> {
+    let options = || options().should_validate_formats(true);
+    let latest = options().build(schema).map_err(|error| error.to_string());
+    if latest.is_ok() || schema.get("$schema").is_some() {
+        return latest;
+    }
+    let older =
+        [Draft::Draft7, Draft::Draft4].into_iter().find_map(|draft| options().with_draft(draft).build(schema).ok());
+    older.map_or(latest, Ok)
+}
+
+fn options() -> ValidationOptions<'static> {
+    let patterns = PatternOptions::fancy_regex().backtrack_limit(MOST_BACKTRACKING);
+    jsonschema::options().offline().with_pattern_options(patterns)
+}
+
+/// The formats of a schema that the validator does not know.
+#[must_use]
+pub fn unknown_formats(schema: &str) -> BTreeSet<String> {
+    let (mut found, known) = (BTreeSet::new(), options());
+    if let Ok(schema) = serde_json::from_str::<Value>(schema) {
+        visit(&schema, |_, part| {
+            if let Some(format) = part.get("format").and_then(Value::as_str)
+                && !known.is_known_format(Draft::Draft202012, format)
+            {
+                found.insert(format.to_owned());
+            }
+            false
+        });
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn of(schema: &Value, text: &str) -> Verdict {
+        verdict(&Claim { schema: schema.to_string(), text: Some(text.to_owned()) })
+    }
+
+    #[test]
+    fn what_grammars_do_not_follow_is_told_with_its_place() {
+        for (schema, good, bad, place) in [
+            (json!({ "properties": { "a": { "uniqueItems": true } } }), r#"{"a":[1,2]}"#, r#"{"a":[1,1]}"#, "`/a`"),
+            (json!({ "not": { "const": "x" } }), r#""y""#, r#""x""#, ""),
+            (json!({ "if": { "type": "integer" }, "then": { "minimum": 5 } }), "7", "3", ""),
+            (json!({ "oneOf": [{ "minimum": 1 }, { "maximum": 5 }] }), "7", "3", ""),
+            (json!({ "multipleOf": 0.5 }), "1.5", "1.2", ""),
+            (json!({ "type": "string", "pattern": "^(?!x)" }), r#""ya""#, r#""xa""#, ""),
+            (json!({ "type": "string", "format": "email" }), r#""a@b.example""#, r#""ab""#, ""),
+            // Draft 7.
+            (json!({ "items": [{ "type": "integer" }], "additionalItems": false }), "[1]", "[1, 2]", ""),
+            // Draft 4.
+            (json!({ "minimum": 3, "exclusiveMinimum": true }), "4", "3", ""),
+        ] {
+            assert_eq!(of(&schema, good), Verdict::Valid, "{schema}");
+            assert!(matches!(of(&schema, bad), Verdict::Broken(why) if why.starts_with(place)), "{schema}");
+            assert!(matches!(of(&schema, "[1"), Verdict::Broken(why) if why.starts_with("it is no JSON")), "{schema}");
+            assert_eq!(verdict(&Claim { schema: schema.to_string(), text: None }), Verdict::Valid, "{schema}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_told_apart_from_what_is_broken() {
+        for schema in [json!({ "type": "text" }), json!({ "pattern": "(" }), json!({ "$ref": "http://127.0.0.1:1/x" })]
+        {
+            assert!(matches!(of(&schema, "1"), Verdict::Unreadable(_)), "{schema}: {:?}", of(&schema, "1"));
+        }
+    }
+
+    #[test]
+    fn formats_that_nobody_knows_are_named() {
+        let schema = json!({ "properties": { "a": { "format": "uri" }, "b": { "items": { "format": "isbn" } } } });
+        assert_eq!(unknown_formats(&schema.to_string()), ["isbn".to_owned()].into());
+    }
+}
