@@ -23,7 +23,7 @@ def leaf(chosen):
             lambda: {"type": "string", "maxLength": chosen.randint(1, 8)},
             lambda: {"type": "string", "minLength": 2, "maxLength": 4},
             lambda: {"type": "string", "pattern": chosen.choice(PATTERNS)},
-            lambda: {"type": "string", "format": chosen.choice(["date", "time", "uuid", "email", "uri", "ipv4", "hostname", "duration"])},
+            lambda: {"type": "string", "format": chosen.choice(["date", "time", "uuid", "email", "ipv4", "hostname", "duration"])},
             lambda: {"type": "integer", "minimum": chosen.randint(-20, 5), "maximum": chosen.randint(6, 300)},
             lambda: {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": chosen.randint(2, 40)},
             lambda: {"type": "boolean"},

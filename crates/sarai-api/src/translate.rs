@@ -35,6 +35,9 @@ pub(crate) fn ollama_messages(messages: &[Message]) -> Value {
     let known: Vec<&ToolCall> = messages.iter().flat_map(|message| &message.tool_calls).collect();
     let write = |message: &Message| {
         let mut written = json!({ "role": message.role.as_str(), "content": message.content });
+        if !message.reasoning.is_empty() {
+            written["thinking"] = message.reasoning.as_str().into();
+        }
         let images: Vec<_> = message.media.iter().filter_map(base64).collect();
         if !images.is_empty() {
             written["images"] = images.into();
@@ -69,6 +72,9 @@ pub(crate) fn openai_messages(messages: &[Message]) -> Value {
     let mut all = Vec::new();
     for message in messages {
         let mut written = json!({ "role": message.role.as_str(), "content": content(message) });
+        if !message.reasoning.is_empty() {
+            written["reasoning_content"] = message.reasoning.as_str().into();
+        }
         if !message.tool_calls.is_empty() {
             written["tool_calls"] = message.tool_calls.iter().map(tools::to_openai).collect();
             open = message.tool_calls.iter().collect();
@@ -252,7 +258,7 @@ mod tests {
                     { "type": "image_url", "image_url": { "url": "data:image/png;base64,aGk=" } },
                     { "type": "text", "text": "what is it?" },
                 ] },
-                { "role": "assistant", "content": null, "tool_calls": [
+                { "role": "assistant", "content": null, "reasoning_content": "who knows", "tool_calls": [
                     { "id": "a1", "type": "function", "function": { "name": "look_up", "arguments": "{\"q\":\"cat\"}" } },
                 ] },
                 { "role": "tool", "tool_call_id": "a1", "content": "a cat" },
@@ -270,6 +276,7 @@ mod tests {
         let [user, called, result] = asked["messages"].as_array().unwrap().as_slice() else { unreachable!() };
         assert_eq!((&user["content"], &user["images"]), (&json!("Look:what is it?"), &json!(["aGk="])));
         assert_eq!(called["tool_calls"][0]["function"]["arguments"], json!({ "q": "cat" }));
+        assert_eq!(called["thinking"], "who knows");
         assert_eq!((&result["tool_name"], &result["content"]), (&json!("look_up"), &json!("a cat")));
         assert_eq!(asked["tools"][0]["function"]["name"], "look_up");
 
@@ -282,6 +289,7 @@ mod tests {
         assert_eq!(user["content"][0]["image_url"]["url"], "data:image/png;base64,aGk=");
         assert_eq!(user["content"][1]["text"], "Look:what is it?");
         assert_eq!(called["tool_calls"], openai_body()["messages"][1]["tool_calls"]);
+        assert_eq!(called["reasoning_content"], "who knows");
         assert_eq!(result["tool_call_id"], "a1");
         assert_eq!(back["tools"], asked["tools"]);
     }

@@ -9,13 +9,13 @@ use sarai_core::schema::visit;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// Of a text, that a schema allows it; without one, that the schema can be read.
+/// Of a text, that a schema allows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Claim {
     /// The schema.
     pub schema: String,
     /// The text.
-    pub text: Option<String>,
+    pub text: String,
 }
 
 /// What is true of a claim.
@@ -44,8 +44,7 @@ pub fn verdict(claim: &Claim) -> Verdict {
         Ok(validator) => validator,
         Err(why) => return Verdict::Unreadable(why),
     };
-    let Some(text) = &claim.text else { return Verdict::Valid };
-    let value: Value = match serde_json::from_str(text) {
+    let value: Value = match serde_json::from_str(&claim.text) {
         Ok(value) => value,
         Err(error) => return Verdict::Broken(format!("it is no JSON: {error}")),
     };
@@ -95,10 +94,79 @@ pub fn unknown_formats(schema: &str) -> BTreeSet<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use sarai_core::schema::put_together;
     use serde_json::json;
 
+    /// Schemas in which things stand beside each other.
+    fn schemas() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(json!({})),
+            Just(json!({ "$ref": "#/$defs/x" })),
+            Just(json!({ "$ref": "#/$defs/y", "minimum": 2 })),
+            (-2_i32..5).prop_map(|n| json!({ "minimum": n })),
+            (-2_i32..5).prop_map(|n| json!({ "type": "integer", "maximum": n })),
+            (0_u32..4).prop_map(|n| json!({ "type": ["string", "null"], "minLength": n })),
+            Just(json!({ "enum": [1, 2, "a", null] })),
+            Just(json!({ "const": 2 })),
+            Just(json!({ "required": ["a"] })),
+            Just(json!({ "type": "object", "required": ["b"], "additionalProperties": { "type": "integer" } })),
+            Just(json!({ "prefixItems": [{ "type": "integer" }] })),
+            Just(json!({ "items": false })),
+            Just(json!({ "items": { "minimum": 1 } })),
+            Just(json!({ "unevaluatedProperties": false })),
+            Just(json!({ "patternProperties": { "^a": { "minimum": 2 } } })),
+            Just(json!({ "not": { "const": 2 } })),
+        ];
+        leaf.prop_recursive(3, 24, 4, |inner| {
+            let closed = prop_oneof![Just(json!(true)), Just(json!(false)), inner.clone()];
+            let object = (inner.clone(), inner.clone(), closed).prop_map(
+                |(a, b, more)| json!({ "type": "object", "properties": { "a": a, "b": b }, "additionalProperties": more }),
+            );
+            let list = prop::sample::select(vec!["allOf", "anyOf", "oneOf"]);
+            let several = (list, prop::collection::vec(inner.clone(), 1..4)).prop_map(|(list, all)| json!({ list: all }));
+            let beside = (inner.clone(), inner).prop_map(|(one, other)| {
+                let (mut one, other) = (one, other);
+                for (key, value) in other.as_object().into_iter().flatten() {
+                    one[key] = value.clone();
+                }
+                one
+            });
+            prop_oneof![object, several, beside]
+        })
+    }
+
+    fn values() -> impl Strategy<Value = Value> {
+        let leaf =
+            prop_oneof![Just(Value::Null), (-2_i32..6).prop_map(Value::from), "[ab]{0,3}".prop_map(Value::from),];
+        leaf.prop_recursive(2, 8, 3, |inner| {
+            let fields = prop::collection::btree_map("[abc]", inner.clone(), 0..3);
+            prop_oneof![
+                fields.prop_map(|fields| fields.into_iter().collect::<serde_json::Map<_, _>>().into()),
+                prop::collection::vec(inner, 0..3).prop_map(Value::from),
+            ]
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(3000))]
+
+        #[test]
+        fn what_is_put_together_allows_nothing_that_was_forbidden(
+            schema in schemas(), values in prop::collection::vec(values(), 24),
+        ) {
+            let mut schema = schema;
+            schema["$defs"] = json!({ "x": { "type": "string", "maxLength": 2 }, "y": { "type": ["integer", "null"] } });
+            let together = put_together(&schema);
+            let (Ok(original), Ok(together)) = (validator(&schema), validator(&together)) else { return Ok(()) };
+            for value in values.iter().filter(|value| together.is_valid(value)) {
+                prop_assert!(original.is_valid(value), "{value} is allowed by {}", put_together(&schema));
+            }
+        }
+    }
+
     fn of(schema: &Value, text: &str) -> Verdict {
-        verdict(&Claim { schema: schema.to_string(), text: Some(text.to_owned()) })
+        verdict(&Claim { schema: schema.to_string(), text: text.to_owned() })
     }
 
     #[test]
@@ -119,7 +187,6 @@ mod tests {
             assert_eq!(of(&schema, good), Verdict::Valid, "{schema}");
             assert!(matches!(of(&schema, bad), Verdict::Broken(why) if why.starts_with(place)), "{schema}");
             assert!(matches!(of(&schema, "[1"), Verdict::Broken(why) if why.starts_with("it is no JSON")), "{schema}");
-            assert_eq!(verdict(&Claim { schema: schema.to_string(), text: None }), Verdict::Valid, "{schema}");
         }
     }
 

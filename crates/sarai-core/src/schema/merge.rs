@@ -9,10 +9,14 @@ use serde_json::{Map, Value, json};
 
 use super::parts::{describes, parts_mut, target, visit};
 
-/// Schemas within each other that are put together, and how many more of them a document may have for it.
+/// Parts within each other that are put together.
 const DEEPEST: usize = 8;
-const MOST_GROWTH: usize = 4;
+/// Schemas within each other that are looked at.
+const DEEPEST_SCHEMA: usize = 128;
+/// Values that may be copied or compared for it: so many, so many more for each that the document has, and so many at the most.
 const FEW: usize = 1_000;
+const FOR_EACH: usize = 16;
+const MOST: usize = 1_000_000;
 
 /// Keywords that hold schemas of the same value.
 const IN_PLACE: [&str; 4] = ["$ref", "allOf", "anyOf", "oneOf"];
@@ -24,6 +28,8 @@ enum Clash {
     Nothing,
     /// It is not known how.
     Unknown,
+    /// It would take too long, or too much.
+    TooMuch,
 }
 
 type Merged = Result<Map<String, Value>, Clash>;
@@ -31,166 +37,302 @@ type Merged = Result<Map<String, Value>, Clash>;
 /// The same document, with all put together that can be.
 #[must_use]
 pub fn put_together(document: &Value) -> Cow<'_, Value> {
-    let mut count = 0;
-    visit(document, |_, schema| {
-        count += schema.as_object().map_or(0, Map::len);
-        false
-    });
-    let mut left = FEW + MOST_GROWTH * count;
-    let mut whole = document.clone();
-    if walk(&mut whole, document, &mut left).is_none() {
+    let size = size(document);
+    if size > MOST || refers_into_options(document) {
         return Cow::Borrowed(document);
     }
-    // What is referred to must be where it was.
-    let mut is_lost = false;
-    visit(&whole, |_, schema| {
-        let reference = schema.get("$ref").and_then(Value::as_str);
-        is_lost |= reference.is_some_and(|one| target(&whole, one).is_none() && target(document, one).is_some());
-        is_lost
-    });
-    if is_lost { Cow::Borrowed(document) } else { Cow::Owned(whole) }
+    let mut whole = document.clone();
+    let mut together = Together { document, left: (FEW + FOR_EACH * size).min(MOST) };
+    match together.walk(&mut whole, 0) {
+        Ok(()) => Cow::Owned(whole),
+        Err(_) => Cow::Borrowed(document),
+    }
 }
 
-/// Puts together what a schema holds, from the outside in; `None` if it grows too large.
-fn walk(schema: &mut Value, document: &Value, left: &mut usize) -> Option<()> {
-    let Value::Object(fields) = schema else { return Some(()) };
-    *left = left.checked_sub(fields.len() + 1)?;
-    if let Some(simple) = simple(fields, document) {
-        *fields = simple;
+/// Values in a value, itself included.
+fn size(value: &Value) -> usize {
+    match value {
+        Value::Array(all) => 1 + all.iter().map(size).sum::<usize>(),
+        Value::Object(all) => size_of_fields(all),
+        _ => 1,
     }
-    for part in parts_mut(fields) {
-        walk(part, document, left)?;
-    }
-    for name in ["$defs", "definitions"] {
-        let definitions = fields.get_mut(name).and_then(Value::as_object_mut);
-        for definition in definitions.into_iter().flat_map(Map::values_mut) {
-            walk(definition, document, left)?;
-        }
-    }
-    Some(())
 }
 
-/// One schema, without what llama.cpp would not read of it.
-fn simple(fields: &Map<String, Value>, document: &Value) -> Option<Map<String, Value>> {
-    let constrains = |keyword: &str| !describes(keyword);
-    let is_beside =
-        |keyword: &str| fields.contains_key(keyword) && fields.keys().filter(|key| constrains(key)).count() > 1;
-    let mut simple = None;
-    if fields.contains_key("allOf") || is_beside("$ref") {
-        simple = Some(flat(fields, document, 0).ok()?);
-    }
-    for keyword in ["anyOf", "oneOf"] {
-        let fields = simple.as_ref().unwrap_or(fields);
-        let is_beside = fields.keys().filter(|key| constrains(key)).count() > 1;
-        if fields.contains_key(keyword) && is_beside {
-            simple = Some(distributed(fields, keyword, document)?);
-        }
-    }
-    let with_required = named(simple.as_ref().unwrap_or(fields));
-    with_required.or(simple)
+fn size_of_fields(fields: &Map<String, Value>) -> usize {
+    1 + fields.values().map(size).sum::<usize>()
 }
 
-/// What `allOf` and `$ref` say, in one schema.
-fn flat(fields: &Map<String, Value>, document: &Value, depth: usize) -> Merged {
-    if depth > DEEPEST {
-        return Err(Clash::Unknown);
-    }
-    let mut whole = fields.clone();
-    let parts = whole.remove("allOf").map(|all| all.as_array().cloned().ok_or(Clash::Unknown)).transpose()?;
-    let reference = whole.remove("$ref").map(|reference| {
-        let reference = reference.as_str().and_then(|reference| target(document, reference));
-        reference.cloned().ok_or(Clash::Unknown)
-    });
-    for part in reference.transpose()?.into_iter().chain(parts.into_iter().flatten()) {
-        whole = match part {
-            Value::Bool(true) => whole,
-            Value::Bool(false) => return Err(Clash::Nothing),
-            Value::Object(part) => both(whole, flat(&part, document, depth + 1)?)?,
-            _ => return Err(Clash::Unknown),
-        };
-    }
-    Ok(whole)
+/// Whether something is referred to by its place within what may be put together, and would be elsewhere then.
+fn refers_into_options(document: &Value) -> bool {
+    let is_within = |one: &str| ["/allOf/", "/anyOf/", "/oneOf/"].iter().any(|part| one.contains(part));
+    visit(document, |_, schema| schema.get("$ref").and_then(Value::as_str).is_some_and(is_within)).is_some()
 }
 
-/// Options, with what stands beside them in each; those that then allow nothing are left out.
-fn distributed(fields: &Map<String, Value>, keyword: &str, document: &Value) -> Option<Map<String, Value>> {
-    let mut beside = fields.clone();
-    let options = beside.remove(keyword)?;
-    let mut written: Vec<Value> = Vec::new();
-    for option in options.as_array()? {
-        let option = match option {
-            Value::Bool(true) => Map::new(),
-            Value::Bool(false) => continue,
-            Value::Object(option) => match flat(option, document, 0) {
-                Ok(option) => option,
-                Err(Clash::Nothing) => continue,
-                Err(Clash::Unknown) => return None,
-            },
-            _ => return None,
-        };
-        if IN_PLACE.iter().any(|keyword| option.contains_key(*keyword)) {
-            return None;
-        }
-        let constraining =
-            beside.iter().filter(|(key, _)| !describes(key)).map(|(key, value)| (key.clone(), value.clone()));
-        match both(constraining.collect(), option) {
-            Ok(whole) => written.push(whole.into()),
-            Err(Clash::Nothing) => {}
-            Err(Clash::Unknown) => return None,
-        }
+struct Together<'a> {
+    document: &'a Value,
+    /// What may still be copied or compared.
+    left: usize,
+}
+
+impl Together<'_> {
+    fn spend(&mut self, values: usize) -> Result<(), Clash> {
+        self.left = self.left.checked_sub(values).ok_or(Clash::TooMuch)?;
+        Ok(())
     }
-    let mut whole = beside;
-    whole.retain(|key, _| describes(key));
-    (!written.is_empty()).then(|| {
+
+    /// Puts together what a schema holds, from the outside in.
+    fn walk(&mut self, schema: &mut Value, depth: usize) -> Result<(), Clash> {
+        let Value::Object(fields) = schema else { return Ok(()) };
+        self.spend(fields.len() + 1)?;
+        if depth > DEEPEST_SCHEMA {
+            return Err(Clash::TooMuch);
+        }
+        match self.simple(fields) {
+            Ok(Some(simple)) => *fields = simple,
+            Err(Clash::TooMuch) => return Err(Clash::TooMuch),
+            Ok(None) | Err(_) => {}
+        }
+        for part in parts_mut(fields) {
+            self.walk(part, depth + 1)?;
+        }
+        for name in ["$defs", "definitions"] {
+            let definitions = fields.get_mut(name).and_then(Value::as_object_mut);
+            for definition in definitions.into_iter().flat_map(Map::values_mut) {
+                self.walk(definition, depth + 1)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One schema, without what llama.cpp would not read of it; nothing if there is no such thing.
+    fn simple(&mut self, fields: &Map<String, Value>) -> Result<Option<Map<String, Value>>, Clash> {
+        let says_more = |fields: &Map<String, Value>| fields.keys().filter(|key| !describes(key)).count() > 1;
+        let mut simple = None;
+        if fields.contains_key("allOf") || (fields.contains_key("$ref") && says_more(fields)) {
+            simple = Some(self.flat(fields, 0)?);
+        }
+        for keyword in ["anyOf", "oneOf"] {
+            let fields = simple.as_ref().unwrap_or(fields);
+            if fields.contains_key(keyword) && says_more(fields) {
+                simple = Some(self.distributed(fields, keyword)?);
+            }
+        }
+        let with_required = self.named(simple.as_ref().unwrap_or(fields))?;
+        Ok(with_required.or(simple))
+    }
+
+    /// What `allOf` and `$ref` say, in one schema.
+    fn flat(&mut self, fields: &Map<String, Value>, depth: usize) -> Merged {
+        if depth > DEEPEST {
+            return Err(Clash::Unknown);
+        }
+        self.spend(size_of_fields(fields))?;
+        let mut whole = fields.clone();
+        let parts = whole.remove("allOf").map(|all| all.as_array().cloned().ok_or(Clash::Unknown)).transpose()?;
+        let reference = whole.remove("$ref").map(|reference| {
+            let target = reference.as_str().and_then(|reference| target(self.document, reference));
+            target.ok_or(Clash::Unknown)
+        });
+        let referred = reference.transpose()?;
+        self.spend(referred.map_or(0, size))?;
+        for part in referred.cloned().into_iter().chain(parts.into_iter().flatten()) {
+            whole = match part {
+                Value::Bool(true) => whole,
+                Value::Bool(false) => return Err(Clash::Nothing),
+                Value::Object(part) => {
+                    let part = self.flat(&part, depth + 1)?;
+                    self.both(whole, part)?
+                }
+                _ => return Err(Clash::Unknown),
+            };
+        }
+        Ok(whole)
+    }
+
+    /// Options, with what stands beside them in each; those that then allow nothing are left out.
+    fn distributed(&mut self, fields: &Map<String, Value>, keyword: &str) -> Merged {
+        self.spend(size_of_fields(fields))?;
+        let (mut whole, mut beside) = (Map::new(), Map::new());
+        for (key, value) in fields.iter().filter(|(key, _)| *key != keyword) {
+            let into = if describes(key) { &mut whole } else { &mut beside };
+            into.insert(key.clone(), value.clone());
+        }
+        let each = size_of_fields(&beside);
+        let mut written: Vec<Value> = Vec::new();
+        for option in fields.get(keyword).and_then(Value::as_array).ok_or(Clash::Unknown)? {
+            self.spend(each)?;
+            let option = match option {
+                Value::Bool(true) => Ok(Map::new()),
+                Value::Bool(false) => Err(Clash::Nothing),
+                Value::Object(option) => self.flat(option, 0),
+                _ => Err(Clash::Unknown),
+            };
+            let is_plain = |option: &Map<String, Value>| !IN_PLACE.iter().any(|keyword| option.contains_key(*keyword));
+            let option = match option {
+                Ok(option) if is_plain(&option) => self.both(beside.clone(), option),
+                Ok(_) => Err(Clash::Unknown),
+                Err(clash) => Err(clash),
+            };
+            match option {
+                Ok(option) => written.push(option.into()),
+                Err(Clash::Nothing) => {}
+                Err(clash) => return Err(clash),
+            }
+        }
+        if written.is_empty() {
+            return Err(Clash::Nothing);
+        }
         whole.insert(keyword.to_owned(), written.into());
-        whole
-    })
-}
-
-/// With a schema for each property that must be there.
-fn named(fields: &Map<String, Value>) -> Option<Map<String, Value>> {
-    let required = fields.get("required")?.as_array()?;
-    let properties = match fields.get("properties") {
-        Some(properties) => properties.as_object()?.clone(),
-        None => Map::new(),
-    };
-    let is_object = fields.get("type").map_or(!properties.is_empty(), |kind| kind == "object");
-    let missing: Vec<_> =
-        required.iter().filter_map(Value::as_str).filter(|name| !properties.contains_key(*name)).collect();
-    if missing.is_empty() || !is_object || IN_PLACE.iter().any(|keyword| fields.contains_key(*keyword)) {
-        return None;
+        Ok(whole)
     }
-    let any = match fields.get("additionalProperties") {
-        None | Some(Value::Bool(true)) => json!({}),
-        Some(Value::Object(any)) => any.clone().into(),
-        Some(_) => return None,
-    };
-    let mut whole = fields.clone();
-    let added = missing.into_iter().map(|name| (name.to_owned(), any.clone()));
-    whole.insert("properties".into(), properties.into_iter().chain(added).collect::<Map<_, _>>().into());
-    Some(whole)
-}
 
-/// What two schemas both allow.
-fn both(mut one: Map<String, Value>, other: Map<String, Value>) -> Merged {
-    close(&mut one, &other)?;
-    let mut other = other;
-    close(&mut other, &one)?;
-    for (keyword, value) in other {
-        match one.get_mut(&keyword) {
-            None => drop(one.insert(keyword, value)),
-            Some(_) if describes(&keyword) => {}
-            Some(known) if *known == value => {}
-            Some(known) => *known = of_both(&keyword, known, value)?,
+    /// With a schema for each property that must be there; nothing if all have one.
+    fn named(&mut self, fields: &Map<String, Value>) -> Result<Option<Map<String, Value>>, Clash> {
+        let Some(required) = fields.get("required").and_then(Value::as_array) else { return Ok(None) };
+        let none = Map::new();
+        let properties = match fields.get("properties") {
+            Some(properties) => properties.as_object().ok_or(Clash::Unknown)?,
+            None => &none,
+        };
+        let is_object = fields.get("type").map_or(!properties.is_empty(), |kind| kind == "object");
+        let is_missing = |name: &&str| !properties.contains_key(*name);
+        let missing: Vec<_> = required.iter().filter_map(Value::as_str).filter(is_missing).collect();
+        if missing.is_empty() || !is_object || IN_PLACE.iter().any(|keyword| fields.contains_key(*keyword)) {
+            return Ok(None);
+        }
+        let any = match fields.get("additionalProperties") {
+            None | Some(Value::Bool(true)) => json!({}),
+            Some(any @ Value::Object(_)) if !fields.contains_key("patternProperties") => any.clone(),
+            Some(_) => return Err(Clash::Unknown),
+        };
+        self.spend(size_of_fields(fields) + missing.len() * size(&any))?;
+        let mut whole = fields.clone();
+        let added = missing.into_iter().map(|name| (name.to_owned(), any.clone()));
+        let all: Map<_, _> = properties.clone().into_iter().chain(added).collect();
+        whole.insert("properties".into(), all.into());
+        Ok(Some(whole))
+    }
+
+    /// What two schemas both allow.
+    fn both(&mut self, mut one: Map<String, Value>, mut other: Map<String, Value>) -> Merged {
+        self.spend(one.len() + other.len())?;
+        if depends_on_its_place(&one, &other) || depends_on_its_place(&other, &one) {
+            return Err(Clash::Unknown);
+        }
+        close(&mut one, &other)?;
+        close(&mut other, &one)?;
+        for (keyword, value) in other {
+            match one.get_mut(&keyword) {
+                None => drop(one.insert(keyword, value)),
+                Some(_) if describes(&keyword) => {}
+                Some(known) if *known == value => {}
+                Some(known) => *known = self.of_both(&keyword, known, value)?,
+            }
+        }
+        let properties = one.get("properties").and_then(Value::as_object);
+        let is_missing = |name: &Value| {
+            let has = properties.is_some_and(|all| name.as_str().is_some_and(|name| all.contains_key(name)));
+            one.get("additionalProperties") == Some(&Value::Bool(false)) && !has
+        };
+        let required = one.get("required").and_then(Value::as_array);
+        if required.is_some_and(|names| names.iter().any(is_missing)) { Err(Clash::Nothing) } else { Ok(one) }
+    }
+
+    /// What two values of a keyword both allow.
+    fn of_both(&mut self, keyword: &str, one: &Value, other: Value) -> Result<Value, Clash> {
+        self.spend(size(one) + size(&other))?;
+        let numbers = one.as_f64().zip(other.as_f64()).ok_or(Clash::Unknown);
+        match keyword {
+            "type" => common_types(one, &other),
+            "minimum" | "exclusiveMinimum" | "minLength" | "minItems" | "minProperties" => {
+                let (a, b) = numbers?;
+                Ok(if a >= b { one.clone() } else { other })
+            }
+            "maximum" | "exclusiveMaximum" | "maxLength" | "maxItems" | "maxProperties" => {
+                let (a, b) = numbers?;
+                Ok(if a <= b { one.clone() } else { other })
+            }
+            "required" => {
+                let (one, other) = self.lists(one, other)?;
+                let more: Vec<_> = other.into_iter().filter(|name| !one.contains(name)).collect();
+                Ok(one.iter().cloned().chain(more).collect())
+            }
+            "enum" => {
+                let (one, other) = self.lists(one, other)?;
+                let common: Vec<_> = one.iter().filter(|value| other.contains(value)).cloned().collect();
+                if common.is_empty() { Err(Clash::Nothing) } else { Ok(common.into()) }
+            }
+            "const" => Err(Clash::Nothing),
+            "properties" => {
+                let (Value::Object(one), Value::Object(other)) = (one, other) else { return Err(Clash::Unknown) };
+                let mut all = one.clone();
+                for (name, schema) in other {
+                    match all.get_mut(&name) {
+                        Some(known) => *known = self.of_one_value(known.take(), schema)?,
+                        None => drop(all.insert(name, schema)),
+                    }
+                }
+                Ok(all.into())
+            }
+            "items" => self.of_one_value(one.clone(), other),
+            "additionalProperties" => match (one, other) {
+                (Value::Bool(true), value) => Ok(value),
+                (value, Value::Bool(true)) => Ok(value.clone()),
+                (Value::Bool(false), _) | (_, Value::Bool(false)) => Ok(false.into()),
+                (one, other) => self.of_one_value(one.clone(), other),
+            },
+            "uniqueItems" => Ok(true.into()),
+            _ => Err(Clash::Unknown),
         }
     }
-    let required = one.get("required").and_then(Value::as_array);
-    let is_missing = |name: &Value| {
-        let properties = one.get("properties").and_then(Value::as_object);
-        let has = properties.is_some_and(|all| name.as_str().is_some_and(|name| all.contains_key(name)));
-        one.get("additionalProperties") == Some(&Value::Bool(false)) && !has
-    };
-    if required.is_some_and(|names| names.iter().any(is_missing)) { Err(Clash::Nothing) } else { Ok(one) }
+
+    /// Two lists that are compared value by value.
+    fn lists<'b>(&mut self, one: &'b Value, other: Value) -> Result<(&'b [Value], Vec<Value>), Clash> {
+        let (Value::Array(one), Value::Array(other)) = (one, other) else { return Err(Clash::Unknown) };
+        self.spend(one.len().saturating_mul(other.len()))?;
+        Ok((one, other))
+    }
+
+    /// What two schemas of the same value both allow.
+    fn of_one_value(&mut self, one: Value, other: Value) -> Result<Value, Clash> {
+        match (one, other) {
+            (Value::Bool(true), schema) | (schema, Value::Bool(true)) => Ok(schema),
+            (one, other) if one == other => Ok(one),
+            (Value::Object(one), Value::Object(other)) => {
+                let is_plain =
+                    |schema: &Map<String, Value>| !IN_PLACE.iter().any(|keyword| schema.contains_key(*keyword));
+                if is_plain(&one) && is_plain(&other) {
+                    // That a property allows nothing does not mean that its object does.
+                    let both = self.both(one, other);
+                    both.map(Value::from).map_err(|clash| if clash == Clash::Nothing { Clash::Unknown } else { clash })
+                } else {
+                    // They are put together in their turn.
+                    Ok(json!({ "allOf": [one, other] }))
+                }
+            }
+            _ => Err(Clash::Unknown),
+        }
+    }
+}
+
+/// Whether a schema has something that speaks of what stands beside it, and another one would change that.
+fn depends_on_its_place(one: &Map<String, Value>, other: &Map<String, Value>) -> bool {
+    let is_row = one.contains_key("prefixItems") || one.get("items").is_some_and(Value::is_array);
+    let is_about_items = ["items", "prefixItems", "additionalItems"].iter().any(|keyword| other.contains_key(*keyword));
+    let is_about_all = one.keys().any(|keyword| {
+        [
+            "unevaluatedProperties",
+            "unevaluatedItems",
+            "patternProperties",
+            "if",
+            "then",
+            "else",
+            "contains",
+            "minContains",
+        ]
+        .contains(&keyword.as_str())
+    });
+    (is_row && is_about_items) || (is_about_all && other.keys().any(|keyword| !describes(keyword)))
 }
 
 /// Takes out of an object what another schema does not let it have.
@@ -205,73 +347,6 @@ fn close(one: &mut Map<String, Value>, other: &Map<String, Value>) -> Result<(),
         Some(_) => return Err(Clash::Unknown),
     }
     Ok(())
-}
-
-/// What two values of a keyword both allow.
-fn of_both(keyword: &str, one: &Value, other: Value) -> Result<Value, Clash> {
-    let numbers = one.as_f64().zip(other.as_f64());
-    match keyword {
-        "type" => common_types(one, &other),
-        "minimum" | "exclusiveMinimum" | "minLength" | "minItems" | "minProperties" => {
-            let (a, b) = numbers.ok_or(Clash::Unknown)?;
-            Ok(if a >= b { one.clone() } else { other })
-        }
-        "maximum" | "exclusiveMaximum" | "maxLength" | "maxItems" | "maxProperties" => {
-            let (a, b) = numbers.ok_or(Clash::Unknown)?;
-            Ok(if a <= b { one.clone() } else { other })
-        }
-        "required" => {
-            let (Value::Array(one), Value::Array(other)) = (one, other) else { return Err(Clash::Unknown) };
-            let more = other.into_iter().filter(|name| !one.contains(name));
-            Ok(one.iter().cloned().chain(more.collect::<Vec<_>>()).collect())
-        }
-        "enum" => {
-            let (Value::Array(one), Value::Array(other)) = (one, other) else { return Err(Clash::Unknown) };
-            let common: Vec<_> = one.iter().filter(|value| other.contains(value)).cloned().collect();
-            if common.is_empty() { Err(Clash::Nothing) } else { Ok(common.into()) }
-        }
-        "const" => Err(Clash::Nothing),
-        "properties" => {
-            let (Value::Object(one), Value::Object(other)) = (one, other) else { return Err(Clash::Unknown) };
-            let mut all = one.clone();
-            for (name, schema) in other {
-                let schema = match all.remove(&name) {
-                    Some(known) => of_one_value(known, schema)?,
-                    None => schema,
-                };
-                all.insert(name, schema);
-            }
-            Ok(all.into())
-        }
-        "items" => of_one_value(one.clone(), other),
-        "additionalProperties" => match (one, other) {
-            (Value::Bool(true), value) => Ok(value),
-            (value, Value::Bool(true)) => Ok(value.clone()),
-            (Value::Bool(false), _) | (_, Value::Bool(false)) => Ok(false.into()),
-            (one, other) => of_one_value(one.clone(), other),
-        },
-        "uniqueItems" => Ok(true.into()),
-        _ => Err(Clash::Unknown),
-    }
-}
-
-/// What two schemas of the same value both allow.
-fn of_one_value(one: Value, other: Value) -> Result<Value, Clash> {
-    match (one, other) {
-        (Value::Bool(true), schema) | (schema, Value::Bool(true)) => Ok(schema),
-        (one, other) if one == other => Ok(one),
-        (Value::Object(one), Value::Object(other)) => {
-            let is_plain = |schema: &Map<String, Value>| !IN_PLACE.iter().any(|keyword| schema.contains_key(*keyword));
-            if is_plain(&one) && is_plain(&other) {
-                // That a property allows nothing does not mean that its object does.
-                both(one, other).map(Value::from).map_err(|_| Clash::Unknown)
-            } else {
-                // They are put together in their turn.
-                Ok(json!({ "allOf": [one, other] }))
-            }
-        }
-        _ => Err(Clash::Unknown),
-    }
 }
 
 /// Types that both allow: of numbers, the whole ones are some.
@@ -348,6 +423,8 @@ mod tests {
             json!({ "type": "object", "anyOf": [{ "anyOf": [{ "required": ["a"] }] }] }),
             json!({ "type": "object", "required": ["a"], "additionalProperties": false }),
             json!({ "allOf": [{ "$ref": "#/nowhere" }, {}] }),
+            json!({ "type": "array", "allOf": [{ "prefixItems": [{ "type": "integer" }] }, { "items": false }] }),
+            json!({ "allOf": [{ "properties": { "a": {} }, "unevaluatedProperties": false }, { "properties": { "b": {} } }] }),
             // It is referred to by its place within what would be put together.
             json!({ "allOf": [{ "properties": { "a": { "type": "string" } } }], "properties": { "b": { "$ref": "#/allOf/0/properties/a" } } }),
             json!({ "type": "string", "title": "t" }),
@@ -356,8 +433,22 @@ mod tests {
         }
     }
 
+    /// What is hostile takes no longer than what is not.
     #[test]
     fn a_document_that_would_grow_without_end_stays_as_it_is() {
+        let next = |n: usize| json!({ "$ref": format!("#/$defs/{}", n + 1) });
+        let wide: Map<_, _> = (0..9).map(|n| (n.to_string(), json!({ "allOf": vec![next(n); 200] }))).collect();
+        let itself = json!({ "type": "object", "properties": { "x": { "$ref": "#/$defs/a", "minProperties": 1 } } });
+        let mut deep = json!({ "$defs": { "a": itself }, "$ref": "#/$defs/a", "minProperties": 1 });
+        (0..50_000).for_each(|n| deep[format!("p{n}")] = 0.into());
+        let properties: Map<_, _> = (0..5_000).map(|n| (n.to_string(), json!({}))).collect();
+        for schema in [
+            deep,
+            json!({ "$defs": wide, "allOf": [{ "$ref": "#/$defs/0" }, {}] }),
+            json!({ "properties": properties, "anyOf": vec![json!({}); 20_000] }),
+        ] {
+            assert_eq!(*put_together(&schema), schema);
+        }
         let level = |n: usize| {
             let part = json!({ "allOf": [{ "$ref": format!("#/$defs/{}", n + 1) }, { "type": "object" }] });
             json!({ "properties": { "a": part, "b": part, "c": part } })

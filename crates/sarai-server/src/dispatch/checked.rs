@@ -1,9 +1,9 @@
-//! Answers of workers whose form no grammar follows in full: they are checked when they are there, and one that breaks its schema is
+//! Answers of workers whose form no grammar follows in full, and calls that follow none: they are checked when they are there, and one that breaks its schema is
 //! not passed on. Another one is asked for, sampled anew.
 
 use sarai_api::schema::{not_followed, not_followed_by_calls, strict_arguments};
 use sarai_api::validate::{Claim, Verdict, unknown_formats};
-use sarai_core::{Event, FinishReason, Format, GenerateRequest, ToolCall};
+use sarai_core::{Event, FinishReason, Format, GenerateRequest, ToolCall, ToolChoice};
 
 use crate::supervise::validate::Validator;
 
@@ -22,36 +22,49 @@ pub struct Checks {
     schema: Option<String>,
     /// Tools whose arguments are to be checked, with their schemas.
     tools: Vec<(String, String)>,
+    /// What is checked: keywords as they are named where they are not followed.
+    pub covered: Vec<String>,
     /// Where a stop text may cut the answer.
     may_be_cut: bool,
 }
 
+/// What came of a check.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Checked {
+    /// The answer keeps its form.
+    Kept,
+    /// How it breaks it.
+    Broken(String),
+    /// The schema cannot be read, or the check did not come to its end.
+    Unknown,
+}
+
 impl Checks {
-    /// Those that a request needs, as far as its schemas can be read; of an answer that is wanted whole, or step by step.
-    pub async fn of(request: &GenerateRequest, is_whole: bool, validator: &Validator) -> Option<Self> {
+    /// Those that a request needs; of an answer that is wanted whole, or step by step.
+    pub fn of(request: &GenerateRequest, is_whole: bool) -> Option<Self> {
         let is_worth_it =
             |lost: &String| is_whole || !HARDLY_BROKEN.iter().any(|one| lost.ends_with(&format!(":{one}")));
-        let schema = match &request.format {
-            Format::Schema(schema) if not_followed(schema).iter().any(is_worth_it) => Some(schema.clone()),
-            _ => None,
+        let (schema, mut lost) = match &request.format {
+            Format::Schema(schema) => (Some(schema.clone()), not_followed(schema)),
+            _ => (None, Vec::new()),
         };
+        let schema = schema.filter(|_| lost.iter().any(is_worth_it));
         let definitions = request.tools.as_ref().map_or("", |tools| &tools.definitions);
-        let tools = match not_followed_by_calls(definitions).iter().any(is_worth_it) {
+        let lost_by_calls = not_followed_by_calls(definitions);
+        // What a model calls of its own accord may have no mark, and follows no grammar then.
+        let is_free = request.tools.as_ref().is_some_and(|tools| tools.choice == ToolChoice::Auto);
+        let tools = match (is_whole && is_free) || lost_by_calls.iter().any(is_worth_it) {
             true => strict_arguments(definitions),
             false => Vec::new(),
         };
         if schema.is_none() && tools.is_empty() {
             return None;
         }
-        let claim = |schema: &String| Claim { schema: schema.clone(), text: None };
-        let claims: Vec<_> = schema.iter().chain(tools.iter().map(|(_, schema)| schema)).map(claim).collect();
-        let verdicts = validator.verdicts(&claims).await?;
-        let unreadable = verdicts.iter().find(|verdict| **verdict != Verdict::Valid);
-        if let Some(verdict) = unreadable {
-            tracing::info!(?verdict, "answers are not checked");
-            return None;
-        }
-        Some(Self { schema, tools, may_be_cut: !request.stop.is_empty() })
+        let mut checks = Self { schema, tools, covered: Vec::new(), may_be_cut: !request.stop.is_empty() };
+        lost.extend(lost_by_calls);
+        lost.retain(|lost| checks.cover(lost));
+        checks.covered = lost;
+        Some(checks)
     }
 
     /// Whether a keyword that no grammar follows is checked.
@@ -66,17 +79,25 @@ impl Checks {
         !(schemas.is_empty() || is_not_checked)
     }
 
-    /// How a whole answer breaks its form, if it does.
-    pub async fn broken(&self, answer: &[Event], validator: &Validator) -> Option<String> {
+    /// Whether a whole answer keeps its form.
+    pub async fn check(&self, answer: &[Event], validator: &Validator) -> Checked {
         let claims = self.claims(answer);
         if claims.is_empty() {
-            return None;
+            return Checked::Kept;
         }
-        let verdicts = validator.verdicts(&claims).await?;
-        verdicts.into_iter().find_map(|verdict| match verdict {
-            Verdict::Broken(why) => Some(why),
-            Verdict::Valid | Verdict::Unreadable(_) => None,
-        })
+        let Some(verdicts) = validator.verdicts(&claims).await else { return Checked::Unknown };
+        let mut checked = Checked::Kept;
+        for verdict in verdicts {
+            match verdict {
+                Verdict::Valid => {}
+                Verdict::Broken(why) => return Checked::Broken(why),
+                Verdict::Unreadable(why) => {
+                    tracing::info!(why, "an answer is not checked");
+                    checked = Checked::Unknown;
+                }
+            }
+        }
+        checked
     }
 
     /// What an answer that ended by itself has to be.
@@ -93,7 +114,7 @@ impl Checks {
             Event::Done { finish, .. } => Some(*finish),
             _ => None,
         });
-        let claim = |schema: &String, text: &str| Claim { schema: schema.clone(), text: Some(text.to_owned()) };
+        let claim = |schema: &String, text: &str| Claim { schema: schema.clone(), text: text.to_owned() };
         match (finish, &self.schema) {
             (Some(FinishReason::Stop), Some(_)) if self.may_be_cut && !is_json(&text) => Vec::new(),
             (Some(FinishReason::Stop), Some(schema)) => vec![claim(schema, &text)],
@@ -133,7 +154,12 @@ mod tests {
 
     fn checks() -> Checks {
         let schema = |name: &str| format!("{{\"title\":\"{name}\"}}");
-        Checks { schema: Some(schema("text")), tools: vec![("f".into(), schema("f"))], may_be_cut: false }
+        Checks {
+            schema: Some(schema("text")),
+            tools: vec![("f".into(), schema("f"))],
+            covered: Vec::new(),
+            may_be_cut: false,
+        }
     }
 
     fn ended(finish: FinishReason) -> Event {
@@ -144,7 +170,7 @@ mod tests {
     fn what_ended_by_itself_is_checked_whole_and_nothing_else() {
         let text = |text: &str| Event::Text(text.into());
         let claims = |answer: &[Event]| -> Vec<_> {
-            checks().claims(answer).into_iter().map(|claim| (claim.schema, claim.text.unwrap_or_default())).collect()
+            checks().claims(answer).into_iter().map(|claim| (claim.schema, claim.text)).collect()
         };
         let of = |name: &str, text: &str| vec![(format!("{{\"title\":\"{name}\"}}"), text.to_owned())];
         assert_eq!(claims(&[text("[1"), text("]"), ended(FinishReason::Stop)]), of("text", "[1]"));

@@ -8,10 +8,10 @@
 use std::future::pending;
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use futures_util::{FutureExt, StreamExt};
 use sarai_core::{Error, GenerateRequest, RemoteCause};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 
 use super::candidates::{Candidate, expected};
 use super::{Dispatch, attempt, warm};
@@ -24,8 +24,8 @@ const ANOTHER_MODEL_AFTER: Duration = Duration::from_secs(10);
 
 /// Who may be asked as well.
 pub struct Others<'a> {
-    /// Hosts of the same model.
-    pub hosts: &'a [Candidate],
+    /// Hosts of the same model, in order.
+    pub hosts: Vec<&'a Candidate>,
     /// A worker.
     pub worker: Option<&'a Candidate>,
     /// Whether that is the model's own.
@@ -38,14 +38,18 @@ pub struct Hedged {
     pub by: Candidate,
     /// What it says.
     pub opened: Result<EventStream, Error>,
-    /// Why others that were asked before have not answered.
-    pub before: Vec<(Candidate, Error)>,
+    /// Who else has failed, and why.
+    pub failed: Vec<(Candidate, Error)>,
+    /// Who was late, and was let go of.
+    pub late: Vec<(Candidate, Error)>,
 }
 
 /// Somebody who is asked, and since when.
 struct Asked {
     candidate: Candidate,
     began: Instant,
+    /// How late it was when the next one was asked.
+    late: Duration,
     /// Whether it may be loading its model.
     may_load: bool,
 }
@@ -54,93 +58,104 @@ struct Asked {
 pub async fn open(
     dispatch: &Dispatch,
     host: &Candidate,
-    others: Others<'_>,
+    mut others: Others<'_>,
     request: &GenerateRequest,
     place: Place,
 ) -> Hedged {
     let began = Instant::now();
     let mut asked: Vec<Asked> = Vec::new();
     let mut running = FuturesUnordered::new();
-    let mut before = Vec::new();
+    let mut failed: Vec<(Candidate, Error)> = Vec::new();
     let mut next = Some((host.clone(), place));
-    let mut hosts = others.hosts.iter();
     loop {
         if let Some((candidate, place)) = next.take() {
-            if let Some(first) = asked.first() {
-                let (deployment, also) = (first.candidate.label(), candidate.label());
-                tracing::info!(deployment, also, after = ?began.elapsed(), "late: another one is asked as well");
+            if let Some(last) = asked.last_mut() {
+                last.late = last.began.elapsed();
+                let (deployment, also) = (last.candidate.label(), candidate.label());
+                tracing::info!(deployment, also, after = ?last.late, "late: another one is asked as well");
             }
+            others.hosts.retain(|one| !one.is(&candidate));
             let may_load = candidate.remote().is_some_and(|remote| dispatch.health.of(remote).loads());
             let index = asked.len();
-            asked.push(Asked { candidate: candidate.clone(), began: Instant::now(), may_load });
+            asked.push(Asked { candidate: candidate.clone(), began: Instant::now(), late: Duration::ZERO, may_load });
             running.push(async move { (index, attempt::open(dispatch, &candidate, request, place).await) });
         }
-        let last = asked.last().map(|last| &last.candidate);
-        tokio::select! {
+        let (index, opened) = tokio::select! {
             biased;
-            Some((index, opened)) = running.next() => {
-                let by = asked[index].candidate.clone();
-                match opened {
-                    Err(error) if error.may_succeed_elsewhere() && !running.is_empty() => before.push((by, error)),
-                    Err(error) if error.may_succeed_elsewhere() && index > 0 => {
-                        // The host that was asked first is the one that is told of.
-                        let first = before.iter().position(|(one, _)| one.is(host));
-                        let (by, error) = match first {
-                            Some(first) => std::mem::replace(&mut before[first], (by, error)),
-                            None => (by, error),
-                        };
-                        return Hedged { by, opened: Err(error), before };
-                    }
-                    opened => {
-                        // Before their breakers hear of it, they are cancelled.
-                        drop(running);
-                        if opened.is_ok() {
-                            // Those who were asked after it had no time.
-                            let told: Vec<_> = before.iter().map(|(one, _): &(Candidate, Error)| one.label()).collect();
-                            let late = asked[..index].iter().filter(|one| !told.contains(&one.candidate.label()));
-                            before.extend(late.filter_map(|one| Some((one.candidate.clone(), is_late(dispatch, one)?))));
-                        }
-                        return Hedged { by, opened, before };
-                    }
-                }
+            Some(opened) = running.next() => opened,
+            found = another(dispatch, &others, asked.last(), request, began) => {
+                next = Some(found);
+                continue;
             }
-            found = another(dispatch, &mut hosts, last, &others, request, began) => next = Some(found),
+        };
+        let by = asked[index].candidate.clone();
+        let error = match opened {
+            Ok(events) => {
+                // Before their breakers hear of it, they are cancelled.
+                drop(running);
+                let told: Vec<_> = failed.iter().map(|(one, _)| one.label()).collect();
+                // Those who were asked after it had no time.
+                let late = asked[..index].iter().filter(|one| !told.contains(&one.candidate.label()));
+                let late = late.filter_map(|one| Some((one.candidate.clone(), is_late(dispatch, one)?))).collect();
+                return Hedged { by, opened: Ok(events), failed, late };
+            }
+            Err(error) => error,
+        };
+        // What is wrong with the request is for the one to say that was meant to answer it.
+        let is_final = index == 0 && !error.may_succeed_elsewhere();
+        failed.push((by, error));
+        if is_final || running.is_empty() {
+            // The host that was asked first is the one that is told of.
+            let first = failed.iter().position(|(one, _)| one.is(host)).unwrap_or(0);
+            let (by, error) = failed.swap_remove(first);
+            return Hedged { by, opened: Err(error), failed, late: Vec::new() };
         }
     }
 }
 
-/// Waits until somebody else is to be asked.
+/// Waits until somebody else is to be asked: the one that was asked last is late, and another host has a place, or the worker is free.
 async fn another(
     dispatch: &Dispatch,
-    hosts: &mut std::slice::Iter<'_, Candidate>,
-    last: Option<&Candidate>,
     others: &Others<'_>,
+    last: Option<&Asked>,
     request: &GenerateRequest,
     began: Instant,
 ) -> (Candidate, Place) {
     // A worker is the last one.
-    let Some(remote) = last.and_then(Candidate::remote) else { return pending().await };
+    let Some((last, remote)) = last.and_then(|last| Some((last, last.candidate.remote()?))) else {
+        return pending().await;
+    };
     let (expected, known) = expected(&dispatch.health, remote, request);
-    sleep(known.pace.late(expected)).await;
-    for host in hosts.filter(|host| !host.is_left_alone(&dispatch.health)) {
-        let Some(remote) = host.remote() else { continue };
-        if let Some((_, place)) = dispatch.health.place(&[remote]).now_or_never() {
-            return (host.clone(), place);
+    sleep_until(last.began + known.pace.late(expected)).await;
+    let hosts: Vec<_> = others.hosts.iter().filter(|host| !host.is_left_alone(&dispatch.health)).collect();
+    let remotes: Vec<_> = hosts.iter().filter_map(|host| host.remote()).collect();
+    let place = async {
+        match remotes.is_empty() {
+            true => pending().await,
+            false => dispatch.health.place(&remotes).await,
         }
+    };
+    let worker = async {
+        let Some(worker) = others.worker else { return pending().await };
+        if !others.worker_is_own {
+            sleep_until(began + ANOTHER_MODEL_AFTER).await;
+        }
+        warm::until_free(dispatch, worker, request.residence).await;
+        worker.clone()
+    };
+    tokio::select! {
+        biased;
+        (index, place) = place => ((*hosts[index]).clone(), place),
+        worker = worker => (worker, None),
     }
-    let Some(worker) = others.worker else { return pending().await };
-    if !others.worker_is_own {
-        sleep_until(began + ANOTHER_MODEL_AFTER).await;
-    }
-    warm::until_free(dispatch, worker, request.residence).await;
-    (worker.clone(), None)
 }
 
 /// Why somebody has not answered while another one has; its health is told.
 fn is_late(dispatch: &Dispatch, one: &Asked) -> Option<Error> {
     let remote: &Remote = one.candidate.remote()?;
-    let error =
-        Error::Remote { host: remote.url.clone(), cause: RemoteCause::Late { seconds: one.began.elapsed().as_secs() } };
+    // How long the others then took is not its matter.
+    let cause = RemoteCause::Late { seconds: one.late.as_secs() };
+    let error = Error::Remote { host: remote.url.clone(), cause };
     // What is seen counts for a while only: a load may take longer.
     if one.may_load || dispatch.health.of(remote).loads() {
         // A host that loads takes its time, and gives it up with the request: it is to have the model for the next one.

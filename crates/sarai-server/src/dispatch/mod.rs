@@ -35,7 +35,7 @@ use crate::pool::Pool;
 use crate::supervise::validate::Validator;
 pub use candidates::label;
 use candidates::{Candidate, Tier, near_first, spread, tiers};
-use checked::{Checks, MOST_ANSWERS};
+use checked::{Checked, Checks, MOST_ANSWERS};
 use hedge::{Hedged, Others};
 pub use warm::warm_fallbacks;
 
@@ -87,6 +87,10 @@ struct Ask<'a> {
     /// Lets it be answered.
     ticket: &'a Ticket,
     attempts: Vec<Attempt>,
+    /// Who has failed, by label: nobody is asked twice, but for what is said otherwise.
+    failed: Vec<String>,
+    /// The model's hosts, in order.
+    hosts: Vec<Candidate>,
     /// What a worker's answer is checked against, where its grammar does not follow the schema.
     checks: Option<Checks>,
     /// The model's own worker, which may be asked while a host is late.
@@ -137,8 +141,7 @@ impl Dispatch {
             self.read_capabilities(model).await;
         }
         let mut tiers = near_first(tiers(&self.catalogs.now(), &self.health, model, &request)?, &self.health);
-        let workers = || tiers.iter().flatten().any(Candidate::is_worker);
-        let checks = if workers() { Checks::of(&request, manner.whole, &self.validator).await } else { None };
+        let checks = Checks::of(&request, manner.whole);
         if let Some(checks) = &checks {
             let workers = tiers.iter_mut().flatten().filter(|one| one.is_worker());
             workers.for_each(|worker| worker.degraded.retain(|lost| !checks.cover(lost)));
@@ -147,12 +150,17 @@ impl Dispatch {
         let worker = tiers.iter().flatten().find(is_own).cloned();
         let is_fallback = |one: &&Candidate| one.model.name != model.name && one.is_worker();
         let fallback = tiers.iter().flatten().find(is_fallback).cloned();
+        let may_be_asked = |one: &&Candidate| is_allowed(one, manner.strict) && one.is_too_far(&self.health).is_none();
+        let own = tiers.iter().flatten().filter(|one| one.model.name == model.name && one.remote().is_some());
+        let hosts = own.filter(may_be_asked).cloned().collect();
         let mut ask = Ask {
             model,
             request,
             manner,
             ticket,
             attempts: Vec::new(),
+            failed: Vec::new(),
+            hosts,
             checks,
             worker,
             fallback,
@@ -214,6 +222,7 @@ impl Dispatch {
     async fn ask_tier(&self, ask: &mut Ask<'_>, tier: Tier) -> Result<Option<Answer>, Error> {
         join_all(tier.iter().filter_map(Candidate::remote).map(|remote| self.health.measure(remote))).await;
         let mut left = self.fitting(ask, tier);
+        left.retain(|one| !ask.failed.contains(&one.label()));
         spread(&mut left, &ask.request, &self.health);
         loop {
             let found = match ask.ticket.aside(self.wait_for_place_or_worker(ask, &left)).await {
@@ -240,6 +249,9 @@ impl Dispatch {
             if let Some(answer) = self.ask_one(ask, &candidate, place, &left).await? {
                 return Ok(Some(answer));
             }
+            // It was only late, and whoever was faster has failed then: it has its turn again.
+            left.push(candidate);
+            left.retain(|one| !ask.failed.contains(&one.label()));
         }
         // Of these, none has recovered meanwhile.
         for candidate in left {
@@ -298,16 +310,18 @@ impl Dispatch {
         events: EventStream,
     ) -> Result<Option<Answer>, Error> {
         let seconds = ask.arrived.elapsed().as_secs();
-        match self.begin(ask, worker, Ok(events)).await {
+        let mut answering = worker.clone();
+        match self.begin(ask, &mut answering, events).await {
             Ok(events) => {
                 let reason = format!("all places at its hosts were taken for {seconds} s, and its worker was faster");
                 for candidate in left.iter().filter(|one| !one.is_left_alone(&self.health)) {
                     let (model, reason) = (candidate.model.name.clone(), reason.clone());
                     ask.note(candidate, Error::Unavailable { model, reason });
                 }
-                Ok(Some(ask.begun(worker, events)))
+                Ok(Some(ask.begun(&answering, events)))
             }
             Err(error) if error.may_succeed_elsewhere() => {
+                ask.failed.push(worker.label());
                 ask.note(worker, error);
                 // It has its own turn yet.
                 ask.worker = None;
@@ -414,6 +428,7 @@ impl Dispatch {
                     // Nothing of it is out: if nobody else answers, it may once more, as in a stream.
                     ask.last_resort.push(candidate.clone());
                 }
+                ask.failed.push(candidate.label());
                 ask.note(&candidate, error);
                 Ok(None)
             }
@@ -432,28 +447,29 @@ impl Dispatch {
         let allowed = |worker: &&Candidate| is_allowed(worker, ask.manner.strict);
         let own = ask.worker.as_ref().filter(allowed);
         let worker = own.or_else(|| ask.fallback.as_ref().filter(allowed));
-        let (asked, opened) = match candidate.remote() {
+        let (mut asked, opened) = match candidate.remote() {
             Some(remote) => {
-                let hosts = if remote.managed_lb { &[] } else { others };
+                let further = ask.hosts.iter().filter(|host| !others.iter().any(|one| one.is(host)));
+                let is_left = |host: &&Candidate| !host.is(candidate) && !ask.failed.contains(&host.label());
+                let hosts = others.iter().chain(further).filter(|_| !remote.managed_lb).filter(is_left).collect();
                 let others = Others { hosts, worker, worker_is_own: own.is_some() };
-                let Hedged { by, opened, before } = hedge::open(self, candidate, others, &ask.request, place).await;
-                before.into_iter().for_each(|(one, error)| ask.note(&one, error));
+                let Hedged { by, opened, failed, late } =
+                    hedge::open(self, candidate, others, &ask.request, place).await;
+                ask.failed.extend(failed.iter().map(|(one, _)| one.label()));
+                failed.into_iter().chain(late).for_each(|(one, error)| ask.note(&one, error));
                 (by, opened)
             }
             None => (candidate.clone(), attempt::open(self, candidate, &ask.request, place).await),
         };
-        let outcome = self.begin(ask, &asked, opened).await;
+        let outcome = match opened {
+            Ok(events) => self.begin(ask, &mut asked, events).await,
+            Err(error) => Err(error),
+        };
         (asked, outcome)
     }
 
     /// Makes of an attempt's events what the client wants.
-    async fn begin(
-        &self,
-        ask: &Ask<'_>,
-        candidate: &Candidate,
-        opened: Result<EventStream, Error>,
-    ) -> Result<EventStream, Error> {
-        let events = opened?;
+    async fn begin(&self, ask: &Ask<'_>, candidate: &mut Candidate, events: EventStream) -> Result<EventStream, Error> {
         if let Some(checks) = ask.checks.as_ref().filter(|_| candidate.is_worker()) {
             return self.checked(ask, candidate, checks, events).await;
         }
@@ -472,14 +488,25 @@ impl Dispatch {
     async fn checked(
         &self,
         ask: &Ask<'_>,
-        worker: &Candidate,
+        worker: &mut Candidate,
         checks: &Checks,
         mut events: EventStream,
     ) -> Result<EventStream, Error> {
         let mut answers = 1;
         loop {
             let answer = gathered(events).await?;
-            let Some(why) = checks.broken(&answer, &self.validator).await else { return Ok(replayed(answer)) };
+            let why = match checks.check(&answer, &self.validator).await {
+                Checked::Kept => return Ok(replayed(answer)),
+                Checked::Broken(why) => why,
+                Checked::Unknown => {
+                    worker.degraded.extend(checks.covered.iter().cloned());
+                    if ask.manner.strict {
+                        let (model, reason) = (worker.model.name.clone(), refuses_degraded(&worker.degraded));
+                        return Err(Error::Unavailable { model, reason });
+                    }
+                    return Ok(replayed(answer));
+                }
+            };
             tracing::info!(deployment = worker.label(), why, answers, "an answer broke its schema");
             if answers == MOST_ANSWERS {
                 return Err(Error::SchemaBroken { model: worker.model.name.clone(), answers, why });

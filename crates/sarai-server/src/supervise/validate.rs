@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use super::child::{self, ENVIRONMENT};
 
-/// How long it may take, with its start.
+/// How long it may take, with its start and with those before it.
 const DEADLINE: Duration = Duration::from_secs(5);
 /// Processor time that it may take, in seconds.
 const BUSY_SECONDS: u64 = 2;
@@ -42,7 +42,6 @@ impl Validator {
 
     /// What is true of each claim; nothing where that did not come out within the limits.
     pub async fn verdicts(&self, claims: &[Claim]) -> Option<Vec<Verdict>> {
-        let _turn = self.0.turn.acquire().await.ok()?;
         match timeout(DEADLINE, self.ask(claims)).await {
             Ok(Ok(verdicts)) => Some(verdicts),
             Ok(Err(error)) => {
@@ -57,6 +56,7 @@ impl Validator {
     }
 
     async fn ask(&self, claims: &[Claim]) -> std::io::Result<Vec<Verdict>> {
+        let _turn = self.0.turn.acquire().await.map_err(std::io::Error::other)?;
         // Dropped, it is killed.
         let mut launched = child::launch(&self.0.executable, ["validate", "an answer"], ENVIRONMENT)?;
         launched.writer.write_all(&serde_json::to_vec(claims)?).await?;

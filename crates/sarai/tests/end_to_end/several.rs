@@ -107,7 +107,8 @@ async fn more_answers_than_permits_come_all_the_same() {
     }
 }
 
-/// The answer goes on from what the client says it begins with: the same text as that of the whole answer, cut anywhere.
+/// The answer goes on from what the client says it begins with: the same text as that of the whole answer, cut between words: within one, it is of other
+/// tokens.
 #[tokio::test]
 async fn an_answer_is_continued_from_what_the_client_gives() {
     let sarai = Sarai::start(&config());
@@ -120,7 +121,7 @@ async fn an_answer_is_continued_from_what_the_client_gives() {
     let answer = ask(json!([question]), json!({})).await;
     let whole = texts(&answer).remove(0);
     let prompt = answer.json()["usage"]["prompt_tokens"].as_u64().unwrap();
-    for cut in [whole.find(' ').unwrap(), whole.len() / 2] {
+    for cut in [whole.find(' ').unwrap(), whole[..whole.len() / 2].rfind(' ').unwrap()] {
         let (begun, rest) = whole.split_at(cut);
         let messages = json!([question, { "role": "assistant", "content": begun }]);
         let goes_on = ask(messages, json!({ "continue_final_message": true, "add_generation_prompt": false })).await;
