@@ -15,7 +15,7 @@ use sarai_core::{EmbedRequest, Error, Event, FinishReason, Input, Timings, Usage
 
 use crate::channel::{FrameWriter, Incoming};
 use crate::rest::Rest;
-use crate::{log, model};
+use crate::{log, model, pages};
 
 /// Tokens that one step reads, unless a single text is longer: each token attends to all of a step.
 const STEP: usize = 512;
@@ -91,7 +91,7 @@ fn obey(
             let error = Error::invalid("model", "it makes vectors and does not answer: use a model of role chat");
             frames.queue(&FromWorker::Failed { id, error })?;
         }
-        ToWorker::Trim => model::trim(path),
+        ToWorker::Trim => pages::trim(path),
         ToWorker::Resize { .. } | ToWorker::Load(_) | ToWorker::Leave | ToWorker::Share { .. } => {
             anyhow::bail!("a worker that makes vectors has the size that it was loaded with")
         }

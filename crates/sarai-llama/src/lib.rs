@@ -16,6 +16,7 @@ mod logprobs;
 mod media;
 mod model;
 mod pace;
+mod pages;
 mod park;
 mod probe;
 mod prompt;
@@ -34,6 +35,7 @@ use std::os::unix::net::UnixStream;
 use sarai_core::frame::{FromWorker, ToWorker};
 
 use channel::Incoming;
+pub use pages::release_start;
 pub use probe::run_probe;
 
 /// How much rather the kernel takes a worker than the server, in thousandths of all memory.

@@ -5,7 +5,6 @@
 
 use std::ffi::CString;
 use std::num::NonZeroU32;
-use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr::NonNull;
@@ -196,101 +195,4 @@ pub fn memory(context: &LlamaContext<'_>) -> EngineMemory {
         memory.compute += Bytes(entry.compute as u64);
     }
     memory
-}
-
-/// Gives back the pages of the file that loading read and nothing reads again: those of tensors that were copied. They
-/// stay in the page cache as long as nobody needs the memory.
-pub fn release_idle(spec: &LoadSpec) {
-    for &(from, to) in &spec.idle {
-        advise_mapping(&spec.path, from..to, rustix::mm::Advice::LinuxDontNeed);
-    }
-}
-
-/// Pages out the mapped weights of an idle worker and returns free heap to the system.
-pub fn trim(path: &Path) {
-    advise_mapping(path, 0..u64::MAX, rustix::mm::Advice::LinuxPageOut);
-    trim_heap();
-}
-
-/// Returns to the system what freed contexts leave behind in the allocator.
-#[expect(unsafe_code, reason = "glibc's malloc_trim")]
-pub fn trim_heap() {
-    // SAFETY: takes a number, and locks the allocator itself.
-    unsafe { libc::malloc_trim(0) };
-}
-
-#[expect(unsafe_code, reason = "madvise takes addresses")]
-fn advise_mapping(path: &Path, bytes: Range<u64>, advice: rustix::mm::Advice) {
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-    let name = path.to_string_lossy();
-    // Of a split file, all parts are mapped.
-    let (stem, part) = name.rsplit_once("-00001-of-").unwrap_or((&name, ""));
-    for mapping in mappings_of(&maps, stem, part) {
-        let Some((start, end)) = mapping.addresses_of(&bytes) else { continue };
-        let address = std::ptr::with_exposed_provenance_mut(start);
-        // SAFETY: the range is a file mapping that is only read, so dropping its pages loses nothing: they come
-        // back from the file.
-        if let Err(error) = unsafe { rustix::mm::madvise(address, end - start, advice) } {
-            crate::log::warn(&format!("madvise on {}: {error}", path.display()));
-        }
-    }
-}
-
-/// A piece of a file that is mapped.
-#[derive(Debug, PartialEq, Eq)]
-struct Mapping {
-    start: usize,
-    end: usize,
-    /// Where in the file it begins.
-    offset: u64,
-}
-
-impl Mapping {
-    /// The addresses of these bytes of the file, as far as they are in this piece.
-    fn addresses_of(&self, bytes: &Range<u64>) -> Option<(usize, usize)> {
-        let at = |byte: u64| {
-            self.start.saturating_add(usize::try_from(byte.saturating_sub(self.offset)).unwrap_or(usize::MAX))
-        };
-        let (start, end) = (at(bytes.start), at(bytes.end).min(self.end));
-        (start < end).then_some((start, end))
-    }
-}
-
-/// Where files are mapped whose names begin and end so.
-fn mappings_of<'a>(maps: &'a str, stem: &'a str, end: &'a str) -> impl Iterator<Item = Mapping> + 'a {
-    let is_ours = move |line: &&str| {
-        let name = line.find('/').map_or("", |at| &line[at..]);
-        name == stem || (!end.is_empty() && name.starts_with(stem) && name.ends_with(end))
-    };
-    maps.lines().filter(is_ours).filter_map(|line| {
-        let mut fields = line.split_whitespace();
-        let (start, end) = fields.next()?.split_once('-')?;
-        let address = |text| usize::from_str_radix(text, 16).ok();
-        let offset = u64::from_str_radix(fields.nth(1)?, 16).ok()?;
-        Some(Mapping { start: address(start)?, end: address(end)?, offset })
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{Mapping, mappings_of};
-
-    #[test]
-    fn the_pieces_of_a_mapped_file_and_of_all_parts_of_a_split_one_are_found() {
-        let maps = "7f00-7f10 r--s 00000010 08:01 5  /models/a b.gguf\n7f20-7f30 rw-p 00000000 00:00 0\n\
-                    7f40-7f50 r--s 00000000 08:01 6  /m/s-00001-of-00002.gguf\n7f60-7f70 r--s 0 08:01 7  /m/s-00002-of-00002.gguf\n";
-        let one: Vec<_> = mappings_of(maps, "/models/a b.gguf", "").collect();
-        assert_eq!(one, [Mapping { start: 0x7f00, end: 0x7f10, offset: 0x10 }]);
-        assert_eq!(mappings_of(maps, "/m/s", "00002.gguf").count(), 2);
-    }
-
-    #[test]
-    fn bytes_of_a_file_become_addresses_within_the_piece() {
-        let piece = Mapping { start: 0x1000, end: 0x2000, offset: 0x500 };
-        assert_eq!(piece.addresses_of(&(0x600..0x700)), Some((0x1100, 0x1200)));
-        assert_eq!(piece.addresses_of(&(0..u64::MAX)), Some((0x1000, 0x2000)));
-        assert_eq!(piece.addresses_of(&(0..0x500)), None);
-        assert_eq!(piece.addresses_of(&(0x5000..0x6000)), None);
-    }
 }

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::serve::ListenerExt;
 use futures_util::future::join_all;
 use sarai_core::{Error, Phase, Residence};
 use thiserror::Error as ThisError;
@@ -20,7 +19,7 @@ use crate::dispatch::{Dispatch, warm_fallbacks};
 use crate::fetch::Fetcher;
 use crate::gateway::Gateway;
 use crate::health::Health;
-use crate::http::{App, router};
+use crate::http::{App, connections, router};
 use crate::planner::Planner;
 use crate::pool::{Parts, Pool};
 use crate::reload::{Live, Names, keep_current};
@@ -120,10 +119,7 @@ impl Server {
     }
 
     /// Serves until `stop` completes; then drains running answers up to their deadline and ends every worker.
-    ///
-    /// # Errors
-    /// The listener failed.
-    pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), ServerError> {
+    pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) {
         let app = App {
             gateway: self.gateway.clone(),
             max_body_bytes: self.config.server.max_body_bytes,
@@ -137,17 +133,12 @@ impl Server {
             stop.await;
             let _ = stopping.send(true);
         };
-        // Tokens are small packets: each must leave at once.
-        let listener = self.listener.tap_io(|socket| drop(socket.set_nodelay(true)));
-        // Made once: a bare router is made anew for each connection, in 14 KiB.
-        let serving = axum::serve(listener, router(app).into_make_service()).with_graceful_shutdown(signal);
-        let outcome = tokio::select! {
-            outcome = serving => outcome.map_err(ServerError::Serve),
+        tokio::select! {
+            () = connections::serve(self.listener, router(app), signal) => {}
             () = async { let _ = stopped.wait_for(|&stopped| stopped).await; tokio::time::sleep(drain).await } => {
                 tracing::warn!(seconds = drain.as_secs(), "answers that still ran were cut (server.drain_seconds)");
-                Ok(())
             }
-        };
+        }
         resident.abort();
         self.warming.abort();
         self.reloading.inspect(JoinHandle::abort);
@@ -156,7 +147,6 @@ impl Server {
         let _ = tokio::time::timeout(END_WORKERS, pool.stop()).await;
         let _ = tokio::time::timeout(Duration::from_secs(1), owner).await;
         self.gateway.dispatch.planner.flush();
-        outcome
     }
 }
 

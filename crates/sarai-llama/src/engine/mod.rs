@@ -36,7 +36,7 @@ use crate::schedule::{Limits, Scheduler};
 use crate::sequence::Waiting;
 use crate::trial::{Trials, Untried};
 use crate::unit::Unit;
-use crate::{embed, log, media, trial};
+use crate::{embed, log, media, pages, trial};
 use writer::Writer;
 
 /// What attention takes on one thread to pass over a cell that is not the token's own, for one head of one layer
@@ -75,7 +75,7 @@ fn serve(
 ) -> Result<(), String> {
     let mut spec = spec.clone();
     let mut context = model::context(&spec, backend, loaded)?;
-    model::release_idle(&spec);
+    pages::release_idle(&spec);
     send(frames, &FromWorker::Loaded(model::info(&spec, &context)))?;
     if spec.purpose != Purpose::Answers {
         embed::serve(&spec, loaded, context, &inbox.receiver, frames);
@@ -95,7 +95,7 @@ fn serve(
             Err(failure) => (model::context(&spec, backend, loaded)?, Some(failure)),
         };
         context = made;
-        model::trim_heap();
+        pages::trim_heap();
         send(frames, &FromWorker::Resized(model::info(&spec, &context), failure))?;
     }
 }
@@ -278,7 +278,7 @@ impl<'model> Engine<'model> {
                 Ok(())
             }
             ToWorker::Trim => {
-                model::trim(&self.path);
+                pages::trim(&self.path);
                 Ok(())
             }
             ToWorker::Embed { id, .. } => {

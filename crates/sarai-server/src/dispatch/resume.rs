@@ -94,7 +94,8 @@ impl Running {
             let broken = || Error::Internal("the answer ended without its end mark".into());
             match self.events.next().await.unwrap_or_else(|| Err(broken())) {
                 Ok(event) => return Ok(self.noted(event)),
-                Err(error) => self.resume(error).await?,
+                // Rarely done, and large.
+                Err(error) => Box::pin(self.resume(error)).await?,
             }
         }
     }

@@ -2,6 +2,7 @@
 
 mod admin;
 mod body;
+pub mod connections;
 mod embed;
 mod error;
 mod ollama;

@@ -28,6 +28,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, Failure> {
         let address = server.address().map_err(Failure::failed)?;
         tracing::info!(%address, "listening");
         greet(&address.to_string(), &first_model);
+        sarai_llama::release_start();
         let mut terminate = signal(SignalKind::terminate()).map_err(Failure::failed)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::failed)?;
         let stop = async move {
@@ -39,7 +40,8 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, Failure> {
                 std::process::exit(130);
             });
         };
-        server.serve(stop).await.map_err(Failure::failed)
+        server.serve(stop).await;
+        Ok(())
     })?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,0 +1,64 @@
+//! Connections: taken as they come, served until their clients leave or the server drains.
+//!
+//! HTTP/1 alone, by hyper's own connection: one that first looks for HTTP/2, as axum's does, keeps 8 KiB more for each stream.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::TokioIo;
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+
+/// Time for others to close files, where no more can be opened.
+const REST: Duration = Duration::from_secs(1);
+
+/// Serves until `stop` completes; then takes no more, and waits for those that are served.
+///
+/// # Cancel safety
+/// Dropped, it cuts all connections.
+pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Output = ()>) {
+    let service = TowerToHyperService::new(router.into_service());
+    let (graceful, mut connections) = (GracefulShutdown::new(), JoinSet::new());
+    let mut stop = pin!(stop);
+    loop {
+        let socket = tokio::select! {
+            socket = next(&listener) => socket,
+            Some(_) = connections.join_next() => continue,
+            () = &mut stop => break,
+        };
+        // Tokens are small packets: each must leave at once.
+        let _ = socket.set_nodelay(true);
+        let connection = http1::Builder::new().serve_connection(TokioIo::new(socket), service.clone());
+        let connection = graceful.watch(connection);
+        connections.spawn(async move {
+            // A client that breaks off is no matter of ours.
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "a connection ended");
+            }
+        });
+    }
+    drop(listener);
+    graceful.shutdown().await;
+}
+
+async fn next(listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((socket, _)) => return socket,
+            Err(error) if is_of_the_client(&error) => {}
+            Err(error) => {
+                tracing::error!(%error, "no connection can be taken");
+                tokio::time::sleep(REST).await;
+            }
+        }
+    }
+}
+
+fn is_of_the_client(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
+}
