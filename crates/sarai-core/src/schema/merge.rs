@@ -38,7 +38,7 @@ type Merged = Result<Map<String, Value>, Clash>;
 #[must_use]
 pub fn put_together(document: &Value) -> Cow<'_, Value> {
     let size = size(document);
-    if size > MOST || refers_into_options(document) {
+    if size > MOST || refers_elsewhere(document) {
         return Cow::Borrowed(document);
     }
     let mut whole = document.clone();
@@ -62,10 +62,14 @@ fn size_of_fields(fields: &Map<String, Value>) -> usize {
     1 + fields.values().map(size).sum::<usize>()
 }
 
-/// Whether something is referred to by its place within what may be put together, and would be elsewhere then.
-fn refers_into_options(document: &Value) -> bool {
-    let is_within = |one: &str| ["/allOf/", "/anyOf/", "/oneOf/"].iter().any(|part| one.contains(part));
-    visit(document, |_, schema| schema.get("$ref").and_then(Value::as_str).is_some_and(is_within)).is_some()
+/// Whether something is referred to that may be elsewhere then: what is not a definition.
+fn refers_elsewhere(document: &Value) -> bool {
+    let is_definition = |reference: &str| {
+        let name = ["#/$defs/", "#/definitions/"].iter().find_map(|place| reference.strip_prefix(place));
+        reference == "#" || name.is_some_and(|name| !name.contains('/'))
+    };
+    let refers = |schema: &Value| schema.get("$ref").and_then(Value::as_str).is_some_and(|one| !is_definition(one));
+    visit(document, |_, schema| refers(schema)).is_some()
 }
 
 struct Together<'a> {
@@ -425,7 +429,8 @@ mod tests {
             json!({ "allOf": [{ "$ref": "#/nowhere" }, {}] }),
             json!({ "type": "array", "allOf": [{ "prefixItems": [{ "type": "integer" }] }, { "items": false }] }),
             json!({ "allOf": [{ "properties": { "a": {} }, "unevaluatedProperties": false }, { "properties": { "b": {} } }] }),
-            // It is referred to by its place within what would be put together.
+            // It is referred to by its place, which would be another one.
+            json!({ "type": "object", "properties": { "x": { "type": "string" }, "y": { "$ref": "#/properties/x" } }, "anyOf": [{ "required": ["x"] }, { "required": ["y"] }] }),
             json!({ "allOf": [{ "properties": { "a": { "type": "string" } } }], "properties": { "b": { "$ref": "#/allOf/0/properties/a" } } }),
             json!({ "type": "string", "title": "t" }),
         ] {
@@ -442,10 +447,17 @@ mod tests {
         let mut deep = json!({ "$defs": { "a": itself }, "$ref": "#/$defs/a", "minProperties": 1 });
         (0..50_000).for_each(|n| deep[format!("p{n}")] = 0.into());
         let properties: Map<_, _> = (0..5_000).map(|n| (n.to_string(), json!({}))).collect();
+        // The same reference, spelled in many ways.
+        let letter =
+            |letter: char, n: usize| if n == 0 { letter.to_string() } else { format!("%{:02x}", u32::from(letter)) };
+        let spelling = |n: usize| "$defs".chars().enumerate().map(|(at, c)| letter(c, n >> at & 1)).collect::<String>();
+        let spelled: Vec<_> =
+            (0..32).cycle().take(20_000).map(|n| json!({ "$ref": format!("#/{}/big", spelling(n)) })).collect();
         for schema in [
             deep,
             json!({ "$defs": wide, "allOf": [{ "$ref": "#/$defs/0" }, {}] }),
             json!({ "properties": properties, "anyOf": vec![json!({}); 20_000] }),
+            json!({ "$defs": { "big": { "properties": properties } }, "anyOf": spelled }),
         ] {
             assert_eq!(*put_together(&schema), schema);
         }

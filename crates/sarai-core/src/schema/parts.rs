@@ -1,6 +1,6 @@
 //! Where a schema holds others.
 
-use std::collections::BTreeSet;
+use std::collections::HashSet;
 
 use serde_json::{Map, Value};
 
@@ -58,16 +58,18 @@ pub fn parts_mut(schema: &mut Map<String, Value>) -> Vec<&mut Value> {
 /// Visits a document's schema, all that it holds, and all that it refers to, each with its place, until a visit says that it was the
 /// one looked for; returns that one's place.
 pub fn visit(document: &Value, mut is_it: impl FnMut(&str, &Value) -> bool) -> Option<String> {
-    let (mut seen, mut left) = (BTreeSet::new(), vec![("#".to_owned(), document)]);
+    let (mut seen, mut left) = (HashSet::new(), vec![("#".to_owned(), document)]);
     while let Some((place, schema)) = left.pop() {
+        // A reference may be spelled in many ways.
+        if !seen.insert(std::ptr::from_ref(schema)) {
+            continue;
+        }
         if is_it(&place, schema) {
             return Some(place);
         }
         let Value::Object(fields) = schema else { continue };
         left.extend(parts(fields).into_iter().map(|(at, part)| (format!("{place}/{at}"), part)));
-        if let Some(reference) = fields.get("$ref").and_then(Value::as_str)
-            && seen.insert(reference)
-        {
+        if let Some(reference) = fields.get("$ref").and_then(Value::as_str) {
             left.extend(target(document, reference).map(|target| (reference.to_owned(), target)));
         }
     }

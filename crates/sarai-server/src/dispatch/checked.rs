@@ -63,6 +63,9 @@ impl Checks {
         let mut checks = Self { schema, tools, covered: Vec::new(), may_be_cut: !request.stop.is_empty() };
         lost.extend(lost_by_calls);
         lost.retain(|lost| checks.cover(lost));
+        if is_whole && is_free && !checks.tools.is_empty() {
+            lost.push("tools:strict".to_owned());
+        }
         checks.covered = lost;
         Some(checks)
     }

@@ -52,6 +52,7 @@ struct Asked {
     late: Duration,
     /// Whether it may be loading its model.
     may_load: bool,
+    has_failed: bool,
 }
 
 /// Asks a host; if it is late, others too.
@@ -75,9 +76,16 @@ pub async fn open(
                 tracing::info!(deployment, also, after = ?last.late, "late: another one is asked as well");
             }
             others.hosts.retain(|one| !one.is(&candidate));
+            others.worker = others.worker.filter(|one| !one.is(&candidate));
             let may_load = candidate.remote().is_some_and(|remote| dispatch.health.of(remote).loads());
             let index = asked.len();
-            asked.push(Asked { candidate: candidate.clone(), began: Instant::now(), late: Duration::ZERO, may_load });
+            asked.push(Asked {
+                candidate: candidate.clone(),
+                began: Instant::now(),
+                late: Duration::ZERO,
+                may_load,
+                has_failed: false,
+            });
             running.push(async move { (index, attempt::open(dispatch, &candidate, request, place).await) });
         }
         let (index, opened) = tokio::select! {
@@ -93,9 +101,8 @@ pub async fn open(
             Ok(events) => {
                 // Before their breakers hear of it, they are cancelled.
                 drop(running);
-                let told: Vec<_> = failed.iter().map(|(one, _)| one.label()).collect();
                 // Those who were asked after it had no time.
-                let late = asked[..index].iter().filter(|one| !told.contains(&one.candidate.label()));
+                let late = asked[..index].iter().filter(|one| !one.has_failed);
                 let late = late.filter_map(|one| Some((one.candidate.clone(), is_late(dispatch, one)?))).collect();
                 return Hedged { by, opened: Ok(events), failed, late };
             }
@@ -103,6 +110,7 @@ pub async fn open(
         };
         // What is wrong with the request is for the one to say that was meant to answer it.
         let is_final = index == 0 && !error.may_succeed_elsewhere();
+        asked[index].has_failed = true;
         failed.push((by, error));
         if is_final || running.is_empty() {
             // The host that was asked first is the one that is told of.
@@ -113,7 +121,8 @@ pub async fn open(
     }
 }
 
-/// Waits until somebody else is to be asked: the one that was asked last is late, and another host has a place, or the worker is free.
+/// Waits until somebody else is to be asked: the one that was asked last is late, or has failed, and another host has a place, or the
+/// worker is free.
 async fn another(
     dispatch: &Dispatch,
     others: &Others<'_>,
@@ -121,20 +130,15 @@ async fn another(
     request: &GenerateRequest,
     began: Instant,
 ) -> (Candidate, Place) {
-    // A worker is the last one.
-    let Some((last, remote)) = last.and_then(|last| Some((last, last.candidate.remote()?))) else {
-        return pending().await;
-    };
-    let (expected, known) = expected(&dispatch.health, remote, request);
-    sleep_until(last.began + known.pace.late(expected)).await;
-    let hosts: Vec<_> = others.hosts.iter().filter(|host| !host.is_left_alone(&dispatch.health)).collect();
-    let remotes: Vec<_> = hosts.iter().filter_map(|host| host.remote()).collect();
-    let place = async {
-        match remotes.is_empty() {
-            true => pending().await,
-            false => dispatch.health.place(&remotes).await,
+    match last.filter(|last| !last.has_failed) {
+        None => {}
+        Some(last) => {
+            // A worker is not late: it computes.
+            let Some(remote) = last.candidate.remote() else { return pending().await };
+            let (expected, known) = expected(&dispatch.health, remote, request);
+            sleep_until(last.began + known.pace.late(expected)).await;
         }
-    };
+    }
     let worker = async {
         let Some(worker) = others.worker else { return pending().await };
         if !others.worker_is_own {
@@ -145,8 +149,33 @@ async fn another(
     };
     tokio::select! {
         biased;
-        (index, place) = place => ((*hosts[index]).clone(), place),
+        found = host_with_place(dispatch, &others.hosts) => found,
         worker = worker => (worker, None),
+    }
+}
+
+/// Waits for a place at one of these hosts, as far as they may be asked.
+async fn host_with_place(dispatch: &Dispatch, hosts: &[&Candidate]) -> (Candidate, Place) {
+    let health = &dispatch.health;
+    let may_be_asked = |host: &&Candidate| !host.is_left_alone(health) && host.is_too_far(health).is_none();
+    loop {
+        let mut changes = health.changes();
+        let hosts: Vec<&Candidate> = hosts.iter().copied().filter(may_be_asked).collect();
+        let remotes: Vec<_> = hosts.iter().filter_map(|host| host.remote()).collect();
+        if remotes.is_empty() {
+            let _ = changes.changed().await;
+            continue;
+        }
+        tokio::select! {
+            biased;
+            (index, place) = health.place(&remotes) => {
+                // It may have changed while its place was waited for.
+                if may_be_asked(&hosts[index]) {
+                    return (hosts[index].clone(), place);
+                }
+            }
+            _ = changes.changed() => {}
+        }
     }
 }
 

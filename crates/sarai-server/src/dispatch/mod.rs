@@ -87,8 +87,8 @@ struct Ask<'a> {
     /// Lets it be answered.
     ticket: &'a Ticket,
     attempts: Vec<Attempt>,
-    /// Who has failed, by label: nobody is asked twice, but for what is said otherwise.
-    failed: Vec<String>,
+    /// Who has failed: nobody is asked twice, but for what is said otherwise.
+    failed: Vec<Candidate>,
     /// The model's hosts, in order.
     hosts: Vec<Candidate>,
     /// What a worker's answer is checked against, where its grammar does not follow the schema.
@@ -108,6 +108,10 @@ impl Ask<'_> {
         let deployment = candidate.label();
         self.attempts.retain(|attempt| attempt.deployment != deployment);
         self.attempts.push(Attempt { deployment, error: Box::new(error) });
+    }
+
+    fn has_failed(&self, candidate: &Candidate) -> bool {
+        self.failed.iter().any(|one| one.is(candidate))
     }
 
     fn begun(&self, candidate: &Candidate, events: EventStream) -> Answer {
@@ -150,7 +154,7 @@ impl Dispatch {
         let worker = tiers.iter().flatten().find(is_own).cloned();
         let is_fallback = |one: &&Candidate| one.model.name != model.name && one.is_worker();
         let fallback = tiers.iter().flatten().find(is_fallback).cloned();
-        let may_be_asked = |one: &&Candidate| is_allowed(one, manner.strict) && one.is_too_far(&self.health).is_none();
+        let may_be_asked = |one: &&Candidate| is_allowed(one, manner.strict);
         let own = tiers.iter().flatten().filter(|one| one.model.name == model.name && one.remote().is_some());
         let hosts = own.filter(may_be_asked).cloned().collect();
         let mut ask = Ask {
@@ -222,7 +226,7 @@ impl Dispatch {
     async fn ask_tier(&self, ask: &mut Ask<'_>, tier: Tier) -> Result<Option<Answer>, Error> {
         join_all(tier.iter().filter_map(Candidate::remote).map(|remote| self.health.measure(remote))).await;
         let mut left = self.fitting(ask, tier);
-        left.retain(|one| !ask.failed.contains(&one.label()));
+        left.retain(|one| !ask.has_failed(one));
         spread(&mut left, &ask.request, &self.health);
         loop {
             let found = match ask.ticket.aside(self.wait_for_place_or_worker(ask, &left)).await {
@@ -249,9 +253,11 @@ impl Dispatch {
             if let Some(answer) = self.ask_one(ask, &candidate, place, &left).await? {
                 return Ok(Some(answer));
             }
-            // It was only late, and whoever was faster has failed then: it has its turn again.
-            left.push(candidate);
-            left.retain(|one| !ask.failed.contains(&one.label()));
+            // It was only late, and whoever was faster has failed then: it has its turn again, where it may be asked twice.
+            if candidate.remote().is_none_or(|remote| !remote.managed_lb) {
+                left.push(candidate);
+            }
+            left.retain(|one| !ask.has_failed(one));
         }
         // Of these, none has recovered meanwhile.
         for candidate in left {
@@ -321,7 +327,6 @@ impl Dispatch {
                 Ok(Some(ask.begun(&answering, events)))
             }
             Err(error) if error.may_succeed_elsewhere() => {
-                ask.failed.push(worker.label());
                 ask.note(worker, error);
                 // It has its own turn yet.
                 ask.worker = None;
@@ -338,7 +343,8 @@ impl Dispatch {
         if let Some(found) = place.as_mut().now_or_never() {
             return Waited::Place(found);
         }
-        let worker = ask.worker.as_ref().filter(|worker| is_allowed(worker, ask.manner.strict));
+        let worker =
+            ask.worker.as_ref().filter(|worker| is_allowed(worker, ask.manner.strict) && !ask.has_failed(worker));
         let Some(worker) = worker else { return Waited::Place(place.await) };
         let late = left.iter().filter(|one| !one.is_left_alone(&self.health)).filter_map(|one| {
             let (expected, known) = candidates::expected(&self.health, one.remote()?, &ask.request);
@@ -401,7 +407,8 @@ impl Dispatch {
     ) -> Result<Option<Answer>, Error> {
         let (mut asked, mut outcome) = self.ask_once(ask, candidate, place, others).await;
         let may_repeat = candidate.remote().is_none_or(|remote| !remote.managed_lb);
-        if may_repeat && outcome.as_ref().is_err_and(was_hardly_asked) {
+        let is_it = asked.is(candidate) && !ask.has_failed(candidate);
+        if may_repeat && is_it && outcome.as_ref().is_err_and(was_hardly_asked) {
             // Nothing was sent of it: it may be replayed, once, in its turn.
             let place = match candidate.remote() {
                 None => Some(None),
@@ -428,7 +435,7 @@ impl Dispatch {
                     // Nothing of it is out: if nobody else answers, it may once more, as in a stream.
                     ask.last_resort.push(candidate.clone());
                 }
-                ask.failed.push(candidate.label());
+                ask.failed.push(candidate.clone());
                 ask.note(&candidate, error);
                 Ok(None)
             }
@@ -444,18 +451,22 @@ impl Dispatch {
         place: health::Place,
         others: &[Candidate],
     ) -> (Candidate, Result<EventStream, Error>) {
-        let allowed = |worker: &&Candidate| is_allowed(worker, ask.manner.strict);
+        let allowed = |worker: &&Candidate| is_allowed(worker, ask.manner.strict) && !ask.has_failed(worker);
         let own = ask.worker.as_ref().filter(allowed);
         let worker = own.or_else(|| ask.fallback.as_ref().filter(allowed));
         let (mut asked, opened) = match candidate.remote() {
             Some(remote) => {
-                let further = ask.hosts.iter().filter(|host| !others.iter().any(|one| one.is(host)));
-                let is_left = |host: &&Candidate| !host.is(candidate) && !ask.failed.contains(&host.label());
+                let is_near =
+                    |host: &Candidate| host.remote().is_some_and(|remote| !self.health.is_measured_soon(remote));
+                let further = ask.hosts.iter().filter(|host| is_near(host) && !others.iter().any(|one| one.is(host)));
+                let is_left = |host: &&Candidate| !host.is(candidate) && !ask.has_failed(host);
                 let hosts = others.iter().chain(further).filter(|_| !remote.managed_lb).filter(is_left).collect();
                 let others = Others { hosts, worker, worker_is_own: own.is_some() };
                 let Hedged { by, opened, failed, late } =
                     hedge::open(self, candidate, others, &ask.request, place).await;
-                ask.failed.extend(failed.iter().map(|(one, _)| one.label()));
+                // A worker has its own turn yet, and who was hardly asked has it too.
+                let is_final = |(one, error): &&(Candidate, Error)| one.remote().is_some() && !was_hardly_asked(error);
+                ask.failed.extend(failed.iter().filter(is_final).map(|(one, _)| one.clone()));
                 failed.into_iter().chain(late).for_each(|(one, error)| ask.note(&one, error));
                 (by, opened)
             }

@@ -106,6 +106,28 @@ async fn who_should_go_on_and_hangs_gives_way_to_the_worker() {
     hangs.until("it is let go of", |asked| asked.len() == 1 && asked[0].left.is_some()).await;
 }
 
+/// The worker was faster, and then nothing came of it: what it writes never keeps the schema.
+#[tokio::test]
+async fn a_host_that_was_late_has_its_turn_again_when_the_worker_fails() {
+    let whole = json!({ "id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [{ "index": 0, "message": { "role": "assistant", "content": "from the host" }, "finish_reason": "stop" }] });
+    let host = Host::start(move |number, _| {
+        let wait = Step::Wait(Duration::from_secs(if number == 0 { 60 } else { 0 }));
+        vec![wait, Step::Send(format!("{}{whole}", ok("application/json")))]
+    });
+    let sarai = Sarai::start(&format!(
+        "models:\n  solar: {{ backend: openai_http, url: \"{}\", model_name: m, {} }}\n",
+        host.url,
+        worker()
+    ));
+    let schema = json!({ "enum": ["red"], "not": { "const": "red" } });
+    let form = json!({ "type": "json_schema", "json_schema": { "name": "answer", "schema": schema } });
+    let answer = ask(&sarai, json!({ "response_format": form })).await;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    assert_eq!(answer.json()["choices"][0]["message"]["content"], "from the host");
+    assert!(answer.header("x-sarai-fallback-reason").unwrap().contains("solar@gguf_native"), "{:?}", answer.headers);
+    assert_eq!(host.asked().len(), 2);
+}
+
 #[tokio::test]
 async fn a_host_that_points_elsewhere_is_not_followed() {
     let elsewhere = Host::start(|_, _| ollama(&["from elsewhere"]));
