@@ -21,13 +21,26 @@ lint: deps
 	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc $(CARGO_FLAGS) --workspace --no-deps --document-private-items
 
-# One test at a time, and one that waits for hosts and deadlines beside it: each starts real models, and two that compute on the same cores
-# slow each other down.
+# Tests that wait for nearly all of their time: they have a process of their own, beside the others. Two that compute on the same cores
+# would keep each other's threads waiting, far beyond twice the time.
+WAITING = memory::a_dry_run_refines_the_plan_once_the_server_is_idle_and_is_remembered \
+	hosts::a_name_whose_addresses_change_is_followed_while_the_server_runs \
+	hosts::the_one_that_loses_the_race_is_cancelled_at_the_host \
+	hosts::a_managed_cluster_is_neither_queued_for_nor_asked_twice_and_the_worker_stands_behind_it \
+	hosts::heartbeats_are_signs_of_life_and_not_tokens \
+	resuming::who_should_go_on_and_hangs_gives_way_to_the_worker \
+	resuming::a_place_is_waited_for_once \
+	resuming::a_host_that_was_late_has_its_turn_again_when_the_worker_fails \
+	sharing::a_model_is_asked_where_it_is_loaded \
+	drill::with_a_second_host_that_speaks_openais_api_too_and_the_text_is_whole \
+	drill::with_nobody_else_every_fault_is_an_honest_failure
+
+# One test at a time: each starts real models, and two that compute on the same cores slow each other down.
 unit: deps models sketches ollama clients
 	cargo test $(CARGO_FLAGS) --workspace --no-run
 	SARAI_SKETCHES=$(SARAI_CACHE)/sketches SARAI_OLLAMA=$$(scripts/build_ollama.sh) SARAI_PYTHON=$$(scripts/python_clients.sh) \
 		SARAI_NODE_CLIENTS=$$(scripts/node_clients.sh) \
-		RUST_TEST_THREADS=1 RUST_BACKTRACE=0 scripts/run_tests.sh $(CARGO_FLAGS)
+		RUST_TEST_THREADS=1 RUST_BACKTRACE=0 WAITING="$(WAITING)" scripts/run_tests.sh $(CARGO_FLAGS)
 
 # Tokens/s and latency as ratios: the bare engine and Ollama asked directly, in the same run.
 bench: build models ollama

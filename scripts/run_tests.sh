@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Runs all tests. End-to-end tests that wait for most of their time (`waits::`) have a process of their own beside the others, and are told
-# of when these are through. The arguments are cargo's.
+# Runs all tests. Those that `WAITING` names run in a process of their own beside the others, and are told of when these are through.
+# The arguments are cargo's.
 set -euo pipefail
 
+skip=()
+for name in $WAITING; do skip+=(--skip "$name"); done
 told=$(mktemp)
 # With the whole workspace, so that it is the same program.
-cargo test "$@" --workspace --test end_to_end -- waits:: > "$told" 2>&1 &
+cargo test "$@" --workspace --test end_to_end -- --exact $WAITING > "$told" 2>&1 &
 beside=$!
 trap 'rm -f "$told"; kill "$beside" 2> /dev/null || true' EXIT
 failed=0
-cargo test "$@" --workspace -- --skip waits:: || failed=$?
+cargo test "$@" --workspace -- "${skip[@]}" || failed=$?
 wait "$beside" || failed=$?
 cat "$told"
-if ! grep -q "^test waits::" "$told"; then
-    echo "no test is called waits:: any more" >&2
+if ! grep -q "^running $(wc -w <<< "$WAITING") tests" "$told"; then
+    echo "a test that WAITING names is not there any more" >&2
     failed=1
 fi
 exit "$failed"

@@ -1,6 +1,6 @@
 //! Answers, chunks, model lists and errors, from the core to the wire.
 
-use sarai_core::{Api, Extra, FinishReason, Timings, TokenLogprob, ToolCallPart, Usage};
+use sarai_core::{Api, Extra, FinishReason, MediaKind, Timings, TokenLogprob, ToolCallPart, Usage};
 use serde_json::{Map, Value, json};
 
 use crate::{Served, Whole, logprobs, tools};
@@ -279,6 +279,22 @@ pub(crate) fn extension(served: &Served, timings: &Timings) -> Value {
 #[must_use]
 pub fn model(id: &str, created: u64) -> Value {
     json!({ "id": id, "object": "model", "created": created, "owned_by": "sarai" })
+}
+
+/// One of the models that run here: whether it is loaded, and what it senses beside text, where that is known.
+#[must_use]
+pub fn local_model(id: &str, status: &str, senses: Option<Vec<MediaKind>>) -> Value {
+    let mut listed = model(id, 0);
+    listed["status"] = json!({ "value": status });
+    if let Some(senses) = senses {
+        let word = |kind: &MediaKind| match kind {
+            MediaKind::Image => "image",
+            MediaKind::Audio => "audio",
+        };
+        let modalities: Vec<_> = ["text"].into_iter().chain(senses.iter().map(word)).collect();
+        listed["architecture"] = json!({ "input_modalities": modalities });
+    }
+    listed
 }
 
 /// `GET /v1/models`.

@@ -216,3 +216,18 @@ async fn models_are_loaded_and_unloaded_by_both_apis_and_the_command_line() {
     assert!(command("unload").status().await.unwrap().success());
     until(&sarai, "b goes", |ledger| engine(ledger, "b")["state"] == "absent").await;
 }
+
+#[tokio::test]
+async fn a_dry_run_refines_the_plan_once_the_server_is_idle_and_is_remembered() {
+    let state = tempfile::tempdir().unwrap();
+    let (config, _folder) = two_models("  max_ram_gb: 2", "");
+    let path = state.path().display().to_string();
+    let sarai = Sarai::start_with_env(&config, &[("SARAI_STATE_DIR", &path)]);
+    let started = std::time::Instant::now();
+    let learned = || std::fs::read_to_string(state.path().join("learned.json")).unwrap_or_default();
+    while learned().matches("\"weights\"").count() < 2 {
+        assert!(started.elapsed().as_secs() < 60, "no dry run: {}", learned());
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    assert!(sarai.worker_pids().await.is_empty(), "nothing was loaded for it");
+}

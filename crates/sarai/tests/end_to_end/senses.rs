@@ -333,6 +333,19 @@ async fn a_model_that_lacks_the_sense_is_never_asked() {
         let shown = sarai.post("/api/show", json!({ "model": model }).to_string()).await.json();
         assert_eq!(shown["capabilities"], capabilities, "{model}");
     }
+    // Another sarai reads it in the list, and what is loaded.
+    let list = sarai.get("/v1/models").await.json();
+    let listed =
+        |name: &str| list["data"].as_array().unwrap().iter().find(|model| model["id"] == name).unwrap().clone();
+    for (model, senses) in [("careful", json!(["text", "image"])), ("omni", json!(["text", "image", "audio"]))] {
+        assert_eq!(listed(model)["architecture"]["input_modalities"], senses, "{list}");
+    }
+    assert_eq!(listed("qwen2vl")["status"]["value"], "loaded", "{list}");
+    assert_eq!(listed("omni")["status"]["value"], "unloaded", "{list}");
+    let second = format!("models:\n  blind: {{ backend: openai_http, url: \"{}/v1\" }}\n", sarai.url);
+    let second = Sarai::start(&second);
+    let refused = second.post("/v1/chat/completions", body("blind", &[image_part(&png(8, 8, RED))], json!({}))).await;
+    assert_eq!(refused.status, 400, "it is not asked: {}", refused.text);
 }
 
 /// What the GGUF cannot do is asked of the model that it falls back to, and only that.

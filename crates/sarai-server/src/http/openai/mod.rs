@@ -12,12 +12,15 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use sarai_api::openai::{self, ChunkWriter, Kind};
 use sarai_api::{Parsed, Served};
-use sarai_core::{Api, Error, Event, TokenLogprob, Usage};
+use sarai_core::{Api, Error, Event, MediaKind, TokenLogprob, Usage};
 use serde_json::Value;
 
 use super::error::{Failure, openai_body};
 use super::waiting::{self, Begun, Step, Waiting};
 use super::{App, body, is_strict, json_response, lane, served_headers, stream};
+use crate::catalog::Catalog;
+use crate::config::{Deployment, Model};
+use crate::pool::Snapshot;
 
 /// `POST /v1/chat/completions`.
 pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, Failure> {
@@ -31,16 +34,42 @@ pub async fn completion(State(app): State<App>, request: Request) -> Result<Resp
 
 /// `GET /v1/models`.
 pub async fn models(State(app): State<App>) -> Response {
-    let catalog = app.gateway.catalog();
-    let models = catalog.models.iter().map(|model| openai::model(&model.name, 0));
+    let (catalog, snapshot) = (app.gateway.catalog(), app.gateway.dispatch.pool.snapshot().await);
+    let models = catalog.models.iter().map(|model| listed(&catalog, model, snapshot.as_ref()));
     json_response(HeaderMap::new(), &openai::models(models.collect()))
 }
 
 /// `GET /v1/models/{id}`.
 pub async fn model(State(app): State<App>, Path(id): Path<String>) -> Result<Response, Failure> {
-    let catalog = app.gateway.catalog();
+    let (catalog, snapshot) = (app.gateway.catalog(), app.gateway.dispatch.pool.snapshot().await);
     let model = catalog.find(&id).map_err(Failure::OpenAi)?;
-    Ok(json_response(HeaderMap::new(), &openai::model(&model.name, 0)))
+    Ok(json_response(HeaderMap::new(), &listed(&catalog, model, snapshot.as_ref())))
+}
+
+/// A model of the list; of one that is answered here first, also whether it is loaded, and what it senses, as llama.cpp's router has it.
+fn listed(catalog: &Catalog, model: &Model, snapshot: Option<&Snapshot>) -> Value {
+    let engine = model.deployments.first().and_then(Deployment::engine);
+    let Some((engine, snapshot)) = engine.and_then(|(engine, _)| Some((engine, snapshot?))) else {
+        return openai::model(&model.name, 0);
+    };
+    let status = match (snapshot.workers.contains_key(&engine), snapshot.loading.contains_key(&engine)) {
+        (true, _) => "loaded",
+        (false, true) => "loading",
+        (false, false) => "unloaded",
+    };
+    openai::local_model(&model.name, status, senses(catalog, model))
+}
+
+/// What a model senses, or one that it falls back to; nothing is known where a host may answer, or a file that was not read yet.
+fn senses(catalog: &Catalog, model: &Model) -> Option<Vec<MediaKind>> {
+    let deployments = catalog.with_fallbacks(model).flat_map(|model| &model.deployments);
+    let files = deployments.map(|deployment| match deployment {
+        Deployment::Local { engine, .. } => catalog.known_file(*engine),
+        Deployment::Remote(_) | Deployment::Process { .. } => None,
+    });
+    let files: Vec<_> = files.collect::<Option<_>>()?;
+    let is_sensed = |kind: &MediaKind| files.iter().any(|file| file.senses(*kind));
+    Some([MediaKind::Image, MediaKind::Audio].into_iter().filter(is_sensed).collect())
 }
 
 async fn answer(

@@ -612,7 +612,7 @@ fn harm_answers(
 async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer() {
     let ollama = Ollama::start();
     let config = |url: &str| {
-        on_host(url, &with_worker("    deadlines: { gap_seconds: 2, first_token_seconds: 8 }\n"))
+        on_host(url, &with_worker("    deadlines: { gap_seconds: 2, first_token_seconds: 4 }\n"))
             .replace("model_name: m", "model_name: solar")
     };
     let body = chat("solar", "Count from one to twenty.", json!({ "stream": true, "max_tokens": 24 }));
