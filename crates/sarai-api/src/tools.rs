@@ -123,3 +123,16 @@ pub fn to_ollama(calls: &[ToolCall]) -> Value {
     };
     calls.iter().enumerate().map(call).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn templates_that_reason_are_known_by_their_marks() {
+        for mark in ["<think>", "[THINK]", "<|channel|>analysis<|message|>", "{% if enable_thinking %}"] {
+            assert!(reasons(&format!("{{{{ m }}}}{mark}")), "{mark}");
+        }
+        assert!(!reasons("{{ m['content'] }}"));
+    }
+}

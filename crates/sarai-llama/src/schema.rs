@@ -100,6 +100,12 @@ impl Words {
         if fields.contains_key("prefixItems") && fields.get("items") == Some(&Value::Bool(false)) {
             fields.remove("items");
         }
+        // llama.cpp's rule for further names cannot tell them from these.
+        let is_odd = |name: &String| name.contains(['"', '\\', ']', '^']);
+        let properties = fields.get("properties").and_then(Value::as_object);
+        if properties.is_some_and(|all| all.keys().any(is_odd)) && fields.get("additionalProperties").is_some() {
+            fields["additionalProperties"] = false.into();
+        }
         for (keyword, most) in [("maxItems", MOST_ITEMS), ("maxLength", MOST_REPEATED)] {
             if fields.get(keyword).and_then(Value::as_u64).is_some_and(|count| count > most) {
                 fields.remove(keyword);
@@ -292,6 +298,19 @@ mod tests {
         let tree =
             json!({ "type": "object", "properties": { "next": { "$ref": "#" } }, "additionalProperties": false });
         assert!(super::grammar(&tree.to_string()).is_ok());
+    }
+
+    #[test]
+    fn an_object_with_odd_names_has_no_others() {
+        for name in ["a\"b", "a\\", "]", "^x"] {
+            let object = |more: Value| {
+                json!({ "type": "object", "properties": { name: { "type": "null" } }, "additionalProperties": more })
+                    .to_string()
+            };
+            let closed = grammar(&object(json!(false))).unwrap();
+            assert_eq!(grammar(&object(json!(true))).unwrap(), closed, "{name}");
+            assert_eq!(grammar(&object(json!({ "type": "integer" }))).unwrap(), closed, "{name}");
+        }
     }
 
     /// Nothing that JSON has to escape, whatever a pattern would let through.
