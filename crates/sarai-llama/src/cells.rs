@@ -17,6 +17,15 @@ pub struct Wanted<'a> {
     pub whole: bool,
 }
 
+/// What is kept elsewhere of a prompt.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Parked {
+    /// Its first so many tokens.
+    pub shared: usize,
+    /// So many tokens in all, which come back together.
+    pub held: usize,
+}
+
 /// The cells of all sequences.
 pub trait Cells {
     /// Lets a sequence use the cells that another one holds at these positions; `usize::MAX` is to the end.
@@ -29,9 +38,9 @@ pub trait Cells {
     /// that has moved on has lost some of it.
     fn holds(&self, sequence: usize, keep: usize) -> bool;
 
-    /// How many of the first tokens of a prompt are kept elsewhere.
-    fn parked(&self, _wanted: Wanted<'_>) -> usize {
-        0
+    /// What is kept elsewhere of a prompt.
+    fn parked(&self, _wanted: Wanted<'_>) -> Parked {
+        Parked::default()
     }
 
     /// Brings that back into an empty sequence: all that it holds then, or nothing where there is no room for it.
@@ -72,11 +81,12 @@ impl Cells for ContextCells<'_, '_> {
             return true;
         }
         let first = self.context.memory_seq_pos_min(i32::try_from(sequence).unwrap_or(-1));
-        usize::try_from(first).is_ok_and(|first| first <= keep.saturating_sub(self.window))
+        // The token at `keep` is one of those that it covers.
+        usize::try_from(first).is_ok_and(|first| first <= (keep + 1).saturating_sub(self.window))
     }
 
-    fn parked(&self, wanted: Wanted<'_>) -> usize {
-        self.parking.as_ref().map_or(0, |parking| parking.holds(wanted))
+    fn parked(&self, wanted: Wanted<'_>) -> Parked {
+        self.parking.as_ref().map_or_else(Parked::default, |parking| parking.holds(wanted))
     }
 
     fn restore(&mut self, sequence: usize, wanted: Wanted<'_>) -> Option<Vec<Unit>> {
@@ -92,7 +102,10 @@ pub enum Sharing {
     /// A recurrent state stands for all tokens at once: it is continued, and never cut or shared. A sliding window loses what
     /// it has passed, and llama.cpp takes such a cell back only from a sequence that has it alone: it is continued, or cut where
     /// its window still reaches.
-    Whole,
+    Whole {
+        /// Whether it can be cut.
+        may_cut: bool,
+    },
     /// Each sequence has cells of its own, and takes them in the same order whatever else is computed.
     Own {
         /// Whether a sequence can be cut: a recurrent state cannot, and a sliding window, which goes round in its cells, would go on in
@@ -104,10 +117,11 @@ pub enum Sharing {
 impl Sharing {
     /// What the model allows, and whether attention must add up in the same order each time.
     pub fn of(model: &LlamaModel, deterministic: bool) -> Self {
-        let is_whole = model.is_recurrent() || model.is_hybrid() || model.n_swa() > 0;
+        let has_state = model.is_recurrent() || model.is_hybrid();
+        let is_whole = has_state || model.n_swa() > 0;
         match deterministic {
             true => Self::Own { may_cut: !is_whole },
-            false if is_whole => Self::Whole,
+            false if is_whole => Self::Whole { may_cut: !has_state },
             false => Self::Prefixes,
         }
     }
@@ -123,7 +137,7 @@ impl Sharing {
         const MOST: usize = 256;
         match self {
             Self::Prefixes => (parallel + 64).min(MOST),
-            Self::Whole | Self::Own { .. } => parallel,
+            Self::Whole { .. } | Self::Own { .. } => parallel,
         }
     }
 }

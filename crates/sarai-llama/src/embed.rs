@@ -11,7 +11,7 @@ use llama_cpp_4::llama_batch::LlamaBatch;
 use llama_cpp_4::model::{AddBos, LlamaModel, Special};
 use llama_cpp_4::token::LlamaToken;
 use sarai_core::frame::{FromWorker, LoadSpec, Purpose, ToWorker};
-use sarai_core::{EmbedRequest, Error, Event, FinishReason, Input, Timings, Usage};
+use sarai_core::{EmbedRequest, Error, Event, FinishReason, Input, Lane, Timings, Usage};
 
 use crate::channel::{FrameWriter, Incoming};
 use crate::rest::Rest;
@@ -26,9 +26,20 @@ struct Job {
     /// Texts that are not read yet, with their places in the request.
     left: VecDeque<(usize, Vec<LlamaToken>)>,
     tokens: usize,
+    lane: Lane,
     since: Instant,
     began: Option<Instant>,
 }
+
+/// Requests, whose turn it is first, and steps that were made.
+#[derive(Default)]
+struct Jobs {
+    all: VecDeque<Job>,
+    steps: u32,
+}
+
+/// Bulk takes part in every so manieth step while there is something else to compute, as where answers are computed.
+const BULK_EVERY: u32 = 4;
 
 /// Serves until the server is gone.
 pub fn serve(
@@ -40,9 +51,9 @@ pub fn serve(
 ) {
     let most = (model::sequence_tokens(spec) as usize).min(spec.context_tokens as usize);
     let reader = Reader { name: &spec.model, model, most, purpose: spec.purpose };
-    let (mut jobs, mut rest) = (VecDeque::new(), Rest::default());
+    let (mut jobs, mut rest) = (Jobs::default(), Rest::default());
     loop {
-        let command = match (jobs.is_empty(), rest.left()) {
+        let command = match (jobs.all.is_empty(), rest.left()) {
             (true, _) => commands.recv().map_err(|_| TryRecvError::Disconnected),
             (false, None) => commands.try_recv(),
             (false, Some(left)) => commands.recv_timeout(left).map_err(|error| match error {
@@ -66,7 +77,7 @@ pub fn serve(
                 rest.set(rests);
                 Ok(())
             }
-            Ok(Incoming::Command(command)) => obey(command, &reader, &spec.path, &mut jobs, frames),
+            Ok(Incoming::Command(command)) => obey(command, &reader, &spec.path, &mut jobs.all, frames),
         };
         if let Err(error) = outcome.and_then(|()| frames.flush()) {
             return log::warn(&format!("the worker ends: {error:#}"));
@@ -100,11 +111,19 @@ fn obey(
 }
 
 /// The texts of one step, each job's in its turn, until the next one does not fit; whose turn it is comes first in the next step.
-fn next_texts(jobs: &mut VecDeque<Job>, most: usize, step: usize) -> Vec<(u64, usize, Vec<LlamaToken>)> {
+fn next_texts(Jobs { all: jobs, steps }: &mut Jobs, most: usize, step: usize) -> Vec<(u64, usize, Vec<LlamaToken>)> {
     let mut texts: Vec<(u64, usize, Vec<LlamaToken>)> = Vec::new();
     let mut tokens = 0;
-    while texts.len() < most && jobs.iter().any(|job| !job.left.is_empty()) {
+    let is_waited_for = |job: &Job| !job.left.is_empty() && job.lane == Lane::Interactive;
+    let with_bulk = steps.is_multiple_of(BULK_EVERY) || !jobs.iter().any(is_waited_for);
+    *steps = steps.wrapping_add(1);
+    let may_come = |job: &Job| !job.left.is_empty() && (with_bulk || job.lane == Lane::Interactive);
+    while texts.len() < most && jobs.iter().any(may_come) {
         let Some(mut job) = jobs.pop_front() else { break };
+        if !may_come(&job) {
+            jobs.push_back(job);
+            continue;
+        }
         if let Some((index, text)) = job.left.pop_front() {
             if !texts.is_empty() && tokens + text.len() > step {
                 job.left.push_front((index, text));
@@ -124,12 +143,13 @@ fn next_texts(jobs: &mut VecDeque<Job>, most: usize, step: usize) -> Vec<(u64, u
 fn step(
     context: &mut LlamaContext<'_>,
     spec: &LoadSpec,
-    jobs: &mut VecDeque<Job>,
+    jobs: &mut Jobs,
     frames: &mut FrameWriter,
 ) -> anyhow::Result<()> {
     // The mean of a text's tokens adds up in another order where others stand beside them.
     let most = if spec.deterministic { 1 } else { spec.parallel as usize };
     let texts = next_texts(jobs, most, STEP.min(model::step_tokens(spec) as usize));
+    let jobs = &mut jobs.all;
     if !texts.is_empty() {
         let mut batch = LlamaBatch::new(texts.iter().map(|(.., text)| text.len()).sum(), 1);
         for (sequence, (.., text)) in texts.iter().enumerate() {
@@ -194,7 +214,7 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn job(&self, id: u64, request: EmbedRequest) -> Result<Job, Error> {
-        let EmbedRequest { inputs, query, truncate, .. } = request;
+        let EmbedRequest { inputs, query, truncate, lane } = request;
         match (self.purpose, &query) {
             (Purpose::Scores, None) => {
                 return Err(Error::invalid("model", format!("`{}` scores texts: use /v1/rerank", self.name)));
@@ -213,7 +233,7 @@ impl Reader<'_> {
         });
         let left = texts.collect::<Result<VecDeque<_>, Error>>()?;
         let tokens = left.iter().map(|(_, text)| text.len()).sum();
-        Ok(Job { id, left, tokens, since: Instant::now(), began: None })
+        Ok(Job { id, left, tokens, lane, since: Instant::now(), began: None })
     }
 
     fn tokens(&self, text: &str, marks: AddBos, special: Special) -> Result<Vec<LlamaToken>, Error> {
@@ -290,24 +310,36 @@ mod tests {
 
     fn job(id: u64, lengths: &[usize]) -> Job {
         let left = lengths.iter().enumerate().map(|(index, &length)| (index, vec![LlamaToken(1); length]));
-        Job { id, left: left.collect(), tokens: 0, since: Instant::now(), began: None }
+        Job { id, left: left.collect(), tokens: 0, lane: Lane::Interactive, since: Instant::now(), began: None }
     }
 
     #[test]
     fn jobs_take_turns_steps_are_bounded_and_nothing_is_lost() {
-        let mut jobs = VecDeque::from([job(1, &[200; 9]), job(2, &[10]), job(3, &[900, 5]), job(4, &[])]);
-        let mut seen = Vec::new();
-        while jobs.iter().any(|job| !job.left.is_empty()) {
+        let all = VecDeque::from([job(1, &[200; 9]), job(2, &[10]), job(3, &[900, 5]), job(4, &[])]);
+        let (mut jobs, mut seen) = (Jobs { all, steps: 0 }, Vec::new());
+        while jobs.all.iter().any(|job| !job.left.is_empty()) {
             let texts = next_texts(&mut jobs, 3, STEP);
             let tokens: usize = texts.iter().map(|(.., text)| text.len()).sum();
             assert!(!texts.is_empty() && texts.len() <= 3 && (tokens <= STEP || texts.len() == 1), "{tokens}");
             seen.extend(texts.into_iter().map(|(id, index, _)| (id, index)));
         }
-        assert_eq!(jobs.len(), 4, "each is there to be told of its end");
+        assert_eq!(jobs.all.len(), 4, "each is there to be told of its end");
         assert_eq!(seen[..2], [(1, 0), (2, 0)], "the short one does not wait for the long one");
         seen.sort_unstable();
         let wanted: Vec<_> = (0..9).map(|index| (1, index)).chain([(2, 0), (3, 0), (3, 1)]).collect();
         assert_eq!(seen, wanted);
+    }
+
+    #[test]
+    fn bulk_takes_part_in_every_fourth_step_and_has_all_of_them_alone() {
+        let bulk = Job { lane: Lane::Bulk, ..job(1, &[100; 40]) };
+        let mut jobs = Jobs { all: VecDeque::from([bulk, job(2, &[100; 20])]), steps: 0 };
+        let mut with_bulk = Vec::new();
+        while jobs.all.iter().any(|job| job.id == 2 && !job.left.is_empty()) {
+            with_bulk.push(next_texts(&mut jobs, 4, STEP).iter().any(|(id, ..)| *id == 1));
+        }
+        assert_eq!(with_bulk, [true, false, false, false, true, false]);
+        assert_eq!(next_texts(&mut jobs, 4, STEP).iter().filter(|(id, ..)| *id == 1).count(), 4);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use llama_cpp_4::token::LlamaToken;
 use sarai_core::frame::LoadSpec;
 use serde::{Deserialize, Serialize};
 
-use crate::cells::Wanted;
+use crate::cells::{self, Wanted};
 use crate::log::warn;
 use crate::model;
 use crate::unit::{Unit, common};
@@ -104,8 +104,9 @@ impl Parking {
     }
 
     /// How many of the first tokens of a prompt are parked.
-    pub fn holds(&self, wanted: Wanted<'_>) -> usize {
-        self.best(wanted).map_or(0, |(_, shared)| shared)
+    pub fn holds(&self, wanted: Wanted<'_>) -> cells::Parked {
+        let found = self.best(wanted);
+        found.map(|(at, shared)| cells::Parked { shared, held: self.parked[at].tokens.len() }).unwrap_or_default()
     }
 
     /// Puts the best parked sequence into an empty one; returns its tokens. It is not parked any more then. `None` means that

@@ -20,6 +20,8 @@ const WORTH_WAITING: usize = 4;
 /// A sequence is continued in its place, rather than shared, if it has no more than this beyond the shared tokens.
 const SHORT_TAIL: usize = 2;
 
+/// A place is continued if no more than this part of what it holds is lost by it.
+const SMALL_LOSS: usize = 4;
 /// What is kept on disk is brought back if it is by so much longer than what the cache has.
 const WORTH_RESTORING: usize = 32;
 
@@ -226,18 +228,28 @@ impl<W> Scheduler<W> {
         (place, kept)
     }
 
-    /// The free place that holds most of a prompt, cut down to that; of equals, the one whose use is longest ago.
+    /// The free place that a prompt goes on from, cut down to that; else an empty one; else the one whose use is longest ago.
     fn continued(&self, prompt: &[Unit], cells: &mut impl Cells) -> (usize, usize) {
-        let kept = |one: &Sequence<W>| match common(&one.cached, prompt) {
-            kept if kept < one.cached.len() && self.limits.sharing == (Sharing::Own { may_cut: false }) => 0,
-            kept => kept,
-        };
-        let free = self.free_places().map(|(place, one)| (place, kept(one), one.last_used));
-        let best = free.max_by_key(|(_, kept, last_used)| (*kept, u64::MAX - last_used));
-        let (place, kept, _) = best.unwrap_or_default();
+        let (place, kept) = self.best_place(prompt, cells);
         let keep = self.sequences[place].position(kept);
-        let (kept, keep) = if cells.holds(place, keep) { (kept, keep) } else { (0, 0) };
         (place, if cells.cut(place, keep) { kept } else { 0 })
+    }
+
+    /// The same, before anything is cut: where, and how much of the prompt it has then.
+    fn best_place(&self, prompt: &[Unit], cells: &impl Cells) -> (usize, usize) {
+        let may_cut = matches!(self.limits.sharing, Sharing::Own { may_cut: true } | Sharing::Whole { may_cut: true });
+        let kept = |place: usize, one: &Sequence<W>| {
+            let kept = common(&one.cached, prompt);
+            let is_of_use = (kept == one.cached.len() || may_cut) && cells.holds(place, one.position(kept));
+            if is_of_use { kept } else { 0 }
+        };
+        let free: Vec<_> =
+            self.free_places().map(|(place, one)| (place, kept(place, one), one.cached.len(), one.last_used)).collect();
+        // What would be lost of it is little: it is the same conversation.
+        let goes_on = |(_, kept, held, _): &&(usize, usize, usize, u64)| *kept > 0 && held - kept <= held / SMALL_LOSS;
+        let best = free.iter().filter(goes_on).max_by_key(|(_, kept, _, last_used)| (*kept, u64::MAX - last_used));
+        let unused = || free.iter().min_by_key(|(_, _, held, last_used)| (*held > 0, *last_used));
+        best.or_else(unused).map(|(place, kept, _, _)| (*place, *kept)).unwrap_or_default()
     }
 
     /// A place that shares with the sequence that holds most of a prompt.
@@ -255,8 +267,17 @@ impl<W> Scheduler<W> {
     /// A place that holds what was kept on disk of a prompt, and how much of it that is; if it is longer than what the cache
     /// has, there is room for it, and it can be trusted.
     fn restored(&mut self, wanted: Wanted<'_>, cells: &mut impl Cells) -> Option<(usize, usize)> {
-        let known = self.sequences.iter().map(|one| common(&one.cached, wanted.prompt)).max().unwrap_or_default();
-        if cells.parked(wanted) <= known + WORTH_RESTORING {
+        let known = match self.limits.sharing {
+            Sharing::Prefixes => {
+                self.sequences.iter().map(|one| common(&one.cached, wanted.prompt)).max().unwrap_or_default()
+            }
+            _ => self.best_place(wanted.prompt, cells).1,
+        };
+        let parked = cells.parked(wanted);
+        // What is computed now keeps its cells, whatever is given up for it.
+        let computed = self.sequences.iter().filter(|one| one.generation.is_some()).map(|one| one.cached.len());
+        let has_room = parked.held + computed.sum::<usize>() <= self.limits.cells;
+        if parked.shared <= known + WORTH_RESTORING || !has_room {
             return None;
         }
         let (place, _) = self.empty_place(None, cells);
@@ -477,7 +498,7 @@ impl<W> Scheduler<W> {
         let beside = (self.limits.step_tokens / 4 / self.limits.parallel).saturating_sub(1);
         let granted = match self.limits.sharing {
             Sharing::Prefixes | Sharing::Own { may_cut: true } => self.limits.draft_tokens,
-            Sharing::Whole | Sharing::Own { may_cut: false } => 0,
+            Sharing::Whole { .. } | Sharing::Own { may_cut: false } => 0,
         };
         granted.min(beside).min(in_context).min(in_answer)
     }

@@ -87,6 +87,10 @@ impl Server {
         let (sender, catalogs) = Catalogs::new(Catalog::new(&config));
         let catalog = catalogs.now();
         let state = Arc::new(State::open(&config.server.state_dir));
+        tokio::task::spawn_blocking({
+            let config = config.clone();
+            move || forget_others(&config)
+        });
         let planner = Planner::new(Arc::clone(&state));
         let pool = Pool::start(Parts {
             catalog: Arc::clone(&catalog),
@@ -147,6 +151,16 @@ impl Server {
         let _ = tokio::time::timeout(END_WORKERS, pool.stop()).await;
         let _ = tokio::time::timeout(Duration::from_secs(1), owner).await;
         self.gateway.dispatch.planner.flush();
+    }
+}
+
+/// Removes what is parked of models that the configuration does not have any more, or not so: it holds what was said to them.
+fn forget_others(config: &Config) {
+    let kept: Vec<_> = config.engines.iter().filter_map(|engine| Some(&engine.park.as_ref()?.folder)).collect();
+    let folders = std::fs::read_dir(config.server.state_dir.join("park")).into_iter().flatten().flatten();
+    for folder in folders.map(|entry| entry.path()).filter(|path| !kept.contains(&path)) {
+        tracing::info!(folder = %folder.display(), "conversations of a model that is not configured any more are removed");
+        let _ = std::fs::remove_dir_all(folder);
     }
 }
 

@@ -347,7 +347,7 @@ fn a_prompt_that_waits_for_another_one_goes_on_alone_when_that_is_cancelled() {
 
 #[test]
 fn a_state_that_cannot_be_cut_is_continued_and_never_shared() {
-    let mut case = Case::sharing(Sharing::Whole, 2, 2048, 64);
+    let mut case = Case::sharing(Sharing::Whole { may_cut: false }, 2, 2048, 64);
     case.ask(1, &numbers(0, 100), 1, 1024);
     while case.step() {}
     let (_, cached, _) = case.ended.remove(0);
@@ -357,6 +357,26 @@ fn a_state_that_cannot_be_cut_is_continued_and_never_shared() {
     while case.step() {}
     let taken_over: Vec<_> = case.ended.iter().map(|ended| (ended.0, ended.2)).collect();
     assert_eq!(taken_over, [(2, 100), (3, 0)]);
+}
+
+/// What all prompts begin with is no reason to give up another conversation.
+#[test]
+fn conversations_by_turns_keep_a_place_each() {
+    for sharing in [Sharing::Whole { may_cut: false }, Sharing::Whole { may_cut: true }, Sharing::Own { may_cut: true }]
+    {
+        let mut case = Case::sharing(sharing, 2, 2048, 64);
+        let begin = numbers(0, 4);
+        let mut told: Vec<_> = [1000, 2000].map(|from| [&begin[..], &numbers(from, 100)].concat()).into();
+        for turn in 0..4 {
+            for at in 0..2 {
+                case.ask(turn * 2 + at + 1, &told[at as usize], 1, 1024);
+                while case.step() {}
+                let (_, held, cached) = case.ended.remove(0);
+                assert_eq!(cached > 100, turn > 0, "{sharing:?} {turn} {at}: {cached}");
+                told[at as usize] = [tokens(&held), vec![5]].concat();
+            }
+        }
+    }
 }
 
 #[test]

@@ -26,6 +26,8 @@ const DEFAULT_OLLAMA_URL: &str = "http://127.0.0.1:11434";
 /// A server without a GPU answers two at a time best.
 const DEFAULT_OUTSTANDING: usize = 2;
 
+/// llama.cpp computes so many sequences of a file at most.
+const MOST_SEQUENCES: u32 = 256;
 /// Some pictures must be computed in one step, beside an answer of every other sequence: those of Gemma 3 are 256 tokens.
 const PICTURE_STEP: u32 = 320;
 
@@ -462,7 +464,7 @@ impl Resolver<'_> {
             let engine = &mut engines[index];
             engine.label = format!("{}+{}", engine.label, written.name);
             engine.settings.context_tokens = engine.settings.context_tokens.max(settings.context_tokens);
-            engine.settings.parallel += settings.parallel;
+            engine.settings.parallel = (engine.settings.parallel + settings.parallel).min(MOST_SEQUENCES);
             engine.settings.shared_context |= settings.shared_context;
             engine.settings.ubatch_tokens = engine.settings.ubatch_tokens.max(settings.ubatch_tokens);
             engine.settings.draft_tokens = engine.settings.draft_tokens.max(settings.draft_tokens);

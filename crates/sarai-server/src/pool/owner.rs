@@ -145,11 +145,15 @@ impl Owner {
                 },
                 () = async { tokio::time::sleep(look.unwrap_or_default()).await }, if look.is_some() => {
                     self.apply(PoolEvent::Tick);
+                    self.share_cores();
                 }
                 _ = measure.tick() => {
                     if self.is_busy() || measures.is_multiple_of(10) {
                         self.observe();
                         self.probe_if_idle();
+                        // A quota or a set of cores may be changed while it runs.
+                        self.cores = Cores::now();
+                        self.share_cores();
                     }
                     measures += 1;
                 }
@@ -267,6 +271,8 @@ impl Owner {
                 self.apply(PoolEvent::Resized(engine, failure.map_or(Ok(()), Err)));
                 let slot = &mut self.workers[engine.0];
                 slot.resize_began = None;
+                // Its new context has the threads of a worker that is alone.
+                slot.share = None;
                 slot.size = self.ledger.size(engine);
                 slot.most = Bytes::ZERO;
                 self.observe();

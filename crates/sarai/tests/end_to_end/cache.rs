@@ -217,4 +217,23 @@ async fn what_is_parked_stays_within_its_room_on_disk() {
         let bytes: u64 = parked(&sarai, "kv").iter().map(|path| path.metadata().unwrap().len()).sum();
         assert!(bytes > 3 << 20 && bytes <= 8 << 20, "{bytes} bytes");
     }
+    // What was said to a model that is not configured any more goes.
+    let state = sarai.folder.path().join("state");
+    let other = Sarai::start_with_env(&config(&qwen(), 1, ""), &[("SARAI_STATE_DIR", state.to_str().unwrap())]);
+    other.until("nothing is parked", |_| parked(&sarai, "kv").is_empty()).await;
+}
+
+/// With a sliding window, each has a place of its own; what all prompts begin with is no reason to give one up.
+#[tokio::test]
+async fn two_conversations_by_turns_are_both_gone_on_with() {
+    let sarai = Sarai::start(&config(&gemma(), 2, ""));
+    let begin = "A list. ";
+    let mut told = [10, 500].map(|from| format!("{begin}{}", words(from, 12)));
+    for turn in 0..3 {
+        for one in &mut told {
+            let (text, cached, computed) = complete(&sarai, one, 6).await;
+            assert!(turn == 0 || cached > 3 * computed, "{turn}: {cached} cached, {computed} computed");
+            *one = format!("{one}{text} more;");
+        }
+    }
 }
