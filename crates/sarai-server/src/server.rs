@@ -154,11 +154,18 @@ impl Server {
     }
 }
 
-/// Removes what is parked of models that the configuration does not have any more, or not so: it holds what was said to them.
+/// For so long another configuration may come back, or another server with the same folder.
+const FORGOTTEN_AFTER: Duration = Duration::from_hours(24);
+
+/// Removes what is parked of models that the configuration has not had for long, or not so: it holds what was said to them.
 fn forget_others(config: &Config) {
     let kept: Vec<_> = config.engines.iter().filter_map(|engine| Some(&engine.park.as_ref()?.folder)).collect();
     let folders = std::fs::read_dir(config.server.state_dir.join("park")).into_iter().flatten().flatten();
-    for folder in folders.map(|entry| entry.path()).filter(|path| !kept.contains(&path)) {
+    let is_old = |path: &PathBuf| {
+        let changed = path.metadata().and_then(|meta| meta.modified());
+        changed.is_ok_and(|changed| changed.elapsed().is_ok_and(|age| age > FORGOTTEN_AFTER))
+    };
+    for folder in folders.map(|entry| entry.path()).filter(|path| !kept.contains(&path) && is_old(path)) {
         tracing::info!(folder = %folder.display(), "conversations of a model that is not configured any more are removed");
         let _ = std::fs::remove_dir_all(folder);
     }

@@ -217,9 +217,14 @@ async fn what_is_parked_stays_within_its_room_on_disk() {
         let bytes: u64 = parked(&sarai, "kv").iter().map(|path| path.metadata().unwrap().len()).sum();
         assert!(bytes > 3 << 20 && bytes <= 8 << 20, "{bytes} bytes");
     }
-    // What was said to a model that is not configured any more goes.
+    // What was said to a model that has not been configured for a day goes.
     let state = sarai.folder.path().join("state");
-    let other = Sarai::start_with_env(&config(&qwen(), 1, ""), &[("SARAI_STATE_DIR", state.to_str().unwrap())]);
+    let start = || Sarai::start_with_env(&config(&qwen(), 1, ""), &[("SARAI_STATE_DIR", state.to_str().unwrap())]);
+    drop(start());
+    let folder = parked(&sarai, "kv")[0].parent().unwrap().to_owned();
+    let touched = std::process::Command::new("touch").args(["-d", "25 hours ago"]).arg(folder).status().unwrap();
+    assert!(touched.success());
+    let other = start();
     other.until("nothing is parked", |_| parked(&sarai, "kv").is_empty()).await;
 }
 
