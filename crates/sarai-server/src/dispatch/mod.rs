@@ -145,7 +145,8 @@ impl Dispatch {
             self.read_capabilities(model).await;
         }
         let mut tiers = near_first(tiers(&self.catalogs.now(), &self.health, model, &request)?, &self.health);
-        let checks = Checks::of(&request, manner.whole);
+        let has_worker = tiers.iter().flatten().any(Candidate::is_worker);
+        let checks = if has_worker { Checks::of(&request, manner.whole) } else { None };
         if let Some(checks) = &checks {
             let workers = tiers.iter_mut().flatten().filter(|one| one.is_worker());
             workers.for_each(|worker| worker.degraded.retain(|lost| !checks.cover(lost)));
