@@ -7,7 +7,7 @@ that it can be compared with llama.cpp's own server, token for token. FOLDER/fit
 names the colour of the picture, or the pitch of the sound: encoders that pass the mean colour (or the difference of low and high
 frequencies) on, even attention that carries it to the end, and words at the end of it. FOLDER/reciting has models that say the same
 whatever they are asked, token for token, where no real ones are to be had: one reasons before it answers, one calls tools, in the form of
-Qwen's template.
+Qwen's template, one without its marks.
 """
 
 import argparse
@@ -45,6 +45,7 @@ CALLED = [
     "Let me see.\n", "<tool_call>", '\n{"name": "get_weather",', ' "arguments": {"city":', ' "Os', 'lo"', "}}\n", "</tool_call>",
     "\n<tool_call>", '\n{"name": "get_time", "arguments":', ' {"city": "Ro', 'me"}}', "\n</tool_call>",
 ]
+BARE = ['{"name":', ' "get_weather",', ' "arguments":', ' {"city":', ' "Os', 'lo"', "}}"]
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}"
     "{{'<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n'"
@@ -463,6 +464,7 @@ def main():
     reciting_model(os.path.join(folder, "reasoning.gguf"), arguments.seed, REASONED, REASONING)
     template = gguf.GGUFReader(arguments.template_of).get_field("tokenizer.chat_template").contents()
     reciting_model(os.path.join(folder, "calls.gguf"), arguments.seed, CALLED, template)
+    reciting_model(os.path.join(folder, "bare.gguf"), arguments.seed, BARE, template)
 
 
 if __name__ == "__main__":

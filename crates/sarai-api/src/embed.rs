@@ -38,6 +38,12 @@ pub struct Parsed {
 }
 
 impl Parsed {
+    /// Of one text, with nothing else said.
+    #[must_use]
+    pub fn of_text(text: &str) -> Self {
+        Self::new(String::new(), vec![Input::Text(text.to_owned())])
+    }
+
     fn new(model: String, inputs: Vec<Input>) -> Self {
         let request = EmbedRequest { inputs, query: None, truncate: false, lane: sarai_core::Lane::default() };
         let (keep_alive, dimensions, top) = (None, None, None);

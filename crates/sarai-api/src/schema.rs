@@ -1,6 +1,6 @@
 //! What of a JSON schema llama.cpp's grammars do not follow: an answer has the form, and may still break these.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
 use sarai_core::schema::{
     MOST_ITEMS, MOST_REPEATED, meant, multiples, number_rule, of_format, only_part, plain_pattern, put_together, visit,
@@ -28,6 +28,8 @@ const NEVER: [&str; 18] = [
     "unevaluatedItems",
     "additionalItems",
 ];
+/// Types that there are.
+const TYPES: [&str; 7] = ["string", "integer", "number", "boolean", "null", "array", "object"];
 /// Bounds of numbers: followed where a rule can be made.
 const BOUNDS: [&str; 4] = ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"];
 /// What a keyword that decides alone leaves unread beside it.
@@ -89,7 +91,7 @@ fn strict(definitions: &str) -> Vec<Value> {
 
 fn look_through(document: &Value, found: &mut BTreeSet<String>) {
     let document = &*put_together(document);
-    visit(document, |_, schema| {
+    visit(document, |schema| {
         if let Value::Object(fields) = schema {
             look(document, fields, found);
         }
@@ -114,7 +116,7 @@ fn look(document: &Value, fields: &Map<String, Value>, found: &mut BTreeSet<Stri
     if fields.get("uniqueItems") == Some(&Value::Bool(true)) {
         miss("uniqueItems");
     }
-    if may_be_number(fields) && !has_rule && !has_multiples {
+    if may_be(fields, &["number", "integer"]) && !has_rule && !has_multiples {
         BOUNDS.iter().for_each(|keyword| miss(keyword));
     }
     // Of two bounds on the same side, only one is read.
@@ -138,9 +140,11 @@ fn look(document: &Value, fields: &Map<String, Value>, found: &mut BTreeSet<Stri
     let format = fields.get("format").and_then(Value::as_str);
     let is_pattern = format.is_some_and(|format| of_format(format).is_some());
     let is_followed = is_pattern || format.is_some_and(|format| FORMATS.contains(&format));
+    // Of anything else it says nothing.
+    let is_of_text = may_be(fields, &["string"]);
     if is_followed && !has("pattern") {
         ["minLength", "maxLength"].iter().for_each(|keyword| miss(keyword));
-    } else if !format.is_none_or(|format| FORMATS.contains(&format)) {
+    } else if is_of_text && !format.is_none_or(|format| FORMATS.contains(&format)) {
         miss("format");
     }
     if fields.get("allOf").and_then(Value::as_array).is_some_and(|parts| !are_put_together(document, fields, parts)) {
@@ -173,12 +177,11 @@ fn look(document: &Value, fields: &Map<String, Value>, found: &mut BTreeSet<Stri
         let known = |name: &Value| {
             name.as_str().is_some_and(|name| fields.get("properties").is_some_and(|all| all.get(name).is_some()))
         };
-        let of_parts = |name: &Value| {
-            let parts = fields.get("allOf").and_then(Value::as_array);
-            let mut properties = parts.into_iter().flatten().map(|part| &meant(document, part)["properties"]);
-            name.as_str().is_some_and(|name| properties.any(|all| all.get(name).is_some()))
-        };
-        let is_known = |name: &Value| known(name) || of_parts(name);
+        let parts = fields.get("allOf").and_then(Value::as_array).into_iter().flatten();
+        let of_parts = parts.filter_map(|part| meant(document, part)["properties"].as_object());
+        let of_parts: HashSet<&String> = of_parts.flat_map(Map::keys).collect();
+        let is_of_part = |name: &Value| matches!(name, Value::String(name) if of_parts.contains(name));
+        let is_known = |name: &Value| known(name) || is_of_part(name);
         if fields.get("required").and_then(Value::as_array).is_some_and(|names| !names.iter().all(is_known)) {
             miss("required");
         }
@@ -222,11 +225,13 @@ fn are_put_together(document: &Value, fields: &Map<String, Value>, parts: &[Valu
 
 /// Whether the values that are allowed are all of the type that stands beside them.
 fn values_are_of_type(fields: &Map<String, Value>, keyword: &str) -> bool {
-    let kinds: Vec<&str> = match fields.get("type") {
-        Some(Value::String(kind)) => vec![kind],
+    // Each once, however often it is said.
+    let kinds: BTreeSet<&str> = match fields.get("type") {
+        Some(Value::String(kind)) => BTreeSet::from([kind.as_str()]),
         Some(Value::Array(kinds)) => kinds.iter().filter_map(Value::as_str).collect(),
         _ => return false,
     };
+    let kinds: Vec<&str> = TYPES.into_iter().filter(|kind| kinds.contains(kind)).collect();
     let is = |value: &Value, kind: &str| match kind {
         "string" => value.is_string(),
         "integer" => value.is_i64() || value.is_u64(),
@@ -247,16 +252,17 @@ fn values_are_of_type(fields: &Map<String, Value>, keyword: &str) -> bool {
 
 /// Whether it is to be a number with so many decimals, and a rule says so.
 fn has_decimals(fields: &Map<String, Value>) -> bool {
-    let mut alone = fields.clone();
-    alone.retain(|keyword, _| ["type", "multipleOf"].contains(&keyword.as_str()));
+    let said = ["type", "multipleOf"].into_iter();
+    let alone = said.filter_map(|keyword| Some((keyword.to_owned(), fields.get(keyword)?.clone()))).collect();
     number_rule(&alone).is_some() && number_rule(fields).is_some()
 }
 
-fn may_be_number(fields: &Map<String, Value>) -> bool {
-    let is_number = |kind: &Value| kind == "number" || kind == "integer";
+/// Whether it may be of one of these types.
+fn may_be(fields: &Map<String, Value>, types: &[&str]) -> bool {
+    let is_it = |kind: &Value| kind.as_str().is_some_and(|kind| types.contains(&kind));
     match fields.get("type") {
-        Some(Value::Array(kinds)) => kinds.iter().any(is_number),
-        Some(kind) => is_number(kind),
+        Some(Value::Array(kinds)) => kinds.iter().any(is_it),
+        Some(kind) => is_it(kind),
         None => true,
     }
 }
@@ -275,17 +281,15 @@ fn exclude_each_other(options: &[&Value]) -> bool {
     if distinct(options.iter().filter_map(|option| option.get("const")).collect()) {
         return true;
     }
-    let Some(Value::Object(properties)) = options.first().and_then(|option| option.get("properties")) else {
-        return false;
+    let required = |option: &'_ &Value| -> BTreeSet<String> {
+        let names = option["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        names.filter(|name| option["properties"][*name].get("const").is_some()).map(str::to_owned).collect()
     };
-    properties.keys().any(|name| {
-        let tag = |option: &'_ Value| {
-            let is_required = option["required"].as_array().is_some_and(|names| names.iter().any(|one| one == name));
-            is_required && option["properties"][name].get("const").is_some()
-        };
-        options.iter().all(|option| tag(option))
-            && distinct(options.iter().map(|option| &option["properties"][name]["const"]).collect())
-    })
+    let mut tags = options.iter().map(required);
+    let first = tags.next().unwrap_or_default();
+    let tags = tags.fold(first, |of_all, tags| of_all.intersection(&tags).cloned().collect());
+    let of = |name: &str| options.iter().map(|option| &option["properties"][name]["const"]).collect();
+    tags.iter().any(|name| distinct(of(name)))
 }
 
 #[cfg(test)]
@@ -378,6 +382,32 @@ mod tests {
         ] {
             assert_eq!(missed(schema.clone()), [wanted], "{schema}");
         }
+    }
+
+    #[test]
+    fn a_format_says_nothing_of_what_is_no_text() {
+        assert!(missed(json!({ "type": "integer", "format": "int64" })).is_empty());
+        assert_eq!(missed(json!({ "type": ["integer", "string"], "format": "int64" })), ["schema:format"]);
+    }
+
+    /// The server itself reads these, and does nothing else meanwhile.
+    #[test]
+    fn what_is_large_in_one_way_or_another_is_read_once() {
+        let many: Vec<String> = (0..100_000).map(|n| n.to_string()).collect();
+        let numbers: Vec<usize> = (0..100_000).collect();
+        let kinds: Vec<_> = (0..100_000).map(|_| "x").chain(["number"]).collect();
+        assert!(missed(json!({ "type": kinds, "enum": numbers })).is_empty());
+        let inner: Map<String, Value> = many.iter().map(|name| (name.clone(), json!({}))).collect();
+        let long = "n".repeat(500_000);
+        assert!(missed(json!({ "properties": { &long: { "properties": inner } } })).is_empty(), "50 GB of places");
+        let mut parts = vec![json!({}); 20_000];
+        parts.push(json!({ "properties": { "z": {} } }));
+        let names = vec!["z"; 20_000];
+        missed(json!({ "allOf": parts, "required": names, "not": {} }));
+        let tagged: Map<String, Value> =
+            many.iter().take(20_000).map(|name| (name.clone(), json!({ "const": 1 }))).collect();
+        let option = json!({ "properties": tagged, "required": many[..20_000] });
+        missed(json!({ "oneOf": [option, option] }));
     }
 
     #[test]

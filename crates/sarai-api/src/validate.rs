@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 
+use jsonschema::error::ValidationErrorKind;
 use jsonschema::{Draft, PatternOptions, ValidationOptions, Validator};
 use sarai_core::schema::visit;
 use serde::{Deserialize, Serialize};
@@ -44,12 +45,19 @@ pub fn verdict(claim: &Claim) -> Verdict {
         Ok(validator) => validator,
         Err(why) => return Verdict::Unreadable(why),
     };
+    if let Some(format) = unknown_to(validator.draft(), &schema) {
+        return Verdict::Unreadable(format!("its draft does not know the format `{format}`"));
+    }
     let value: Value = match serde_json::from_str(&claim.text) {
         Ok(value) => value,
         Err(error) => return Verdict::Broken(format!("it is no JSON: {error}")),
     };
     match validator.validate(&value) {
         Ok(()) => Verdict::Valid,
+        // It has not come to its end.
+        Err(error) if matches!(error.kind(), ValidationErrorKind::BacktrackLimitExceeded { .. }) => {
+            Verdict::Unreadable(error.masked().to_string())
+        }
         Err(error) => Verdict::Broken(match error.instance_path().as_str() {
             "" => error.masked().to_string(),
             place => format!("`{place}`: {}", error.masked()),
@@ -74,12 +82,24 @@ fn options() -> ValidationOptions<'static> {
     jsonschema::options().offline().with_pattern_options(patterns)
 }
 
+/// A format that only other drafts than the schema's know.
+fn unknown_to(draft: Draft, schema: &Value) -> Option<String> {
+    let (mut found, known) = (None, options());
+    let is_unknown =
+        |format: &str| known.is_known_format(Draft::Draft202012, format) && !known.is_known_format(draft, format);
+    visit(schema, |part| {
+        found = part.get("format").and_then(Value::as_str).filter(|format| is_unknown(format)).map(str::to_owned);
+        found.is_some()
+    });
+    found
+}
+
 /// The formats of a schema that the validator does not know.
 #[must_use]
 pub fn unknown_formats(schema: &str) -> BTreeSet<String> {
     let (mut found, known) = (BTreeSet::new(), options());
     if let Ok(schema) = serde_json::from_str::<Value>(schema) {
-        visit(&schema, |_, part| {
+        visit(&schema, |part| {
             if let Some(format) = part.get("format").and_then(Value::as_str)
                 && !known.is_known_format(Draft::Draft202012, format)
             {
@@ -97,6 +117,20 @@ mod tests {
     use proptest::prelude::*;
     use sarai_core::schema::put_together;
     use serde_json::json;
+
+    #[test]
+    fn a_check_that_does_not_come_to_its_end_says_nothing_of_the_answer() {
+        let claim =
+            |schema: Value, text: &Value| verdict(&Claim { schema: schema.to_string(), text: text.to_string() });
+        let steps_back = json!({ "type": "string", "pattern": "^(?!(a|aa)+\\1c)" });
+        assert!(matches!(claim(steps_back, &"a".repeat(40).into()), Verdict::Unreadable(_)));
+        let draft = |draft: &str| json!({ "$schema": draft, "type": "string", "format": "uuid" });
+        let dashes = Value::from("-".repeat(36));
+        let latest = "https://json-schema.org/draft/2020-12/schema";
+        assert!(matches!(claim(draft(latest), &dashes), Verdict::Broken(_)));
+        let older = claim(draft("http://json-schema.org/draft-07/schema#"), &dashes);
+        assert!(matches!(older, Verdict::Unreadable(_)), "it does not know that format: {older:?}");
+    }
 
     /// Schemas in which things stand beside each other.
     fn schemas() -> impl Strategy<Value = Value> {

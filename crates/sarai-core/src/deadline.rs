@@ -20,6 +20,8 @@ pub struct Deadlines {
     pub first_token: Duration,
     /// Between two tokens of a running answer.
     pub gap: Duration,
+    /// For all attempts together, until a stream begins or a whole answer is there; `None` is without an end of its own.
+    pub request: Option<Duration>,
 }
 
 impl Default for Deadlines {
@@ -30,6 +32,7 @@ impl Default for Deadlines {
             load: Duration::from_secs(300),
             first_token: Duration::from_secs(300),
             gap: Duration::from_secs(60),
+            request: None,
         }
     }
 }

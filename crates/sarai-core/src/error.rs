@@ -19,6 +19,8 @@ pub enum Phase {
     FirstToken,
     /// Waiting for the next token.
     Gap,
+    /// All of it, in the time that the client or the configuration gives a request.
+    Request,
 }
 
 impl Phase {
@@ -30,6 +32,7 @@ impl Phase {
             Self::Load => "load_seconds",
             Self::FirstToken => "first_token_seconds",
             Self::Gap => "gap_seconds",
+            Self::Request => "request_seconds",
         }
     }
 }

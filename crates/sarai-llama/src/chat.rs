@@ -105,6 +105,14 @@ impl Parts {
     /// What is known at the end, and why it ended.
     pub fn finish(&mut self, finish: FinishReason) -> (Vec<Event>, FinishReason) {
         let mut read = self.last_reading(finish == FinishReason::Length);
+        // A text that ends the answer may stand within a call: then that is none.
+        let is_read_whole = self.read(false).is_some_and(|whole| whole.tool_calls.len() == read.tool_calls.len());
+        let is_cut = finish == FinishReason::Stop && !is_read_whole && !read.tool_calls.iter().all(is_whole);
+        if is_cut {
+            let begun = self.called.len();
+            let whole = read.tool_calls.iter().take_while(|call| is_whole(call)).count();
+            read.tool_calls.truncate(whole.max(begun));
+        }
         if read.tool_calls.is_empty() && self.said.is_empty() {
             let text = if read.content.is_empty() { &self.text } else { &read.content };
             if let Some(mut calls) = bare_calls(text, &self.tools) {
@@ -116,7 +124,7 @@ impl Parts {
             }
         }
         let events = self.news(&read, false, true);
-        let calls = !self.called.is_empty() && finish == FinishReason::Stop;
+        let calls = !self.called.is_empty() && !is_cut && finish == FinishReason::Stop;
         (events, if calls { FinishReason::ToolCalls } else { finish })
     }
 
@@ -171,7 +179,7 @@ impl Parts {
         }
         for (index, ReadCall { function }) in read.tool_calls.iter().enumerate() {
             if index == 0 && !self.is_whole {
-                self.is_whole = serde_json::from_str::<IgnoredAny>(&function.arguments).is_ok();
+                self.is_whole = is_whole(&read.tool_calls[0]);
             }
             let is_last = index + 1 == read.tool_calls.len();
             if index == self.called.len() {
@@ -194,6 +202,10 @@ impl Parts {
         }
         events
     }
+}
+
+fn is_whole(call: &ReadCall) -> bool {
+    serde_json::from_str::<IgnoredAny>(&call.function.arguments).is_ok()
 }
 
 /// What may stand around a bare call.

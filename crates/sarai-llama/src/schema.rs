@@ -16,6 +16,9 @@ const MARK: u64 = 7_301_859_264_017_530_000;
 /// llama.cpp cannot make one; says where in the schema.
 pub fn grammar(schema: &str) -> Result<String, String> {
     let document: Value = serde_json::from_str(schema).map_err(|error| error.to_string())?;
+    if let Some(why) = impossible(&document) {
+        return Err(why);
+    }
     let mut words = Words::default();
     let written = words.of(&document);
     let grammar = json_schema_to_grammar(&written.to_string(), false);
@@ -217,15 +220,12 @@ pub fn heaviest(document: &Value) -> Option<String> {
             .max(pattern)
             .max(counts.into_iter().filter(|count| *count <= MOST_REPEATED).max().unwrap_or(0))
     };
-    let mut heaviest = (0, None);
-    visit(document, |place, schema| {
-        let weight = weight(schema);
-        if weight > heaviest.0 {
-            heaviest = (weight, Some(place.to_owned()));
-        }
+    let mut heaviest = 0;
+    visit(document, |schema| {
+        heaviest = heaviest.max(weight(schema));
         false
     });
-    heaviest.1
+    visit(document, |schema| heaviest > 0 && weight(schema) == heaviest)
 }
 
 /// The same of the arguments of tools.
@@ -237,11 +237,30 @@ pub fn heaviest_of_tools(definitions: &str) -> Option<String> {
     Some(format!("`tools[{index}].function.parameters` at {place}"))
 }
 
+/// Where a schema wants more than it allows: llama.cpp writes as many as it allows then.
+fn impossible(document: &Value) -> Option<String> {
+    let clash = |schema: &Value| {
+        [("array", "minItems", "maxItems"), ("string", "minLength", "maxLength")].into_iter().find(
+            |(kind, least, most)| {
+                let bounds = schema[*least].as_u64().zip(schema[*most].as_u64());
+                schema["type"] == **kind && bounds.is_some_and(|(least, most)| least > most)
+            },
+        )
+    };
+    let mut found = None;
+    let place = visit(document, |schema| {
+        found = clash(schema);
+        found.is_some()
+    })?;
+    let (_, least, most) = found?;
+    Some(format!("JSON schema error at {place}: `{least}` is larger than `{most}`, so that nothing is valid"))
+}
+
 /// What llama.cpp says of a schema; of a broken pattern it does not say where that stands.
 fn place_named(document: &Value, said: String) -> String {
     const NAMES: &str = "Invalid pattern ";
     let Some((_, pattern)) = said.split_once(NAMES) else { return said };
-    let is_named = |_: &str, schema: &Value| schema["pattern"].as_str().is_some_and(|one| pattern.starts_with(one));
+    let is_named = |schema: &Value| schema["pattern"].as_str().is_some_and(|one| pattern.starts_with(one));
     match visit(document, is_named) {
         Some(place) => format!("JSON schema error at {place}: invalid pattern {pattern}"),
         None => said,
@@ -252,6 +271,18 @@ fn place_named(document: &Value, said: String) -> String {
 #[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_wants_more_than_it_allows_is_refused_with_its_place() {
+        let items = json!({ "type": "array", "items": { "type": "null" }, "minItems": 3, "maxItems": 1 });
+        let schema = json!({ "type": "object", "properties": { "x": items } });
+        let why = grammar(&schema.to_string()).unwrap_err();
+        assert!(why.contains("#/properties/x: `minItems` is larger than `maxItems`"), "{why}");
+        let text = json!({ "type": "string", "minLength": 2, "maxLength": 1 });
+        assert!(grammar(&text.to_string()).unwrap_err().contains("`minLength`"));
+        let fits = json!({ "type": ["array", "null"], "items": { "type": "null" }, "minItems": 1, "maxItems": 1 });
+        assert!(grammar(&fits.to_string()).is_ok());
+    }
 
     #[test]
     fn bounded_numbers_have_their_rules_wherever_they_stand() {

@@ -47,8 +47,8 @@ pub fn compute(header: &Header) -> Bytes {
 #[must_use]
 pub fn in_flight(model: &Header, settings: Settings) -> Bytes {
     // Twelve bytes a pixel: sixteen bits of four colours and their eight, or two copies and what a decoder needs. The longest sound is
-    // smaller. The files themselves, as they came.
-    let decoded = Bytes(12 * MOST_PIXELS) + FILES * u64::from(settings.parallel);
+    // smaller. The files themselves, as they came, and the one that is decoded once more.
+    let decoded = Bytes(12 * MOST_PIXELS) + FILES * (u64::from(settings.parallel) + 1);
     let prompts = row(model) * u64::from(settings.context_tokens) * u64::from(settings.parallel);
     decoded + prompts + kept(model)
 }

@@ -11,7 +11,7 @@ use sarai_core::{Error, Event, GenerateRequest, KeepAlive, Lane, MediaSource, Re
 use crate::admission::Admission;
 use crate::catalog::{Catalog, Catalogs};
 use crate::config::{Deployment, Model, ModelRole};
-use crate::dispatch::{Answer, Dispatch, Manner};
+use crate::dispatch::{Answer, Dispatch, Manner, Terms, is_held_back};
 use crate::fetch::Fetcher;
 
 /// The entrance for every request, whatever its API.
@@ -28,11 +28,11 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// Answers a request; the events own its permit. `strict` refuses what would be degraded.
+    /// Answers a request; the events own its permit.
     ///
     /// # Errors
     /// Whatever keeps it from beginning.
-    pub async fn answer(&self, parsed: Parsed, strict: bool) -> Result<Answer, Error> {
+    pub async fn answer(&self, parsed: Parsed, terms: Terms) -> Result<Answer, Error> {
         let model = &self.chat_model(&parsed.model)?;
         let arrived = Instant::now();
         let ticket = self.admission.admit(parsed.request.lane).await?;
@@ -40,7 +40,7 @@ impl Gateway {
         let mut request = parsed.request;
         request.sampling = request.sampling.or(&model.sampling);
         let missing = self.bring_media(model, &mut request).await;
-        let manner = Manner { whole: !parsed.delivery.stream, strict };
+        let manner = Manner { whole: !parsed.delivery.stream, terms };
         let answer =
             self.dispatch.answer(model, request, manner, &ticket).await.map_err(|error| match (error, missing) {
                 // Nobody can answer who needs not see it: why it is not there says more.
@@ -78,7 +78,7 @@ impl Gateway {
     ///
     /// # Errors
     /// Whatever keeps it from that.
-    pub async fn embed(&self, parsed: &embed::Parsed, strict: bool) -> Result<(Served, Embedded), Error> {
+    pub async fn embed(&self, parsed: &embed::Parsed, terms: Terms) -> Result<(Served, Embedded), Error> {
         let model = Arc::clone(self.catalog().find(&parsed.model)?);
         if model.role == ModelRole::Router {
             let message = format!("`{}` chooses models: use a model of role embedding", parsed.model);
@@ -95,7 +95,7 @@ impl Gateway {
         let arrived = Instant::now();
         let ticket = self.admission.admit(parsed.request.lane).await?;
         let queued = arrived.elapsed();
-        let (served, mut embedded) = self.dispatch.embed(&model, parsed, strict, &ticket).await?;
+        let (served, mut embedded) = self.dispatch.embed(&model, parsed, terms, &ticket).await?;
         embedded.timings.queue += queued;
         Ok((served, embedded))
     }
@@ -112,6 +112,14 @@ impl Gateway {
             .collect();
         let loading = self.dispatch.pool.snapshot().await?.loading;
         engines.iter().filter_map(|engine| loading.get(engine)).max().copied()
+    }
+
+    /// Whether nothing of a streamed answer may come for as long as it is computed, since it is checked first.
+    pub fn holds_back(&self, parsed: &Parsed) -> bool {
+        let catalog = self.catalog();
+        let Ok(model) = catalog.find(&parsed.model) else { return false };
+        let mut deployments = catalog.with_fallbacks(model).flat_map(|model| &model.deployments);
+        deployments.any(|deployment| deployment.engine().is_some()) && is_held_back(&parsed.request)
     }
 
     /// Has a model loaded, where its first deployment that can is.

@@ -69,7 +69,7 @@ fn refers_elsewhere(document: &Value) -> bool {
         reference == "#" || name.is_some_and(|name| !name.contains('/'))
     };
     let refers = |schema: &Value| schema.get("$ref").and_then(Value::as_str).is_some_and(|one| !is_definition(one));
-    visit(document, |_, schema| refers(schema)).is_some()
+    visit(document, refers).is_some()
 }
 
 struct Together<'a> {

@@ -21,20 +21,29 @@ fn holds(keyword: &str, value: &Value) -> Holds {
     }
 }
 
+/// The way from a schema to one that it holds, or refers to.
+#[derive(Clone, Copy)]
+enum Step<'a> {
+    Keyword(&'a str),
+    Name(&'a str, &'a str),
+    Index(&'a str, usize),
+    Reference(&'a str),
+}
+
 /// The schemas that a schema holds, and where; not those that it only defines.
-fn parts(schema: &Map<String, Value>) -> Vec<(String, &Value)> {
+fn parts(schema: &Map<String, Value>) -> Vec<(Step<'_>, &Value)> {
     let mut parts = Vec::new();
     for (keyword, value) in schema {
         match holds(keyword, value) {
             Holds::Named => {
                 let all = value.as_object().into_iter().flatten();
-                parts.extend(all.map(|(name, part)| (format!("{keyword}/{name}"), part)));
+                parts.extend(all.map(|(name, part)| (Step::Name(keyword, name), part)));
             }
             Holds::Listed => {
                 let all = value.as_array().into_iter().flatten().enumerate();
-                parts.extend(all.map(|(index, part)| (format!("{keyword}/{index}"), part)));
+                parts.extend(all.map(|(index, part)| (Step::Index(keyword, index), part)));
             }
-            Holds::One => parts.push((keyword.clone(), value)),
+            Holds::One => parts.push((Step::Keyword(keyword), value)),
             Holds::None => {}
         }
     }
@@ -55,25 +64,49 @@ pub fn parts_mut(schema: &mut Map<String, Value>) -> Vec<&mut Value> {
     parts
 }
 
-/// Visits a document's schema, all that it holds, and all that it refers to, each with its place, until a visit says that it was the
-/// one looked for; returns that one's place.
-pub fn visit(document: &Value, mut is_it: impl FnMut(&str, &Value) -> bool) -> Option<String> {
-    let (mut seen, mut left) = (HashSet::new(), vec![("#".to_owned(), document)]);
-    while let Some((place, schema)) = left.pop() {
+/// Visits a document's schema, all that it holds, and all that it refers to, until a visit says that it was the one looked for; returns
+/// that one's place.
+pub fn visit(document: &Value, mut is_it: impl FnMut(&Value) -> bool) -> Option<String> {
+    // Places are steps from others, and written for the one that is found alone: names may be long, and schemas many.
+    let mut steps: Vec<(usize, Step<'_>)> = Vec::new();
+    let (mut seen, mut left) = (HashSet::new(), vec![(0, Step::Reference("#"), document)]);
+    while let Some((from, step, schema)) = left.pop() {
         // A reference may be spelled in many ways.
         if !seen.insert(std::ptr::from_ref(schema)) {
             continue;
         }
-        if is_it(&place, schema) {
-            return Some(place);
+        let at = steps.len();
+        steps.push((from, step));
+        if is_it(schema) {
+            return Some(place(&steps));
         }
         let Value::Object(fields) = schema else { continue };
-        left.extend(parts(fields).into_iter().map(|(at, part)| (format!("{place}/{at}"), part)));
+        left.extend(parts(fields).into_iter().map(|(step, part)| (at, step, part)));
         if let Some(reference) = fields.get("$ref").and_then(Value::as_str) {
-            left.extend(target(document, reference).map(|target| (reference.to_owned(), target)));
+            left.extend(target(document, reference).map(|target| (at, Step::Reference(reference), target)));
         }
     }
     None
+}
+
+/// Where the last of these steps leads to.
+fn place(steps: &[(usize, Step<'_>)]) -> String {
+    let mut parts = Vec::new();
+    let mut next = steps.last();
+    while let Some((from, step)) = next {
+        match step {
+            Step::Reference(reference) => {
+                parts.push((*reference).to_owned());
+                break;
+            }
+            Step::Keyword(keyword) => parts.push(format!("/{keyword}")),
+            Step::Name(keyword, name) => parts.push(format!("/{keyword}/{name}")),
+            Step::Index(keyword, index) => parts.push(format!("/{keyword}/{index}")),
+        }
+        next = steps.get(*from);
+    }
+    parts.reverse();
+    parts.concat()
 }
 
 /// What a `$ref` means within its document; nothing if it points elsewhere, or at nothing.

@@ -89,6 +89,7 @@ pub struct WrittenModel {
     pub load: Option<Duration>,
     pub first_token: Option<Duration>,
     pub gap: Option<Duration>,
+    pub request: Option<Duration>,
     pub api_key: Option<String>,
     pub max_outstanding: Option<u32>,
     pub fallback_models: Vec<String>,
@@ -251,6 +252,7 @@ fn read_model(
         load: None,
         first_token: None,
         gap: None,
+        request: None,
         api_key: model.text("api_key", mistakes).map(|key| environment.expand(&key)),
         max_outstanding: model.count("max_outstanding", 1, 10_000, mistakes),
         fallback_models: model.texts("fallback_models", mistakes),
@@ -263,6 +265,7 @@ fn read_model(
         written.load = deadlines.seconds("load_seconds", mistakes);
         written.first_token = deadlines.seconds("first_token_seconds", mistakes);
         written.gap = deadlines.seconds("gap_seconds", mistakes);
+        written.request = deadlines.seconds("request_seconds", mistakes);
         deadlines.finish(mistakes);
     }
     model.finish(mistakes);

@@ -136,6 +136,8 @@ pub struct Remote {
     pub managed_lb: bool,
     /// Its name stands for all the addresses that it has.
     pub dns: bool,
+    /// Whether it is there for vectors (`role: embedding`), and is judged by them.
+    pub makes_vectors: bool,
 }
 
 impl Remote {
@@ -153,6 +155,7 @@ impl Remote {
             wan: false,
             managed_lb: false,
             dns: false,
+            makes_vectors: false,
         }
     }
 }

@@ -263,6 +263,7 @@ impl Resolver<'_> {
             load: written.load.unwrap_or(defaults.load),
             first_token: written.first_token.unwrap_or(defaults.first_token),
             gap: written.gap.unwrap_or(defaults.gap),
+            request: written.request,
         };
         let mut deployments = Vec::new();
         for backend in self.order(mistakes) {
@@ -338,6 +339,7 @@ impl Resolver<'_> {
                 wan: host.wan.unwrap_or(written.wan),
                 managed_lb: written.managed_lb,
                 dns: written.dns,
+                makes_vectors: self.role() == ModelRole::Embedding,
                 ..Remote::new(api, host.url.trim_end_matches('/'), model_name.clone())
             })
         };

@@ -8,10 +8,10 @@ use sarai_plan::EngineId;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::Dispatch;
-use super::candidates::{Candidate, expected_now};
+use super::candidates::{Candidate, Work};
 use crate::backend::{EventStream, local, remote};
 use crate::config::{Deployment, Remote};
-use crate::health::{Gaps, Health, Place, Sample};
+use crate::health::{Gaps, Health, Known, Place, Sample};
 use crate::pool::Lease;
 
 /// How long a command that cannot be reached may take to end, with all that it has started.
@@ -124,6 +124,50 @@ async fn within_deadlines(
     Ok(with_gaps_limited(first, events, move |_| limits, move |limit| late(Phase::Gap, limit)))
 }
 
+/// How long a host may be silent at first.
+pub struct FirstLimit {
+    /// By what is usual there, or configured.
+    limit: Duration,
+    /// While it loads.
+    most: Duration,
+    known: Known,
+}
+
+impl FirstLimit {
+    /// That of a host.
+    pub async fn of(health: &Health, candidate: &Candidate, host: &Remote, work: &Work<'_>) -> Self {
+        let (expected, known) = work.expected_now(health, host).await;
+        let most = candidate.model.deadlines.first_token;
+        let limit = match candidate.model.first_token_is_set {
+            true => most,
+            false => known.pace.first_limit(expected, most),
+        };
+        Self { limit, most, known }
+    }
+
+    /// What a host says within it.
+    ///
+    /// # Errors
+    /// What it fails with, or its silence.
+    pub async fn keep<T>(
+        &self,
+        health: &Health,
+        host: &Remote,
+        asking: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let mut asking = Box::pin(asking);
+        let mut said = timeout(self.limit, &mut asking).await;
+        if said.is_err() && self.limit < self.most && health.loads_now(host).await {
+            // Somebody had another model loaded meanwhile, or its disk is slower than usual.
+            said = timeout(self.most - self.limit, &mut asking).await;
+        }
+        said.unwrap_or_else(|_| {
+            let cause = RemoteCause::Silent { phase: Phase::FirstToken, seconds: self.limit.as_secs() };
+            Err(Error::Remote { host: host.url.clone(), cause })
+        })
+    }
+}
+
 async fn at_host(
     dispatch: &Dispatch,
     candidate: &Candidate,
@@ -132,25 +176,16 @@ async fn at_host(
     permit: Place,
 ) -> Result<EventStream, Error> {
     let (deadlines, health) = (&candidate.model.deadlines, &dispatch.health);
-    let (expected, known) = expected_now(health, host, request).await;
     let url = host.url.clone();
     let silent = move |phase, limit: Duration| Error::Remote {
         host: url.clone(),
         cause: RemoteCause::Silent { phase, seconds: limit.as_secs() },
     };
-    let first_limit = match candidate.model.first_token_is_set {
-        true => deadlines.first_token,
-        false => known.pace.first_limit(expected, deadlines.first_token),
-    };
     let place = remote::Place { remote: host, context_tokens: host.context_tokens, connect: deadlines.connect };
+    let limits = FirstLimit::of(health, candidate, host, &Work::of(request)).await;
     let began = Instant::now();
-    let mut opening = Box::pin(dispatch.hosts.open(&place, request));
-    let mut opened = timeout(first_limit, &mut opening).await;
-    if opened.is_err() && first_limit < deadlines.first_token && health.loads_now(host).await {
-        // Somebody had another model loaded meanwhile, or its disk is slower than usual.
-        opened = timeout(deadlines.first_token - first_limit, &mut opening).await;
-    }
-    let mut events = opened.map_err(|_| silent(Phase::FirstToken, first_limit))??;
+    let mut events = limits.keep(health, host, dispatch.hosts.open(&place, request)).await?;
+    let (first_limit, known) = (limits.limit, limits.known);
     let until = began + deadlines.first_token;
     let first = first_event(&mut events, first_limit, until).await;
     let (early, first) = first.map_err(|limit| silent(Phase::FirstToken, limit))??;

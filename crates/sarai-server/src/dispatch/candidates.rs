@@ -3,11 +3,14 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
+use sarai_api::embed;
 use sarai_api::ollama::ignored_by_ollama;
 use sarai_api::openai::remote::unknown_to_openai;
 use sarai_api::schema::{not_followed, not_followed_by_calls};
 use sarai_api::translate::can_be_asked;
-use sarai_core::{Api, Error, Extras, Format, GenerateRequest, MediaSource, Need, Prompt, Purpose, ToolChoice};
+use sarai_core::{
+    Api, Error, Extras, Format, GenerateRequest, Input, MediaSource, Need, Prompt, Purpose, Residence, ToolChoice,
+};
 use serde_json::Value;
 
 use crate::catalog::Catalog;
@@ -63,10 +66,11 @@ impl Candidate {
     }
 
     /// How much a beginning of a conversation likes this host.
-    fn affinity(&self, prefix: &[u8]) -> f64 {
+    fn affinity(&self, work: &Work<'_>) -> f64 {
         let Some(remote) = self.remote() else { return 0.0 };
         let mut hasher = DefaultHasher::new();
-        (&remote.url, prefix).hash(&mut hasher);
+        remote.url.hash(&mut hasher);
+        work.hash_beginning(&mut hasher);
         #[expect(clippy::cast_precision_loss, reason = "the upper bits are random enough")]
         let uniform = ((hasher.finish() >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
         f64::from(remote.weight) / -uniform.ln()
@@ -207,16 +211,35 @@ fn of_model(
         if !is_able(catalog, health, deployment, request) {
             continue;
         }
-        let candidate =
-            Candidate { model: Arc::clone(model), index, degraded: degraded(asked, model, deployment, request) };
-        let same = |tier: &&mut Tier| match (tier[0].remote(), candidate.remote()) {
-            (Some(a), Some(b)) => (a.api, &a.model_name, a.priority) == (b.api, &b.model_name, b.priority),
-            _ => false,
+        let degraded = degraded(asked, model, deployment, request);
+        add(&mut tiers, Candidate { model: Arc::clone(model), index, degraded });
+    }
+    tiers
+}
+
+/// Puts a candidate with those that it shares the load with.
+fn add(tiers: &mut Vec<Tier>, candidate: Candidate) {
+    let same = |tier: &&mut Tier| match (tier[0].remote(), candidate.remote()) {
+        (Some(a), Some(b)) => (a.api, &a.model_name, a.priority) == (b.api, &b.model_name, b.priority),
+        _ => false,
+    };
+    match tiers.last_mut().filter(same) {
+        Some(tier) => tier.push(candidate),
+        None => tiers.push(vec![candidate]),
+    }
+}
+
+/// Everybody who may make a model's vectors, in order. Those of another model mean nothing to whoever asked for these.
+pub fn embedders(model: &Arc<Model>, parsed: &embed::Parsed) -> Vec<Tier> {
+    let mut tiers = Vec::new();
+    for (index, deployment) in model.deployments.iter().enumerate() {
+        let understands = |api: Api| match deployment {
+            Deployment::Remote(host) | Deployment::Process { remote: host, .. } => host.api == api,
+            Deployment::Local { .. } => false,
         };
-        match tiers.last_mut().filter(same) {
-            Some(tier) => tier.push(candidate),
-            None => tiers.push(vec![candidate]),
-        }
+        let lost = parsed.extras.as_ref().filter(|extras| !understands(extras.api));
+        let degraded = lost.map(|extras| extras.degrades.clone()).unwrap_or_default();
+        add(&mut tiers, Candidate { model: Arc::clone(model), index, degraded });
     }
     tiers
 }
@@ -267,14 +290,12 @@ const UNKNOWN_LOAD: f64 = 5.0;
 /// Orders hosts that share the load by what an answer would cost there: the work they have, how fast they are, whether the
 /// model is loaded, and their weight. Among equals, each beginning of a conversation prefers its own host (weighted
 /// rendezvous hashing), so that few move when one comes or goes.
-pub fn spread(tier: &mut Tier, request: &GenerateRequest, health: &Health) {
+pub fn spread(tier: &mut Tier, work: &Work<'_>, health: &Health) {
     if tier.len() < 2 {
         return;
     }
-    let prefix = prefix(request);
-    let mut costs: Vec<(f64, f64)> = tier.iter().map(|one| (0.0, one.affinity(&prefix))).collect();
-    let expected: Vec<_> =
-        tier.iter().map(|one| one.remote().map(|remote| expected(health, remote, request))).collect();
+    let mut costs: Vec<(f64, f64)> = tier.iter().map(|one| (0.0, one.affinity(work))).collect();
+    let expected: Vec<_> = tier.iter().map(|one| one.remote().map(|remote| work.expected(health, remote))).collect();
     // Of a host that was never asked nothing is known: it counts as the fastest, until it was.
     let service = |expected: &Option<(Expected, Known)>| {
         let (expected, known) = expected.as_ref()?;
@@ -310,19 +331,69 @@ pub fn spread(tier: &mut Tier, request: &GenerateRequest, health: &Health) {
     tier.extend(order.into_iter().map(|(one, _)| one));
 }
 
-/// The same, after a look at a host of which it is not known whether it has the model loaded. One that does not even answer that
-/// has no load to excuse it.
-pub async fn expected_now(health: &Health, remote: &Remote, request: &GenerateRequest) -> (Expected, Known) {
-    let is_there = health.look_now(remote).await;
-    let (mut expected, known) = expected(health, remote, request);
-    expected.is_resident |= !is_there;
-    (expected, known)
+/// What a request asks for, as far as it can be told before it is asked.
+#[derive(Clone, Debug)]
+pub struct Work<'a> {
+    prompt_tokens: u32,
+    answer_tokens: u32,
+    /// What is at the beginning.
+    begins: Vec<&'a str>,
+    /// How the model is to be there.
+    pub residence: Residence,
 }
 
-/// What this request would meet at a host, and what is known of it.
-pub fn expected(health: &Health, remote: &Remote, request: &GenerateRequest) -> (Expected, Known) {
-    let answer_tokens = request.max_tokens.map_or(USUAL_ANSWER, |most| most.min(USUAL_ANSWER));
-    health.expected(remote, prompt_tokens(request), answer_tokens)
+impl<'a> Work<'a> {
+    /// That of an answer.
+    pub fn of(request: &'a GenerateRequest) -> Self {
+        let begins = match &request.prompt {
+            Prompt::Raw(text) => vec![text.as_str()],
+            Prompt::Chat(messages) => messages.iter().take(2).map(|message| message.content.as_str()).collect(),
+        };
+        let answer_tokens = request.max_tokens.map_or(USUAL_ANSWER, |most| most.min(USUAL_ANSWER));
+        Self { prompt_tokens: prompt_tokens(request), answer_tokens, begins, residence: request.residence }
+    }
+
+    /// That of vectors.
+    pub fn of_vectors(parsed: &'a embed::Parsed) -> Self {
+        let tokens = |input: &Input| match input {
+            Input::Text(text) => text.len() / BYTES_PER_TOKEN,
+            Input::Tokens(tokens) => tokens.len(),
+        };
+        let prompt_tokens = parsed.request.inputs.iter().map(tokens).sum::<usize>();
+        let begins = parsed.request.inputs.iter().take(1).filter_map(|input| match input {
+            Input::Text(text) => Some(text.as_str()),
+            Input::Tokens(_) => None,
+        });
+        Self {
+            prompt_tokens: u32::try_from(prompt_tokens).unwrap_or(u32::MAX),
+            answer_tokens: 0,
+            begins: begins.collect(),
+            residence: Residence { context_tokens: None, keep_alive: parsed.keep_alive },
+        }
+    }
+
+    /// What this would meet at a host, and what is known of it.
+    pub fn expected(&self, health: &Health, remote: &Remote) -> (Expected, Known) {
+        health.expected(remote, self.prompt_tokens, self.answer_tokens)
+    }
+
+    /// The same, after a look at a host of which it is not known whether it has the model loaded. One that does not even answer that
+    /// has no load to excuse it.
+    pub async fn expected_now(&self, health: &Health, remote: &Remote) -> (Expected, Known) {
+        let is_there = health.look_now(remote).await;
+        let (mut expected, known) = self.expected(health, remote);
+        expected.is_resident |= !is_there;
+        (expected, known)
+    }
+
+    fn hash_beginning(&self, hasher: &mut impl Hasher) {
+        let mut left = PREFIX_BYTES;
+        for text in &self.begins {
+            let bytes = &text.as_bytes()[..text.len().min(left)];
+            hasher.write(bytes);
+            left -= bytes.len();
+        }
+    }
 }
 
 /// How long a prompt is, as far as can be told without its model: pictures and tools are read too.
@@ -343,14 +414,6 @@ const BYTES_PER_TOKEN: usize = 3;
 const MEDIA_TOKENS: usize = 1024;
 /// Tokens of an answer whose end is not known.
 const USUAL_ANSWER: u32 = 256;
-
-fn prefix(request: &GenerateRequest) -> Vec<u8> {
-    let text: String = match &request.prompt {
-        Prompt::Raw(text) => text.clone(),
-        Prompt::Chat(messages) => messages.iter().take(2).map(|message| message.content.as_str()).collect(),
-    };
-    text.bytes().take(PREFIX_BYTES).collect()
-}
 
 /// Hosts that are far away come after those that are near; between them those of which that is not known: who hangs delays nobody who
 /// could be answered by another one.

@@ -1,7 +1,8 @@
-//! Vectors of texts: by the first deployment of a model that makes them. Vectors of another model mean nothing to those of
-//! the one that was asked for, so nobody else stands in.
+//! Vectors of texts, and scores: by the first deployment of a model that makes them. Hosts share this work, and a late one has others asked
+//! too, as for answers. Vectors of another model mean nothing to those of the one that was asked for, so nobody else stands in.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use sarai_api::Served;
@@ -9,12 +10,60 @@ use sarai_api::embed::{Embedded, Parsed};
 use sarai_core::{Api, Attempt, Error, Input, Phase, Purpose, RemoteCause, Residence};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::candidates::too_far;
-use super::{Dispatch, failed, label, refuses_degraded, was_hardly_asked};
+use super::attempt::FirstLimit;
+use super::candidates::{Candidate, Tier, Work, embedders, near_first, spread};
+use super::hedge::{self, Hedged, Others};
+use super::{Dispatch, Terms, failed, is_allowed, refuses_degraded, was_hardly_asked};
 use crate::admission::Ticket;
 use crate::backend::{local, remote};
 use crate::config::{Deployment, Model, Remote};
-use crate::health::Place;
+use crate::health::{Gaps, Place, Sample};
+
+/// A request for vectors on its way.
+struct Ask<'a> {
+    model: &'a Model,
+    parsed: &'a Parsed,
+    strict: bool,
+    ticket: &'a Ticket,
+    arrived: Instant,
+    /// The model's own worker, which may be asked while a host is late.
+    worker: Option<Candidate>,
+    attempts: Vec<Attempt>,
+    /// Whose breaker is open: asked only when nobody else could.
+    last_resort: Vec<Candidate>,
+}
+
+impl Ask<'_> {
+    fn note(&mut self, candidate: &Candidate, error: Error) {
+        let deployment = candidate.label();
+        self.attempts.retain(|attempt| attempt.deployment != deployment);
+        self.attempts.push(Attempt { deployment, error: Box::new(error) });
+    }
+
+    fn served(&self, by: &Candidate) -> Served {
+        let failed = self.attempts.iter().filter(|attempt| attempt.deployment != by.label());
+        let reasons: Vec<_> = failed.map(|attempt| format!("{}: {}", attempt.deployment, attempt.error)).collect();
+        let fallback_reason = (!reasons.is_empty()).then(|| reasons.join("; "));
+        Served { by: by.label(), fallback_reason, degraded: by.degraded.clone(), ..Served::default() }
+    }
+
+    /// Why a candidate is not asked for this.
+    fn refuses(&self, candidate: &Candidate) -> Option<Error> {
+        let unavailable =
+            |reason: &str| Some(Error::Unavailable { model: self.model.name.clone(), reason: reason.to_owned() });
+        if !is_allowed(candidate, self.strict) {
+            return unavailable(&refuses_degraded(&candidate.degraded));
+        }
+        if self.parsed.request.query.is_some() && !candidate.is_worker() {
+            return unavailable("hosts and commands are not asked for scores in this version");
+        }
+        let has_tokens = || self.parsed.request.inputs.iter().any(|input| matches!(input, Input::Tokens(_)));
+        match candidate.remote() {
+            Some(host) if host.api == Api::Ollama && has_tokens() => unavailable("Ollama takes texts, and no tokens"),
+            _ => None,
+        }
+    }
+}
 
 impl Dispatch {
     /// Makes vectors, or scores.
@@ -25,119 +74,143 @@ impl Dispatch {
         &self,
         model: &Arc<Model>,
         parsed: &Parsed,
-        strict: bool,
+        terms: Terms,
         ticket: &Ticket,
     ) -> Result<(Served, Embedded), Error> {
-        let arrived = Instant::now();
         self.read_files(model).await;
-        let is_open = |deployment: &&Deployment| host_of(deployment).is_some_and(|host| self.health.is_open(host));
-        let mut left: Vec<&Deployment> = model.deployments.iter().collect();
-        left.sort_by_key(is_open);
-        let mut attempts: Vec<Attempt> = Vec::new();
-        while !left.is_empty() {
-            let lost = lost(left[0], parsed);
-            if strict && !lost.is_empty() {
-                let reason = refuses_degraded(&lost);
-                let error = Box::new(Error::Unavailable { model: model.name.clone(), reason });
-                attempts.push(Attempt { deployment: label(model, left.remove(0)), error });
-                continue;
-            }
-            let until = arrived + model.deadlines.queue;
-            let (index, place) = self.embedder(model, &left, parsed, until, ticket).await;
-            let deployment = left.remove(index);
-            let outcome = match place {
-                Ok(place) => self.embed_at(model, deployment, parsed, place).await,
-                Err(error) => Err(error),
-            };
-            match outcome {
-                Ok(embedded) => {
-                    let reasons: Vec<_> =
-                        attempts.iter().map(|attempt| format!("{}: {}", attempt.deployment, attempt.error)).collect();
-                    let fallback_reason = (!reasons.is_empty()).then(|| reasons.join("; "));
-                    let served =
-                        Served { by: label(model, deployment), fallback_reason, degraded: lost, ..Served::default() };
-                    return Ok((served, embedded));
-                }
-                Err(error) if error.may_succeed_elsewhere() => {
-                    attempts.push(Attempt { deployment: label(model, deployment), error: Box::new(error) });
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Err(failed(model, attempts))
-    }
-
-    /// Who is asked next, with a place there: of hosts that share the load, the first one that has one.
-    async fn embedder(
-        &self,
-        model: &Model,
-        left: &[&Deployment],
-        parsed: &Parsed,
-        until: Instant,
-        ticket: &Ticket,
-    ) -> (usize, Result<Place, Error>) {
-        let unavailable = |reason: &str| Error::Unavailable { model: model.name.clone(), reason: reason.to_owned() };
-        if parsed.request.query.is_some() && !matches!(left[0], Deployment::Local { .. }) {
-            return (0, Err(unavailable("hosts and commands are not asked for scores in this version")));
-        }
-        let Some(host) = host_of(left[0]) else { return (0, Ok(None)) };
-        if host.api == Api::Ollama && parsed.request.inputs.iter().any(|input| matches!(input, Input::Tokens(_))) {
-            return (0, Err(unavailable("Ollama takes texts, and no tokens")));
-        }
-        let alike = left.iter().filter_map(|one| host_of(one)).filter(|one| one.priority == host.priority);
-        join_all(alike.map(|one| self.health.measure(one))).await;
-        if let Some(error) = too_far(model, host, &self.health) {
-            return (0, Err(error));
-        }
-        let shares = |other: &Remote| {
-            (other.api, &other.model_name, other.priority) == (host.api, &host.model_name, host.priority)
-                && self.health.is_open(other) == self.health.is_open(host)
-                && too_far(model, other, &self.health).is_none()
+        let tiers = embedders(model, parsed);
+        self.health.get_to_know(tiers.iter().flatten().filter_map(Candidate::remote)).await;
+        let tiers = near_first(tiers, &self.health);
+        let mut ask = Ask {
+            model,
+            parsed,
+            strict: terms.strict,
+            ticket,
+            arrived: Instant::now(),
+            worker: None,
+            attempts: Vec::new(),
+            last_resort: Vec::new(),
         };
-        let sharing: Vec<(usize, &Remote)> = left
-            .iter()
-            .enumerate()
-            .filter_map(|(index, deployment)| Some((index, host_of(deployment).filter(|other| shares(other))?)))
-            .collect();
-        let hosts: Vec<&Remote> = sharing.iter().map(|(_, host)| *host).collect();
-        match ticket.aside(timeout_at(until, self.health.place(&hosts))).await {
-            Ok((index, place)) => (sharing[index].0, Ok(place)),
-            Err(_) => {
-                let seconds = model.deadlines.queue.as_secs();
-                (0, Err(Error::Deadline { model: model.name.clone(), phase: Phase::Queue, seconds }))
-            }
+        let own = tiers.iter().flatten().find(|one| one.remote().is_none() && ask.refuses(one).is_none());
+        ask.worker = own.cloned();
+        let outcome = terms.within(model, self.embedded(&mut ask, tiers)).await;
+        match outcome {
+            Ok(None) => Err(failed(model, ask.attempts)),
+            Ok(Some(embedded)) => Ok(embedded),
+            Err(error) => Err(error),
         }
     }
 
-    async fn embed_at(
-        &self,
-        model: &Model,
-        deployment: &Deployment,
-        parsed: &Parsed,
-        _place: Place,
-    ) -> Result<Embedded, Error> {
-        let mut embedded = self.embed_once(model, deployment, parsed).await;
-        let may_repeat = host_of(deployment).is_none_or(|host| !host.managed_lb);
-        if may_repeat && embedded.as_ref().is_err_and(was_hardly_asked) {
-            embedded = self.embed_once(model, deployment, parsed).await;
-        }
-        if let Some(host) = host_of(deployment) {
-            match &embedded {
-                Ok(_) => self.health.reached(host),
-                // Whether it answers in words is another question.
-                Err(error @ Error::Remote { cause: RemoteCause::Unreachable(_), .. }) => {
-                    self.health.failed(host, error)
-                }
-                Err(_) => {}
+    async fn embedded(&self, ask: &mut Ask<'_>, tiers: Vec<Tier>) -> Result<Option<(Served, Embedded)>, Error> {
+        for tier in tiers {
+            if let Some(embedded) = self.embedded_by(ask, tier).await? {
+                return Ok(Some(embedded));
             }
+        }
+        for candidate in std::mem::take(&mut ask.last_resort) {
+            let place = match candidate.remote() {
+                None => None,
+                Some(host) => {
+                    let until = ask.arrived + ask.model.deadlines.queue;
+                    let place = ask.ticket.aside(timeout_at(until, self.health.place(&[host]))).await;
+                    let Ok((_, place)) = place else { continue };
+                    place
+                }
+            };
+            if let Some(embedded) = self.asked_for_vectors(ask, &candidate, place, &[]).await? {
+                return Ok(Some(embedded));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Asks those who share the load until one could.
+    async fn embedded_by(&self, ask: &mut Ask<'_>, tier: Tier) -> Result<Option<(Served, Embedded)>, Error> {
+        join_all(tier.iter().filter_map(Candidate::remote).map(|host| self.health.measure(host))).await;
+        let mut left = Tier::new();
+        for candidate in tier {
+            match ask.refuses(&candidate).or_else(|| candidate.is_too_far(&self.health)) {
+                Some(error) => ask.note(&candidate, error),
+                None => left.push(candidate),
+            }
+        }
+        spread(&mut left, &Work::of_vectors(ask.parsed), &self.health);
+        while let Some((deadline, found)) = ask.ticket.aside(self.wait_for_place(&left, ask.arrived)).await {
+            let Some((index, place)) = found else {
+                let (model, seconds) = (ask.model.name.clone(), deadline.as_secs());
+                let late = Error::Deadline { model, phase: Phase::Queue, seconds };
+                let (open, full): (Tier, Tier) = left.into_iter().partition(|one| one.is_left_alone(&self.health));
+                full.iter().for_each(|candidate| ask.note(candidate, late.clone()));
+                left = open;
+                break;
+            };
+            let candidate = left.remove(index);
+            if let Some(embedded) = self.asked_for_vectors(ask, &candidate, place, &left).await? {
+                return Ok(Some(embedded));
+            }
+            left.retain(|one| ask.attempts.iter().all(|attempt| attempt.deployment != one.label()));
+        }
+        for candidate in left {
+            if let Some(last) = candidate.remote().and_then(|host| self.health.of(host).last) {
+                ask.note(&candidate, last);
+            }
+            ask.last_resort.push(candidate);
+        }
+        Ok(None)
+    }
+
+    /// Asks a candidate, and others if it is a host that is late.
+    async fn asked_for_vectors(
+        &self,
+        ask: &mut Ask<'_>,
+        candidate: &Candidate,
+        place: Place,
+        others: &[Candidate],
+    ) -> Result<Option<(Served, Embedded)>, Error> {
+        let parsed = ask.parsed;
+        let at = |candidate: Candidate, place: Place| async move { self.embed_at(&candidate, parsed, place).await };
+        let (by, outcome) = match candidate.remote() {
+            None => (candidate.clone(), at(candidate.clone(), place).await),
+            Some(host) => {
+                let hosts = others.iter().filter(|_| !host.managed_lb).collect();
+                let others = Others { hosts, worker: ask.worker.as_ref(), worker_is_own: true };
+                let work = Work::of_vectors(parsed);
+                let Hedged { by, opened, failed, late } =
+                    hedge::open(self, (candidate, place), others, &work, at).await;
+                failed.into_iter().chain(late).for_each(|(one, error)| ask.note(&one, error));
+                (by, opened)
+            }
+        };
+        match outcome {
+            Ok(embedded) => Ok(Some((ask.served(&by), embedded))),
+            Err(error) if error.may_succeed_elsewhere() => {
+                ask.note(&by, error);
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn embed_at(&self, candidate: &Candidate, parsed: &Parsed, _place: Place) -> Result<Embedded, Error> {
+        let (model, deployment) = (&candidate.model, candidate.deployment());
+        let mut embedded = self.embed_once(candidate, parsed).await;
+        let may_repeat = candidate.remote().is_none_or(|host| !host.managed_lb);
+        if may_repeat && embedded.as_ref().is_err_and(was_hardly_asked) {
+            embedded = self.embed_once(candidate, parsed).await;
+        }
+        if let (Deployment::Remote(host), Err(error)) = (deployment, &embedded)
+            && (host.makes_vectors || matches!(error, Error::Remote { cause: RemoteCause::Unreachable(_), .. }))
+        {
+            // Of one that answers in words as well, only that nobody is there is told.
+            self.health.failed(host, error);
         }
         embedded.map_err(|error| error.of_model(&model.name))
     }
 
-    async fn embed_once(&self, model: &Model, deployment: &Deployment, parsed: &Parsed) -> Result<Embedded, Error> {
-        let deadlines = &model.deadlines;
+    async fn embed_once(&self, candidate: &Candidate, parsed: &Parsed) -> Result<Embedded, Error> {
+        let (model, deadlines) = (&candidate.model, &candidate.model.deadlines);
         let residence = Residence { context_tokens: None, keep_alive: parsed.keep_alive };
-        match deployment {
+        match candidate.deployment() {
             Deployment::Local { engine, context_tokens } => {
                 // One that cannot be read says so when it is loaded.
                 if let Some(file) = self.catalogs.now().known_file(*engine) {
@@ -151,37 +224,30 @@ impl Dispatch {
                 let want = self.want(*engine, *context_tokens, residence).await?.in_lane(parsed.request.lane);
                 let lease = self.pool.lease(*engine, want, &model.name, deadlines).await?;
                 let url = lease.worker.url.as_ref().map(ToString::to_string).unwrap_or_default();
-                self.embed_there(model, &Remote { url, ..remote.clone() }, parsed).await
+                let (remote, within) = (Remote { url, ..remote.clone() }, deadlines.first_token);
+                let place = remote::Place { remote: &remote, context_tokens: None, connect: deadlines.connect };
+                timeout(within, self.hosts.embed(&place, parsed)).await.unwrap_or_else(|_| {
+                    let cause = RemoteCause::Silent { phase: Phase::FirstToken, seconds: within.as_secs() };
+                    Err(Error::Remote { host: remote.url.clone(), cause })
+                })
             }
-            Deployment::Remote(host) => self.embed_there(model, host, parsed).await,
+            Deployment::Remote(host) => {
+                let place = remote::Place { remote: host, context_tokens: None, connect: deadlines.connect };
+                let limit = FirstLimit::of(&self.health, candidate, host, &Work::of_vectors(parsed)).await;
+                let began = Instant::now();
+                let embedded = limit.keep(&self.health, host, self.hosts.embed(&place, parsed)).await?;
+                match host.makes_vectors {
+                    true => {
+                        let (gaps, usage, timings) = (Gaps::default(), embedded.usage, embedded.timings);
+                        let sample = Sample { gaps, first: began.elapsed(), rest: Duration::ZERO, usage, timings };
+                        self.health.succeeded(host, &sample);
+                    }
+                    // Whether it answers in words is another question.
+                    false => self.health.reached(host),
+                }
+                Ok(embedded)
+            }
         }
-    }
-
-    async fn embed_there(&self, model: &Model, host: &Remote, parsed: &Parsed) -> Result<Embedded, Error> {
-        let deadlines = &model.deadlines;
-        let place = remote::Place { remote: host, context_tokens: None, connect: deadlines.connect };
-        let embedded = timeout(deadlines.first_token, self.hosts.embed(&place, parsed)).await;
-        embedded.unwrap_or_else(|_| {
-            let cause = RemoteCause::Silent { phase: Phase::FirstToken, seconds: deadlines.first_token.as_secs() };
-            Err(Error::Remote { host: host.url.clone(), cause })
-        })
-    }
-}
-
-/// What a deployment does not follow of a request.
-fn lost(deployment: &Deployment, parsed: &Parsed) -> Vec<String> {
-    let Some(extras) = &parsed.extras else { return Vec::new() };
-    let understands = match deployment {
-        Deployment::Remote(host) | Deployment::Process { remote: host, .. } => host.api == extras.api,
-        Deployment::Local { .. } => false,
-    };
-    if understands { Vec::new() } else { extras.degrades.clone() }
-}
-
-fn host_of(deployment: &Deployment) -> Option<&Remote> {
-    match deployment {
-        Deployment::Remote(host) => Some(host),
-        Deployment::Local { .. } | Deployment::Process { .. } => None,
     }
 }
 

@@ -10,12 +10,11 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use sarai_core::{Error, GenerateRequest, RemoteCause};
+use sarai_core::{Error, RemoteCause};
 use tokio::time::{Instant, sleep_until};
 
-use super::candidates::{Candidate, expected};
-use super::{Dispatch, attempt, warm};
-use crate::backend::EventStream;
+use super::candidates::{Candidate, Work};
+use super::{Dispatch, warm};
 use crate::config::Remote;
 use crate::health::Place;
 
@@ -33,11 +32,11 @@ pub struct Others<'a> {
 }
 
 /// What came of asking a host, and perhaps others.
-pub struct Hedged {
+pub struct Hedged<T> {
     /// Who has answered, or failed while nobody else could.
     pub by: Candidate,
     /// What it says.
-    pub opened: Result<EventStream, Error>,
+    pub opened: Result<T, Error>,
     /// Who else has failed, and why.
     pub failed: Vec<(Candidate, Error)>,
     /// Who was late, and was let go of.
@@ -56,13 +55,13 @@ struct Asked {
 }
 
 /// Asks a host; if it is late, others too.
-pub async fn open(
+pub async fn open<T, F: Future<Output = Result<T, Error>>>(
     dispatch: &Dispatch,
-    host: &Candidate,
+    (host, place): (&Candidate, Place),
     mut others: Others<'_>,
-    request: &GenerateRequest,
-    place: Place,
-) -> Hedged {
+    work: &Work<'_>,
+    ask: impl Fn(Candidate, Place) -> F,
+) -> Hedged<T> {
     let began = Instant::now();
     let mut asked: Vec<Asked> = Vec::new();
     let mut running = FuturesUnordered::new();
@@ -86,25 +85,26 @@ pub async fn open(
                 may_load,
                 has_failed: false,
             });
-            running.push(async move { (index, attempt::open(dispatch, &candidate, request, place).await) });
+            let asking = ask(candidate, place);
+            running.push(async move { (index, asking.await) });
         }
         let (index, opened) = tokio::select! {
             biased;
             Some(opened) = running.next() => opened,
-            found = another(dispatch, &others, asked.last(), request, began) => {
+            found = another(dispatch, &others, asked.last(), work, began) => {
                 next = Some(found);
                 continue;
             }
         };
         let by = asked[index].candidate.clone();
         let error = match opened {
-            Ok(events) => {
+            Ok(opened) => {
                 // Before their breakers hear of it, they are cancelled.
                 drop(running);
                 // Those who were asked after it had no time.
                 let late = asked[..index].iter().filter(|one| !one.has_failed);
                 let late = late.filter_map(|one| Some((one.candidate.clone(), is_late(dispatch, one)?))).collect();
-                return Hedged { by, opened: Ok(events), failed, late };
+                return Hedged { by, opened: Ok(opened), failed, late };
             }
             Err(error) => error,
         };
@@ -127,7 +127,7 @@ async fn another(
     dispatch: &Dispatch,
     others: &Others<'_>,
     last: Option<&Asked>,
-    request: &GenerateRequest,
+    work: &Work<'_>,
     began: Instant,
 ) -> (Candidate, Place) {
     match last.filter(|last| !last.has_failed) {
@@ -135,7 +135,7 @@ async fn another(
         Some(last) => {
             // A worker is not late: it computes.
             let Some(remote) = last.candidate.remote() else { return pending().await };
-            let (expected, known) = expected(&dispatch.health, remote, request);
+            let (expected, known) = work.expected(&dispatch.health, remote);
             sleep_until(last.began + known.pace.late(expected)).await;
         }
     }
@@ -144,7 +144,7 @@ async fn another(
         if !others.worker_is_own {
             sleep_until(began + ANOTHER_MODEL_AFTER).await;
         }
-        warm::until_free(dispatch, worker, request.residence).await;
+        warm::until_free(dispatch, worker, work.residence).await;
         worker.clone()
     };
     tokio::select! {

@@ -34,8 +34,9 @@ use crate::planner::Planner;
 use crate::pool::Pool;
 use crate::supervise::validate::Validator;
 pub use candidates::label;
-use candidates::{Candidate, Tier, near_first, spread, tiers};
-use checked::{Checked, Checks, MOST_ANSWERS};
+use candidates::{Candidate, Tier, Work, near_first, spread, tiers};
+pub use checked::is_held_back;
+use checked::{Begun, Checks, guarded};
 use hedge::{Hedged, Others};
 pub use warm::warm_fallbacks;
 
@@ -47,13 +48,35 @@ pub struct Answer {
     pub events: EventStream,
 }
 
+/// What the client says of how it is to be served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Terms {
+    /// Rather not at all than degraded.
+    pub strict: bool,
+    /// In so much time, or not at all: until a stream begins, or a whole answer is there.
+    pub within: Option<Duration>,
+}
+
+impl Terms {
+    /// What comes within the deadline of the request, the client's or the model's.
+    ///
+    /// # Errors
+    /// It does not.
+    async fn within<T>(self, model: &Model, coming: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        let Some(limit) = self.within.into_iter().chain(model.deadlines.request).min() else { return coming.await };
+        let seconds = limit.as_secs();
+        let late = Error::Deadline { model: model.name.clone(), phase: Phase::Request, seconds };
+        timeout(limit, coming).await.unwrap_or(Err(late))
+    }
+}
+
 /// How the client wants its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Manner {
     /// Not before its end.
     pub whole: bool,
-    /// Rather not at all than degraded.
-    pub strict: bool,
+    /// What else it says.
+    pub terms: Terms,
 }
 
 /// What came of waiting for a place: who has one, or nobody within the deadline; or the worker was faster.
@@ -92,7 +115,7 @@ struct Ask<'a> {
     /// The model's hosts, in order.
     hosts: Vec<Candidate>,
     /// What a worker's answer is checked against, where its grammar does not follow the schema.
-    checks: Option<Checks>,
+    checks: Option<Arc<Checks>>,
     /// The model's own worker, which may be asked while a host is late.
     worker: Option<Candidate>,
     /// The first worker of the models that it falls back to.
@@ -144,9 +167,11 @@ impl Dispatch {
         if request.media().next().is_some() {
             self.read_capabilities(model).await;
         }
-        let mut tiers = near_first(tiers(&self.catalogs.now(), &self.health, model, &request)?, &self.health);
+        let tiers = tiers(&self.catalogs.now(), &self.health, model, &request)?;
+        self.health.get_to_know(tiers.iter().flatten().filter_map(Candidate::remote)).await;
+        let mut tiers = near_first(tiers, &self.health);
         let has_worker = tiers.iter().flatten().any(Candidate::is_worker);
-        let checks = if has_worker { Checks::of(&request, manner.whole) } else { None };
+        let checks = if has_worker { Checks::of(&request, manner.whole).map(Arc::new) } else { None };
         if let Some(checks) = &checks {
             let workers = tiers.iter_mut().flatten().filter(|one| one.is_worker());
             workers.for_each(|worker| worker.degraded.retain(|lost| !checks.cover(lost)));
@@ -155,7 +180,7 @@ impl Dispatch {
         let worker = tiers.iter().flatten().find(is_own).cloned();
         let is_fallback = |one: &&Candidate| one.model.name != model.name && one.is_worker();
         let fallback = tiers.iter().flatten().find(is_fallback).cloned();
-        let may_be_asked = |one: &&Candidate| is_allowed(one, manner.strict);
+        let may_be_asked = |one: &&Candidate| is_allowed(one, manner.terms.strict);
         let own = tiers.iter().flatten().filter(|one| one.model.name == model.name && one.remote().is_some());
         let hosts = own.filter(may_be_asked).cloned().collect();
         let mut ask = Ask {
@@ -172,9 +197,16 @@ impl Dispatch {
             last_resort: Vec::new(),
             arrived: Instant::now(),
         };
+        match manner.terms.within(model, self.ask_all(&mut ask, tiers)).await? {
+            Some(answer) => Ok(answer),
+            None => Err(failed(model, ask.attempts)),
+        }
+    }
+
+    async fn ask_all(&self, ask: &mut Ask<'_>, tiers: Vec<Tier>) -> Result<Option<Answer>, Error> {
         for tier in tiers {
-            if let Some(answer) = self.ask_tier(&mut ask, tier).await? {
-                return Ok(answer);
+            if let Some(answer) = self.ask_tier(ask, tier).await? {
+                return Ok(Some(answer));
             }
         }
         for candidate in std::mem::take(&mut ask.last_resort) {
@@ -188,11 +220,11 @@ impl Dispatch {
                     place
                 }
             };
-            if let Some(answer) = self.ask_one(&mut ask, &candidate, place, &[]).await? {
-                return Ok(answer);
+            if let Some(answer) = self.ask_one(ask, &candidate, place, &[]).await? {
+                return Ok(Some(answer));
             }
         }
-        Err(failed(model, ask.attempts))
+        Ok(None)
     }
 
     /// Has hosts asked what their models can sense.
@@ -228,7 +260,7 @@ impl Dispatch {
         join_all(tier.iter().filter_map(Candidate::remote).map(|remote| self.health.measure(remote))).await;
         let mut left = self.fitting(ask, tier);
         left.retain(|one| !ask.has_failed(one));
-        spread(&mut left, &ask.request, &self.health);
+        spread(&mut left, &Work::of(&ask.request), &self.health);
         loop {
             let found = match ask.ticket.aside(self.wait_for_place_or_worker(ask, &left)).await {
                 Waited::Worker(worker, events) => match self.answer_of_worker(ask, &left, &worker, events).await? {
@@ -345,10 +377,10 @@ impl Dispatch {
             return Waited::Place(found);
         }
         let worker =
-            ask.worker.as_ref().filter(|worker| is_allowed(worker, ask.manner.strict) && !ask.has_failed(worker));
+            ask.worker.as_ref().filter(|worker| is_allowed(worker, ask.manner.terms.strict) && !ask.has_failed(worker));
         let Some(worker) = worker else { return Waited::Place(place.await) };
         let late = left.iter().filter(|one| !one.is_left_alone(&self.health)).filter_map(|one| {
-            let (expected, known) = candidates::expected(&self.health, one.remote()?, &ask.request);
+            let (expected, known) = Work::of(&ask.request).expected(&self.health, one.remote()?);
             Some(known.pace.late(expected))
         });
         let late = late.min().unwrap_or_default();
@@ -387,7 +419,7 @@ impl Dispatch {
     fn fitting(&self, ask: &mut Ask<'_>, tier: Tier) -> Tier {
         let mut fitting = Vec::new();
         for candidate in tier {
-            if !is_allowed(&candidate, ask.manner.strict) {
+            if !is_allowed(&candidate, ask.manner.terms.strict) {
                 let reason = refuses_degraded(&candidate.degraded);
                 ask.note(&candidate, Error::Unavailable { model: ask.model.name.clone(), reason });
             } else if let Some(error) = candidate.is_too_far(&self.health) {
@@ -452,7 +484,7 @@ impl Dispatch {
         place: health::Place,
         others: &[Candidate],
     ) -> (Candidate, Result<EventStream, Error>) {
-        let allowed = |worker: &&Candidate| is_allowed(worker, ask.manner.strict) && !ask.has_failed(worker);
+        let allowed = |worker: &&Candidate| is_allowed(worker, ask.manner.terms.strict) && !ask.has_failed(worker);
         let own = ask.worker.as_ref().filter(allowed);
         let worker = own.or_else(|| ask.fallback.as_ref().filter(allowed));
         let (mut asked, opened) = match candidate.remote() {
@@ -463,8 +495,11 @@ impl Dispatch {
                 let is_left = |host: &&Candidate| !host.is(candidate) && !ask.has_failed(host);
                 let hosts = others.iter().chain(further).filter(|_| !remote.managed_lb).filter(is_left).collect();
                 let others = Others { hosts, worker, worker_is_own: own.is_some() };
+                let (work, request) = (Work::of(&ask.request), &*ask.request);
+                let at =
+                    |candidate: Candidate, place| async move { attempt::open(self, &candidate, request, place).await };
                 let Hedged { by, opened, failed, late } =
-                    hedge::open(self, candidate, others, &ask.request, place).await;
+                    hedge::open(self, (candidate, place), others, &work, at).await;
                 // A worker has its own turn yet, and who was hardly asked has it too.
                 let is_final = |(one, error): &&(Candidate, Error)| one.remote().is_some() && !was_hardly_asked(error);
                 ask.failed.extend(failed.iter().filter(is_final).map(|(one, _)| one.clone()));
@@ -482,9 +517,21 @@ impl Dispatch {
 
     /// Makes of an attempt's events what the client wants.
     async fn begin(&self, ask: &Ask<'_>, candidate: &mut Candidate, events: EventStream) -> Result<EventStream, Error> {
-        if let Some(checks) = ask.checks.as_ref().filter(|_| candidate.is_worker()) {
-            return self.checked(ask, candidate, checks, events).await;
+        let Some(checks) = ask.checks.as_ref().filter(|_| candidate.is_worker()) else {
+            return self.going_on(ask, candidate, events).await;
+        };
+        match self.check(ask, candidate, checks, events).await? {
+            Begun::Checked(events) => Ok(events),
+            Begun::Going(events) => {
+                let (checks, validator) = (Arc::clone(checks), self.validator.clone());
+                let events = self.going_on(ask, candidate, events).await?;
+                Ok(guarded(checks, validator, candidate.model.name.clone(), events))
+            }
         }
+    }
+
+    /// All of an answer, or one that goes on elsewhere if it breaks off.
+    async fn going_on(&self, ask: &Ask<'_>, candidate: &Candidate, events: EventStream) -> Result<EventStream, Error> {
         if ask.manner.whole {
             return gathered(events).await.map(replayed);
         }
@@ -493,39 +540,7 @@ impl Dispatch {
         }
         let request = Arc::clone(&ask.request);
         let begun = (candidate.clone(), events);
-        Ok(resume::resuming(self.clone(), Arc::clone(ask.model), request, ask.manner.strict, begun))
-    }
-
-    /// The first answer of a worker that keeps its schema, whole.
-    async fn checked(
-        &self,
-        ask: &Ask<'_>,
-        worker: &mut Candidate,
-        checks: &Checks,
-        mut events: EventStream,
-    ) -> Result<EventStream, Error> {
-        let mut answers = 1;
-        loop {
-            let answer = gathered(events).await?;
-            let why = match checks.check(&answer, &self.validator).await {
-                Checked::Kept => return Ok(replayed(answer)),
-                Checked::Broken(why) => why,
-                Checked::Unknown => {
-                    worker.degraded.extend(checks.covered.iter().cloned());
-                    if ask.manner.strict {
-                        let (model, reason) = (worker.model.name.clone(), refuses_degraded(&worker.degraded));
-                        return Err(Error::Unavailable { model, reason });
-                    }
-                    return Ok(replayed(answer));
-                }
-            };
-            tracing::info!(deployment = worker.label(), why, answers, "an answer broke its schema");
-            if answers == MOST_ANSWERS {
-                return Err(Error::SchemaBroken { model: worker.model.name.clone(), answers, why });
-            }
-            events = attempt::open(self, worker, &checked::anew(&ask.request, answers), None).await?;
-            answers += 1;
-        }
+        Ok(resume::resuming(self.clone(), Arc::clone(ask.model), request, ask.manner.terms.strict, begun))
     }
 
     /// Has the model loaded by the first deployment that can.

@@ -12,7 +12,7 @@ use futures_util::{StreamExt, stream};
 use sarai_core::{Api, Error, Event, FinishReason, GenerateRequest, Phase, Prompt, RemoteCause, Timings, Usage};
 use tokio::time::timeout;
 
-use super::candidates::{Candidate, expected, near_first, spread, tiers, to_resume};
+use super::candidates::{Candidate, Work, near_first, spread, tiers, to_resume};
 use super::{Dispatch, attempt, is_allowed};
 use crate::backend::EventStream;
 use crate::config::{Deployment, Model, Remote, Resume};
@@ -163,7 +163,7 @@ impl Running {
         let health = &self.dispatch.health;
         let tiers = tiers(&self.dispatch.catalogs.now(), health, &self.model, &self.request).unwrap_or_default();
         let mut tiers = near_first(tiers, health);
-        tiers.iter_mut().for_each(|tier| spread(tier, &self.request, health));
+        tiers.iter_mut().for_each(|tier| spread(tier, &Work::of(&self.request), health));
         let all = to_resume(tiers, &self.candidate);
         let may = |candidate: &Candidate| {
             // As the one that wrote the text, which may be a fallback.
@@ -200,7 +200,7 @@ struct Given<'a> {
 impl Given<'_> {
     /// As a host begins, unless it is late: a worker could meanwhile.
     async fn unless_late(&self, candidate: &Candidate, remote: &Remote) -> Result<Begun, Error> {
-        let (expected, known) = expected(&self.dispatch.health, remote, self.request);
+        let (expected, known) = Work::of(self.request).expected(&self.dispatch.health, remote);
         let limit = known.pace.late(expected);
         let cause = RemoteCause::Late { seconds: limit.as_secs() };
         let late = Error::Remote { host: remote.url.clone(), cause };

@@ -14,7 +14,7 @@ use sarai_core::{
 };
 use tokio::time::Instant;
 
-use super::{Dispatch, Manner};
+use super::{Dispatch, Manner, Terms};
 use crate::admission::Admission;
 use crate::backend::EventStream;
 use crate::backend::remote::{Hosts, Script, Scripted};
@@ -158,7 +158,7 @@ fn request(tag: &str) -> GenerateRequest {
 async fn ask(dispatch: &Dispatch, tag: &str, whole: bool) -> (String, Option<Error>) {
     let model = Arc::clone(dispatch.catalogs.now().find("m").unwrap());
     let ticket = Arc::new(Admission::new(1, 0, Duration::ZERO)).admit(sarai_core::Lane::Interactive).await.unwrap();
-    let manner = Manner { whole, strict: false };
+    let manner = Manner { whole, terms: Terms::default() };
     let mut events = match dispatch.answer(&model, request(tag), manner, &ticket).await {
         Ok(answer) => answer.events,
         Err(error) => return (String::new(), Some(error)),

@@ -39,6 +39,8 @@ pub struct Host {
     looked: Option<Instant>,
     /// Whether a look is under way.
     is_looked_at: bool,
+    /// Whether one has ended.
+    was_looked_at: bool,
 }
 
 /// Places of a host without limit.
@@ -48,7 +50,16 @@ impl Host {
     /// A host of which nothing is known.
     pub fn new(most: Option<usize>) -> Self {
         let free = Arc::new(Semaphore::new(most.unwrap_or(UNLIMITED)));
-        Self { most, free, round_trips: Vec::new(), loaded: None, newly: Vec::new(), looked: None, is_looked_at: false }
+        Self {
+            most,
+            free,
+            round_trips: Vec::new(),
+            loaded: None,
+            newly: Vec::new(),
+            looked: None,
+            is_looked_at: false,
+            was_looked_at: false,
+        }
     }
 
     /// Changes how many requests it answers for us; those under way go on.
@@ -99,12 +110,18 @@ impl Host {
     /// A look has ended, whatever it has shown.
     pub fn has_been_looked_at(&mut self, now: Instant) {
         self.is_looked_at = false;
+        self.was_looked_at = true;
         self.looked = Some(now);
     }
 
     /// Whether its distance is not known, and a look is under way or due that may tell it.
     pub fn is_to_be_measured(&self, now: Instant) -> bool {
         self.round_trips.is_empty() && (self.is_looked_at || self.is_due(now))
+    }
+
+    /// Whether nothing is known of it but its name.
+    pub const fn is_new(&self) -> bool {
+        !self.was_looked_at && self.round_trips.is_empty()
     }
 
     /// Takes a look into account.

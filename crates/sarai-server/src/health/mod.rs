@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::future::join_all;
+use sarai_api::embed;
 use sarai_core::{
     Api, Deadlines, Error, GenerateRequest, MediaKind, Message, Phase, Prompt, RemoteCause, Role, Sampling,
 };
@@ -309,6 +310,14 @@ impl Health {
         }
     }
 
+    /// Waits a little for the first look at hosts of which nothing is known yet: those that are near are found so at once, and share the
+    /// load from the first request on.
+    pub async fn get_to_know(&self, remotes: impl Iterator<Item = &Remote>) {
+        let is_new = |remote: &&Remote| self.table.lock().hosts.get(&remote.url).is_some_and(Host::is_new);
+        let new: Vec<_> = remotes.filter(is_new).collect();
+        let _ = timeout(LOOK_NOW, join_all(new.into_iter().map(|remote| self.measure(remote)))).await;
+    }
+
     /// Whether a host's distance is not known, and will be soon: it is looked at, aside.
     pub fn is_measured_soon(&self, remote: &Remote) -> bool {
         let is_unknown = |host: &Host| host.is_to_be_measured(Instant::now());
@@ -531,7 +540,7 @@ impl Table {
         Some((entry.remote.clone(), entry.deadlines))
     }
 
-    /// Asks for one token: a list of models that is there proves nothing. A host that is silent for so long, and does not load, has its connection
+    /// Asks for one token, or one vector: a list of models that is there proves nothing. A host that is silent for so long, and does not load, has its connection
     /// given up: the next one may be better.
     async fn probe(&self, remote: &Remote, deadlines: &Deadlines, within: Duration) -> Result<(), Error> {
         let place = remote::Place { remote, context_tokens: remote.context_tokens, connect: deadlines.connect };
@@ -547,6 +556,9 @@ impl Table {
             cause: RemoteCause::Silent { phase: Phase::FirstToken, seconds: within.as_secs() },
         };
         let asked = async {
+            if remote.makes_vectors {
+                return self.hosts.embed(&place, &embed::Parsed::of_text("Hi")).await.map(drop);
+            }
             let mut events = self.hosts.open(&place, &request).await?;
             while let Some(event) = events.next().await {
                 event?;

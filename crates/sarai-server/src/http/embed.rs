@@ -8,7 +8,7 @@ use sarai_core::Error;
 use serde_json::Value;
 
 use super::error::Failure;
-use super::{App, body, is_strict, json_response, lane, served_headers};
+use super::{App, body, json_response, lane, served_headers, terms};
 
 /// `POST /v1/embeddings`.
 pub async fn openai(State(app): State<App>, request: Request) -> Result<Response, Failure> {
@@ -41,10 +41,10 @@ async fn answer(
     parse: fn(&[u8]) -> Result<Parsed, Error>,
     write: fn(&Parsed, &Embedded, &Served) -> Value,
 ) -> Result<Response, Error> {
-    let (strict, lane) = (is_strict(request.headers())?, lane(request.headers())?);
+    let (terms, lane) = (terms(request.headers())?, lane(request.headers())?);
     let mut parsed = parse(&body::read(request, &app).await?)?;
     parsed.request.lane = lane.unwrap_or_default();
-    let (served, mut embedded) = app.gateway.embed(&parsed, strict).await?;
+    let (served, mut embedded) = app.gateway.embed(&parsed, terms).await?;
     embedded.shorten(&parsed)?;
     Ok(json_response(served_headers(&served), &write(&parsed, &embedded, &served)))
 }

@@ -21,6 +21,7 @@ use axum::routing::{any, get, post};
 use sarai_api::Served;
 use sarai_core::{Error, Lane};
 
+use crate::dispatch::Terms;
 use crate::gateway::Gateway;
 use error::Failure;
 
@@ -69,6 +70,28 @@ pub fn router(app: App) -> Router {
         .route("/", get(|| async { "sarai is running" }))
         .fallback(|request: Request| async move { Failure::unknown_path(request.uri()) })
         .with_state(app)
+}
+
+/// How the client wants to be served.
+///
+/// # Errors
+/// A header says what it cannot.
+fn terms(headers: &HeaderMap) -> Result<Terms, Error> {
+    Ok(Terms { strict: is_strict(headers)?, within: within(headers)? })
+}
+
+/// How long the client waits: `x-sarai-timeout`, in seconds.
+///
+/// # Errors
+/// The header says something else.
+fn within(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
+    let Some(text) = headers.get("x-sarai-timeout").map(|value| value.to_str().unwrap_or_default()) else {
+        return Ok(None);
+    };
+    let seconds = text.trim().parse::<f64>().ok().filter(|seconds| *seconds > 0.0);
+    let within = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let message = || format!("x-sarai-timeout is `{text}`: use a number of seconds, such as 90");
+    within.ok_or_else(|| Error::invalid("x-sarai-timeout", message())).map(Some)
 }
 
 /// Whether the client wants no degraded answer: `x-sarai-strict: true`.

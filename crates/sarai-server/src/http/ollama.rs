@@ -14,8 +14,9 @@ use serde_json::{Map, Value, json};
 
 use super::error::{Failure, ollama_body};
 use super::waiting::{self, Begun, Step, Waiting};
-use super::{App, body, is_strict, json_response, lane, served_headers, stream};
+use super::{App, body, json_response, lane, served_headers, stream, terms};
 use crate::config::Deployment;
+use crate::dispatch::Terms;
 
 /// `POST /api/chat`.
 pub async fn chat(State(app): State<App>, request: Request) -> Result<Response, Failure> {
@@ -83,9 +84,9 @@ async fn answer(
         let line = LineWriter { kind, model }.without_text(SystemTime::now(), reason);
         Ok(json_response(HeaderMap::new(), &line))
     };
-    let (strict, lane) = (is_strict(request.headers())?, lane(request.headers())?);
+    let (terms, lane) = (terms(request.headers())?, lane(request.headers())?);
     match parse(&body::read(request, &app).await?)? {
-        OllamaRequest::Generate(parsed) => generated(app, kind, parsed.in_lane(lane), strict).await,
+        OllamaRequest::Generate(parsed) => generated(app, kind, parsed.in_lane(lane), terms).await,
         OllamaRequest::Load { model, residence } => {
             app.gateway.load(&model, residence).await?;
             without_text(model, "load")
@@ -97,19 +98,19 @@ async fn answer(
     }
 }
 
-async fn generated(app: App, kind: Kind, parsed: Parsed, strict: bool) -> Result<Response, Error> {
+async fn generated(app: App, kind: Kind, parsed: Parsed, terms: Terms) -> Result<Response, Error> {
     let delivery = parsed.delivery;
     let writer = LineWriter { kind, model: parsed.model.clone() };
     if !delivery.stream {
-        let answer = app.gateway.answer(parsed, strict).await?;
+        let answer = app.gateway.answer(parsed, terms).await?;
         let headers = served_headers(&answer.served);
         let whole = stream::collect(answer.events).await?;
         return Ok(json_response(headers, &writer.whole(SystemTime::now(), whole, &answer.served)));
     }
     let stall = app.stall;
-    let answer = match waiting::begin(app, parsed, strict).await? {
+    let answer = match waiting::begin(app, parsed, terms).await? {
         Begun::Answer(answer) => answer,
-        Begun::Loading(waiting) => return Ok(told_of_its_load(waiting, writer, stall)),
+        Begun::Waiting(waiting) => return Ok(told_meanwhile(waiting, writer, stall)),
     };
     let headers = served_headers(&answer.served);
     let mut under_way = UnderWay::of(answer.served);
@@ -117,8 +118,8 @@ async fn generated(app: App, kind: Kind, parsed: Parsed, strict: bool) -> Result
     Ok(lines(headers, stream::body(answer.events, stall, None, encode)))
 }
 
-/// A stream whose first lines have no text, and tell of the load that it waits for.
-fn told_of_its_load(waiting: Waiting, writer: LineWriter, stall: Duration) -> Response {
+/// A stream whose first lines have no text, and tell of what it waits for.
+fn told_meanwhile(waiting: Waiting, writer: LineWriter, stall: Duration) -> Response {
     let mut under_way = None;
     let encode = move |what| -> Bytes {
         match (what, &mut under_way) {

@@ -1,7 +1,7 @@
 //! Streams whose answer has not begun: while a model is loaded for it, the client is told so.
 //!
-//! Until an answer begins, a failure still has its own status, so nothing is sent. A long load is the exception: clients and proxies
-//! give up on a server that says nothing for long.
+//! Until an answer begins, a failure still has its own status, so nothing is sent. A long load, and an answer that is checked before it is
+//! sent, are the exceptions: clients and proxies give up on a server that says nothing for long.
 
 use std::pin::Pin;
 
@@ -10,7 +10,7 @@ use sarai_api::{Parsed, Served};
 use sarai_core::{Error, Event};
 
 use super::App;
-use crate::dispatch::Answer;
+use crate::dispatch::{Answer, Terms};
 
 /// An answer to come.
 type Coming = Pin<Box<dyn Future<Output = Result<Answer, Error>> + Send>>;
@@ -19,11 +19,11 @@ type Coming = Pin<Box<dyn Future<Output = Result<Answer, Error>> + Send>>;
 pub enum Begun {
     /// It has begun.
     Answer(Answer),
-    /// A model is loaded for it.
-    Loading(Waiting),
+    /// A model is loaded for it, or it is held back.
+    Waiting(Waiting),
 }
 
-/// A stream that waits for a load.
+/// A stream that waits for its first word.
 pub struct Waiting {
     app: App,
     model: String,
@@ -44,15 +44,15 @@ pub enum Step {
 ///
 /// # Errors
 /// It cannot begin.
-pub async fn begin(app: App, parsed: Parsed, strict: bool) -> Result<Begun, Error> {
-    let (gateway, model) = (app.gateway.clone(), parsed.model.clone());
-    let mut coming: Coming = Box::pin(async move { gateway.answer(parsed, strict).await });
+pub async fn begin(app: App, parsed: Parsed, terms: Terms) -> Result<Begun, Error> {
+    let (gateway, model, is_held_back) = (app.gateway.clone(), parsed.model.clone(), app.gateway.holds_back(&parsed));
+    let mut coming: Coming = Box::pin(async move { gateway.answer(parsed, terms).await });
     loop {
         let answer = tokio::time::timeout(app.heartbeat, &mut coming).await;
         match answer {
             Ok(answer) => return answer.map(Begun::Answer),
-            Err(_) if app.gateway.loading(&model).await.is_some() => {
-                return Ok(Begun::Loading(Waiting { app, model, coming }));
+            Err(_) if is_held_back || app.gateway.loading(&model).await.is_some() => {
+                return Ok(Begun::Waiting(Waiting { app, model, coming }));
             }
             Err(_) => {}
         }

@@ -193,6 +193,46 @@ async fn several_calls_of_one_answer_come_in_order_their_arguments_as_they_are_w
     assert_eq!(called, [(&json!("get_weather"), &oslo), (&json!("get_time"), &rome)], "{whole}");
 }
 
+/// One that recites calls without the marks of its template, so that no grammar begins.
+#[tokio::test]
+async fn a_strict_call_without_marks_keeps_its_schema_or_is_not_passed_on_streamed_too() {
+    let file = sketch("sensing/reciting/bare.gguf");
+    let sarai = Sarai::start(&format!("models:\n  coder: {{ backend: gguf_native, gguf_path: {file} }}\n"));
+    let tools = |city: &str, strict: bool| {
+        let parameters =
+            json!({ "type": "object", "properties": { "city": { "enum": [city] } }, "required": ["city"] });
+        json!([{ "type": "function", "function": { "name": "get_weather", "strict": strict, "parameters": parameters } }])
+    };
+    for stream in [false, true] {
+        let oslo = [("get_weather".to_owned(), json!({ "city": "Oslo" }))];
+        for fits in [tools("Oslo", true), tools("Rome", false)] {
+            assert_eq!(calls(&ask(&sarai, json!({ "stream": stream, "tools": fits })).await), oslo);
+        }
+        let broken = ask(&sarai, json!({ "stream": stream, "tools": tools("Rome", true) })).await;
+        assert!(broken.status == 400 && broken.text.contains("json_validate_failed"), "{}", broken.text);
+    }
+}
+
+/// A check that takes longer than it may: what was not checked is named, or refused.
+#[tokio::test]
+async fn what_could_not_be_checked_is_named_as_not_followed() {
+    let sarai = Sarai::start(&models());
+    let mut defs = json!({ "a40": { "type": "integer" } });
+    for at in 0..40 {
+        let next = json!({ "$ref": format!("#/$defs/a{}", at + 1) });
+        defs[format!("a{at}")] = json!({ "allOf": [next, next] });
+    }
+    let endless = json!({ "type": "integer", "not": { "$ref": "#/$defs/a0" }, "$defs": defs });
+    let format = json!({ "type": "json_schema", "json_schema": { "name": "it", "schema": endless } });
+    let body = chat("coder", "A number.", json!({ "response_format": format, "temperature": 0 }));
+    let url = format!("{}/v1/chat/completions", sarai.url);
+    let named = Answer::of(sarai.client.post(&url).body(body.clone()).send().await.unwrap()).await;
+    assert_eq!((named.status, named.header("x-sarai-degraded")), (200, Some("schema:not")), "{}", named.text);
+    let refused = sarai.client.post(&url).header("x-sarai-strict", "true").body(body).send().await.unwrap();
+    let refused = Answer::of(refused).await;
+    assert!(refused.status == 503 && refused.text.contains("schema:not"), "{}", refused.text);
+}
+
 #[tokio::test]
 async fn ollamas_clients_get_calls_whole_and_send_results_back() {
     let sarai = Sarai::start(&models());

@@ -48,6 +48,25 @@ async fn a_stream_that_waits_for_a_load_says_how_far_it_is_and_then_answers() {
     assert!(run.status.success() && said.contains("loading, "), "{said}");
 }
 
+/// Nothing of it is sent before it is checked, which may take as long as the whole answer.
+#[tokio::test]
+async fn a_stream_that_is_held_back_says_that_it_is_waited_for() {
+    let sarai = Sarai::start(&config(&qwen()));
+    let schema = json!({ "type": "array", "items": { "type": "integer", "maximum": 100000 }, "minItems": 40, "maxItems": 60, "uniqueItems": false, "contains": { "type": "integer" } });
+    let format = json!({ "type": "json_schema", "json_schema": { "name": "it", "schema": schema } });
+    let more = json!({ "stream": true, "response_format": format, "temperature": 0, "max_tokens": 400 });
+    sarai.post("/v1/chat/completions", chat("coder", "Hi", json!({ "max_tokens": 1 }))).await;
+    let answer = sarai.post("/v1/chat/completions", chat("coder", "Numbers.", more)).await;
+    assert!(answer.text.starts_with(": waiting\n\n"), "{}", answer.text);
+    let text: String = answer
+        .sse()
+        .iter()
+        .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str().map(str::to_owned))
+        .collect();
+    let numbers: Vec<i64> = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{}", answer.text));
+    assert!((40..=60).contains(&numbers.len()) && answer.text.ends_with("[DONE]\n\n"), "{}", answer.text);
+}
+
 /// Only a load is told of: whoever waits for anything else still gets the status of its failure.
 #[tokio::test]
 async fn a_failure_keeps_its_status_where_nothing_is_loaded() {

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use super::error::{Failure, openai_body};
 use super::waiting::{self, Begun, Step, Waiting};
-use super::{App, body, is_strict, json_response, lane, served_headers, stream};
+use super::{App, body, json_response, lane, served_headers, stream, terms};
 use crate::catalog::Catalog;
 use crate::config::{Deployment, Model};
 use crate::pool::Snapshot;
@@ -78,7 +78,7 @@ async fn answer(
     kind: Kind,
     parse: fn(&[u8]) -> Result<Parsed, Error>,
 ) -> Result<Response, Error> {
-    let (strict, lane) = (is_strict(request.headers())?, lane(request.headers())?);
+    let (terms, lane) = (terms(request.headers())?, lane(request.headers())?);
     let parsed = parse(&body::read(request, &app).await?)?.in_lane(lane);
     let delivery = parsed.delivery;
     let writer = ChunkWriter {
@@ -90,19 +90,19 @@ async fn answer(
         index: 0,
     };
     if !parsed.others.is_empty() {
-        return several::answer(app, parsed, writer, strict).await;
+        return several::answer(app, parsed, writer, terms).await;
     }
     if !delivery.stream {
-        let answer = app.gateway.answer(parsed, strict).await?;
+        let answer = app.gateway.answer(parsed, terms).await?;
         let headers = served_headers(&answer.served);
         let whole = stream::collect(answer.events).await?;
         let body = writer.whole(whole, &answer.served);
         return Ok(json_response(headers, &body));
     }
     let stall = app.stall;
-    let answer = match waiting::begin(app, parsed, strict).await? {
+    let answer = match waiting::begin(app, parsed, terms).await? {
         Begun::Answer(answer) => answer,
-        Begun::Loading(waiting) => return Ok(told_of_its_load(waiting, writer, stall)),
+        Begun::Waiting(waiting) => return Ok(told_meanwhile(waiting, writer, stall)),
     };
     let headers = served_headers(&answer.served);
     let first = writer.role().map(|chunk| Bytes::from(sse(&chunk)));
@@ -115,8 +115,8 @@ async fn answer(
     Ok(event_stream(headers, stream::body(answer.events, stall, first, encode)))
 }
 
-/// A stream whose first words are comments about the load that it waits for.
-fn told_of_its_load(waiting: Waiting, writer: ChunkWriter, stall: Duration) -> Response {
+/// A stream whose first words are comments about what it waits for.
+fn told_meanwhile(waiting: Waiting, writer: ChunkWriter, stall: Duration) -> Response {
     let mut end = None;
     let encode = move |what| -> Bytes {
         let done = match &what {
@@ -197,6 +197,7 @@ fn step(writer: &ChunkWriter, end: &mut End, event: Result<Event, Error>) -> Str
             end.usage_details = Value::Null;
             String::new()
         }
+        Ok(Event::Text(text)) if end.logprobs.is_empty() => sse(&writer.text(&text)),
         Ok(Event::Text(text)) => {
             let chunk = writer.text_with(&text, &std::mem::take(&mut end.logprobs), end.said);
             end.said += text.chars().count();

@@ -16,21 +16,21 @@ use serde_json::Value;
 use super::super::waiting::{self, Begun, Step};
 use super::super::{App, json_response, served_headers};
 use super::{End, event_stream, last, write_step};
-use crate::dispatch::Answer;
+use crate::dispatch::{Answer, Terms};
 use crate::http::stream as bodies;
 
 /// Answers all of it.
 ///
 /// # Errors
 /// One of them cannot begin, or, where they are wanted whole, ends with an error.
-pub async fn answer(app: App, parsed: Parsed, writer: ChunkWriter, strict: bool) -> Result<Response, Error> {
+pub async fn answer(app: App, parsed: Parsed, writer: ChunkWriter, terms: Terms) -> Result<Response, Error> {
     let Parsed { model, request, others, delivery } = parsed;
     let requests: Vec<_> = [request].into_iter().chain(others).collect();
     let sum = Sum::of(&requests);
     let asked: Vec<_> = requests.into_iter().map(|request| one(&model, request, delivery)).collect();
     match delivery.stream {
-        true => streamed(app, asked, sum, writer, strict).await,
-        false => whole(app, asked, sum, writer, strict).await,
+        true => streamed(app, asked, sum, writer, terms).await,
+        false => whole(app, asked, sum, writer, terms).await,
     }
 }
 
@@ -73,12 +73,12 @@ async fn whole(
     asked: Vec<Parsed>,
     mut sum: Sum,
     writer: ChunkWriter,
-    strict: bool,
+    terms: Terms,
 ) -> Result<Response, Error> {
     let answers = asked.into_iter().enumerate().map(|(index, parsed)| {
         let (gateway, writer) = (&app.gateway, ChunkWriter { index, ..writer.clone() });
         async move {
-            let Answer { served, events } = gateway.answer(parsed, strict).await?;
+            let Answer { served, events } = gateway.answer(parsed, terms).await?;
             let whole = bodies::collect(events).await?;
             Ok::<_, Error>((served_headers(&served), whole.usage, writer.whole(whole, &served)))
         }
@@ -100,21 +100,21 @@ async fn streamed(
     asked: Vec<Parsed>,
     mut sum: Sum,
     writer: ChunkWriter,
-    strict: bool,
+    terms: Terms,
 ) -> Result<Response, Error> {
     let mut answers: Vec<_> =
         (0..asked.len()).map(|index| (ChunkWriter { index, ..writer.clone() }, None::<End>)).collect();
     let mut asked = asked.into_iter();
     let Some(first) = asked.next() else { return Err(Error::Internal("nothing was asked".into())) };
     // Who serves stands in the headers, and how a failure before them looks is its own.
-    let (headers, first) = match waiting::begin(app.clone(), first, strict).await? {
+    let (headers, first) = match waiting::begin(app.clone(), first, terms).await? {
         Begun::Answer(answer) => (served_headers(&answer.served), waiting::answered(Ok(answer))),
-        Begun::Loading(waiting) => (HeaderMap::new(), waiting.steps()),
+        Begun::Waiting(waiting) => (HeaderMap::new(), waiting.steps()),
     };
     let gateway = app.gateway.clone();
     let later = asked.map(move |parsed| {
         let gateway = gateway.clone();
-        let answer = async move { waiting::answered(gateway.answer(parsed, strict).await) };
+        let answer = async move { waiting::answered(gateway.answer(parsed, terms).await) };
         stream::once(answer).flatten().boxed()
     });
     let all = [first].into_iter().chain(later).enumerate();
