@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::extras::Rest;
 use crate::ollama::keep_alive;
+use crate::sampling::float;
 use crate::{Served, check, json as wire};
 
 /// A parsed request.
@@ -173,7 +174,7 @@ fn dimensions(written: Option<i64>) -> Result<Option<usize>, Error> {
 
 #[derive(Deserialize)]
 struct OpenAiBody {
-    model: String,
+    model: Option<String>,
     input: Inputs,
     encoding_format: Option<String>,
     dimensions: Option<i64>,
@@ -195,7 +196,7 @@ pub fn parse_openai(body: &[u8]) -> Result<Parsed, Error> {
             return Err(Error::invalid("encoding_format", message));
         }
     };
-    let mut parsed = Parsed::new(body.model, body.input.read("input")?);
+    let mut parsed = Parsed::new(body.model.unwrap_or_default(), body.input.read("input")?);
     parsed.request.truncate = body.truncate.unwrap_or(false);
     Ok(Parsed { dimensions: dimensions(body.dimensions)?, is_base64, extras, ..parsed })
 }
@@ -205,7 +206,7 @@ pub fn parse_openai(body: &[u8]) -> Result<Parsed, Error> {
 pub fn openai(model: &str, is_base64: bool, embedded: &Embedded, served: &Served) -> Value {
     let vector = |values: &Vec<f32>| match is_base64 {
         true => STANDARD.encode(values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>()).into(),
-        false => json!(values),
+        false => numbers(values),
     };
     let rows = embedded.vectors.iter().enumerate();
     let rows =
@@ -281,7 +282,7 @@ pub fn ollama(model: &str, embedded: &Embedded, served: &Served) -> Value {
     let ns = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
     let Embedded { vectors, usage, timings } = embedded;
     json!({
-        "model": model, "embeddings": vectors,
+        "model": model, "embeddings": vectors.iter().map(|vector| numbers(vector)).collect::<Vec<_>>(),
         "total_duration": ns(timings.queue + timings.load + timings.prefill), "load_duration": ns(timings.load),
         "prompt_eval_count": usage.prompt_tokens, "sarai": crate::openai::extension(served, timings),
     })
@@ -290,12 +291,17 @@ pub fn ollama(model: &str, embedded: &Embedded, served: &Served) -> Value {
 /// The answer of the older `/api/embeddings`.
 #[must_use]
 pub fn ollama_old(embedded: &Embedded) -> Value {
-    json!({ "embedding": embedded.vectors.first().map_or(&[][..], Vec::as_slice) })
+    json!({ "embedding": numbers(embedded.vectors.first().map_or(&[][..], Vec::as_slice)) })
+}
+
+/// A vector in as few digits as tell its numbers apart.
+fn numbers(vector: &[f32]) -> Value {
+    vector.iter().map(|number| float(*number)).collect()
 }
 
 #[derive(Deserialize)]
 struct RerankBody {
-    model: String,
+    model: Option<String>,
     query: String,
     documents: Option<Vec<Document>>,
     /// As Text Embeddings Inference calls them.
@@ -340,7 +346,7 @@ pub fn parse_rerank(body: &[u8]) -> Result<Parsed, Error> {
                 .ok_or_else(|| Error::invalid("top_n", format!("`top_n` is {n}: use a number from 1 on")))?,
         ),
     };
-    let mut parsed = Parsed::new(body.model, checked(param, texts.collect())?);
+    let mut parsed = Parsed::new(body.model.unwrap_or_default(), checked(param, texts.collect())?);
     parsed.request.query = Some(check::text("query", body.query)?);
     parsed.request.truncate = body.truncate.unwrap_or(false);
     let returns_documents = body.return_documents.or(body.return_text).unwrap_or(false);

@@ -208,6 +208,11 @@ impl Rest {
         calls.unwrap_or_default()
     }
 
+    /// Something is lost wherever it is asked.
+    pub fn degrade(&mut self, name: &str) {
+        self.extras.degrades.push(name.to_owned());
+    }
+
     /// All that is set, but for what is needed and these, is lost where it is not understood.
     pub fn degrades_without(&mut self, harmless: &'static [&'static str]) {
         self.harmless = Some(harmless);

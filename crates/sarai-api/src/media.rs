@@ -37,6 +37,19 @@ pub fn media_source(param: &str, kind: MediaKind, written: Option<&Value>) -> Re
     }
 }
 
+/// Whether a file in base64 is one of sound, by its first bytes: WAV, MP3 or FLAC.
+pub fn is_sound(text: &str) -> bool {
+    // A picture in WebP begins as WAV does.
+    const LETTERS: usize = 16;
+    let Some(first) = text.get(..LETTERS).and_then(from_base64) else { return false };
+    match first[..] {
+        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'A', b'V', b'E'] => true,
+        [b'f', b'L', b'a', b'C', ..] | [b'I', b'D', b'3', ..] => true,
+        [0xff, second, ..] => second & 0xe0 == 0xe0,
+        _ => false,
+    }
+}
+
 /// A file in base64.
 ///
 /// # Errors
@@ -54,6 +67,25 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn sound_is_told_from_pictures_by_its_first_bytes() {
+        use base64::Engine;
+        let is_it = |bytes: &[u8]| is_sound(&base64::engine::general_purpose::STANDARD.encode(bytes));
+        for sound in [
+            &b"RIFF\0\0\0\0WAVEfmt "[..],
+            b"fLaC\0\0\0\x22\0\0\0\0",
+            b"ID3\x04\0\0\0\0\0\0\0\0",
+            b"\xff\xfb\x90\x64\0\0\0\0\0\0\0\0",
+        ] {
+            assert!(is_it(sound), "{sound:?}");
+        }
+        for picture in
+            [&b"RIFF\0\0\0\0WEBPVP8 "[..], b"\xff\xd8\xff\xe0\0\x10JFIF\0\x01", b"\x89PNG\r\n\x1a\n\0\0\0\r", b"short"]
+        {
+            assert!(!is_it(picture), "{picture:?}");
+        }
+    }
 
     #[test]
     fn media_are_read_in_every_way_that_clients_write_them() {

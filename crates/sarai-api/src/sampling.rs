@@ -30,6 +30,15 @@ enum Stop {
 }
 
 impl WireSampling {
+    /// Takes out a penalty for repetition that is none, which would divide by nothing.
+    pub fn has_no_repeat_penalty(&mut self) -> bool {
+        let is_none = self.repeat_penalty.is_some_and(|penalty| penalty <= 0.0);
+        if is_none {
+            self.repeat_penalty = None;
+        }
+        is_none
+    }
+
     /// Checks the ranges, with the API's own limit of the temperature; returns the sampling, without logit bias, and the stop texts.
     ///
     /// # Errors

@@ -69,8 +69,8 @@ fn openai_answers_and_chunks() {
         let chunks = [
             writer.role(),
             Some(writer.text("Hel")),
-            Some(writer.finish(FinishReason::Length, &served(), &timings())),
-            writer.usage(&USAGE, &serde_json::Value::Null),
+            Some(writer.finish(FinishReason::Length, &USAGE, &timings(), &served())),
+            writer.usage(&USAGE, Some(&timings()), &serde_json::Value::Null),
         ];
         for text in ["Hel", "\"quoted\"\n", "\u{1}"] {
             assert_eq!(writer.around_text().with(text.into()), writer.text(text).to_string());
@@ -87,7 +87,7 @@ fn openai_answers_and_chunks() {
         include_usage: false,
         index: 0,
     };
-    golden("openai_chat_resumed", &writer.finish(FinishReason::Stop, &resumed, &timings()));
+    golden("openai_chat_resumed", &writer.finish(FinishReason::Stop, &USAGE, &timings(), &resumed));
     golden("openai_models", &openai::models(vec![openai::model("solar", 0)]));
     golden("openai_error", &openai::error_body("no", "invalid_request_error", Some("n"), None));
 }
@@ -161,6 +161,8 @@ fn requests_of_both_apis_mean_the_same() {
     // Each is told of mistakes in its own words.
     let param = std::mem::replace(&mut openai.request.format_param, ollama.request.format_param.clone());
     assert_eq!((&*param, &*ollama.request.format_param), ("response_format", "format"));
+    // Only Ollama cuts what is too long.
+    assert!(std::mem::take(&mut ollama.request.truncate));
     assert_eq!(openai.request, ollama.request);
     assert!(openai.delivery.stream && ollama.delivery.stream, "Ollama streams unless told not to");
 }

@@ -143,8 +143,8 @@ pub enum Error {
     },
     /// The prompt does not fit the model's context.
     #[error(
-        "the prompt has {prompt_tokens} tokens, the context of `{model}` holds {context_tokens} and an answer needs at \
-         least one: shorten the prompt or raise context_length"
+        "the prompt has {prompt_tokens} tokens, which exceeds the available context size: the context of `{model}` holds \
+         {context_tokens}, and an answer needs at least one: shorten the prompt or raise context_length"
     )]
     ContextOverflow {
         /// The model's name.
@@ -156,7 +156,8 @@ pub enum Error {
     },
     /// A text of which a vector is wanted does not fit the model's context.
     #[error(
-        "a text has {tokens} tokens, and `{model}` reads at most {most} at a time: shorten it, or have it truncated"
+        "the input is too large: a text has {tokens} tokens, which exceeds the context length, and the maximum input length of \
+         `{model}` is {most} tokens: shorten it, or have it truncated"
     )]
     TextTooLong {
         /// The model's name.
@@ -167,13 +168,16 @@ pub enum Error {
         most: u32,
     },
     /// No model has this name.
-    #[error("no model is called `{name}`{}", suggestion(known))]
+    #[error("model '{name}' not found{}", suggestion(known))]
     UnknownModel {
         /// The name that was asked for.
         name: String,
         /// The names that exist.
         known: Vec<String>,
     },
+    /// The client has none of the keys that the server asks for.
+    #[error("no valid API key was sent: send one of server.api_keys as `Authorization: Bearer KEY`")]
+    WrongKey,
     /// The body is larger than the server takes.
     #[error("the request body is larger than {limit_bytes} bytes: send less, or raise server.max_body_mb")]
     BodyTooLarge {
@@ -283,6 +287,7 @@ impl Error {
         match self {
             Self::InvalidRequest { .. }
             | Self::UnknownModel { .. }
+            | Self::WrongKey
             | Self::BodyTooLarge { .. }
             | Self::Overloaded { .. }
             | Self::AllFailed { .. }

@@ -252,6 +252,12 @@ pub struct GenerateRequest {
     /// its tokens count as generated ones.
     #[serde(default)]
     pub given: String,
+    /// What follows the place that a raw prompt's answer is to fill.
+    #[serde(default)]
+    pub suffix: Option<String>,
+    /// Whether a prompt that is too long for its context is cut: the oldest messages go, or the middle of a single one.
+    #[serde(default)]
+    pub truncate: bool,
     /// What only hosts of the client's API can follow; workers do not see it.
     #[serde(skip)]
     pub extras: Option<Box<Extras>>,
@@ -303,6 +309,8 @@ impl GenerateRequest {
             lane: Lane::default(),
             prefill: String::new(),
             given: String::new(),
+            suffix: None,
+            truncate: false,
             extras: None,
         }
     }

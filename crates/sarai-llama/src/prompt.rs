@@ -5,7 +5,7 @@ use llama_cpp_4::chat::{
 };
 use llama_cpp_4::model::{AddBos, LlamaModel, Special};
 use llama_cpp_4::token::LlamaToken;
-use sarai_core::{Error, GenerateRequest, Message, Prompt, ToolChoice, Tools};
+use sarai_core::{Error, GenerateRequest, Message, Prompt, Role, ToolChoice, Tools};
 use serde_json::{Value, json};
 
 use crate::media::{Part, parts_of};
@@ -39,10 +39,10 @@ pub enum Rendering {
 pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateRequest) -> Result<Rendered, Error> {
     let mut form = None;
     let prompt = match &request.prompt {
-        Prompt::Raw(text) => {
-            let tokens = model.str_to_token_with_special(text, AddBos::Always, Special::Tokenize).map_err(internal)?;
-            Rendering::Tokens(tokens)
-        }
+        Prompt::Raw(text) => Rendering::Tokens(match &request.suffix {
+            Some(suffix) => around(model, text, suffix)?,
+            None => model.str_to_token_with_special(text, AddBos::Always, Special::Tokenize).map_err(internal)?,
+        }),
         Prompt::Chat(messages) => {
             // Nobody can know it, so nobody writes it into a message.
             let mark = format!("<media {:032x} ", rand::random::<u128>());
@@ -72,6 +72,98 @@ pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateR
         prefill = both[..at].to_vec();
     }
     Ok(Rendered { prompt, prefill, given, form })
+}
+
+/// A prompt as [`render`] makes it, cut where it is too long for the context and may be: the oldest messages go first, but for those of
+/// the system and the last one; then the middle of what is left.
+///
+/// # Errors
+/// As [`render`].
+pub fn render_within(
+    model: &LlamaModel,
+    templates: &ChatTemplates,
+    request: &GenerateRequest,
+    context_tokens: usize,
+) -> Result<Rendered, Error> {
+    let mut rendered = render(model, templates, request)?;
+    if !request.truncate {
+        return Ok(rendered);
+    }
+    // An answer needs room too.
+    let answer = request.max_tokens.map_or(usize::MAX, |most| most as usize).min(context_tokens / ROOM);
+    let room = context_tokens.saturating_sub(answer.max(1));
+    if rendered.fits(room) {
+        return Ok(rendered);
+    }
+    if let Prompt::Chat(messages) = &request.prompt {
+        let droppable = messages.iter().rev().skip(1).filter(|message| message.role != Role::System).count();
+        let without = |dropped: usize| render(model, templates, &without_oldest(request, messages, dropped));
+        // Fewer messages are fewer tokens; a template may refuse some of them, such as results without their calls.
+        let (mut few, mut many) = (0, droppable);
+        while few + 1 < many {
+            let middle = usize::midpoint(few, many);
+            match without(middle).is_ok_and(|rendered| rendered.fits(room)) {
+                true => many = middle,
+                false => few = middle,
+            }
+        }
+        rendered = without(many).or_else(|_| without(droppable))?;
+    }
+    rendered.cut(room);
+    Ok(rendered)
+}
+
+/// Of a context, an answer has so much room at least where a prompt is cut: one part of so many.
+const ROOM: usize = 4;
+/// Tokens at the beginning of a prompt that are kept, as Ollama has it.
+const KEPT: usize = 4;
+
+/// A request without so many of its oldest messages.
+fn without_oldest(request: &GenerateRequest, messages: &[Message], dropped: usize) -> GenerateRequest {
+    let (last, earlier) = messages.split_last().map_or((None, &[][..]), |(last, earlier)| (Some(last), earlier));
+    let mut left = dropped;
+    let kept = earlier.iter().filter(|message| {
+        let is_kept = message.role == Role::System || left == 0;
+        left -= usize::from(!is_kept);
+        is_kept
+    });
+    GenerateRequest { prompt: Prompt::Chat(kept.chain(last).cloned().collect()), ..request.clone() }
+}
+
+impl Rendered {
+    /// Whether all that is text in the prompt, and no more, has so much room.
+    fn fits(&self, room: usize) -> bool {
+        match &self.prompt {
+            Rendering::Tokens(tokens) => tokens.len() + self.prefill.len() + self.given.len() <= room,
+            // How long pictures are is not known yet.
+            Rendering::Parts(_) => true,
+        }
+    }
+
+    /// Takes out the middle of a prompt that has not so much room.
+    fn cut(&mut self, room: usize) {
+        let room = room.saturating_sub(self.prefill.len() + self.given.len());
+        if let Rendering::Tokens(tokens) = &mut self.prompt
+            && tokens.len() > room
+        {
+            let kept = KEPT.min(room / 2);
+            tokens.drain(kept..tokens.len() - (room - kept));
+        }
+    }
+}
+
+/// The text around a place that is to be filled, as llama.cpp's server has it.
+fn around(model: &LlamaModel, prefix: &str, suffix: &str) -> Result<Vec<LlamaToken>, Error> {
+    let marks = [model.token_fim_pre(), model.token_fim_suf(), model.token_fim_mid()];
+    if marks.iter().any(|mark| mark.0 < 0) {
+        let message =
+            "the model does not support insert: its vocabulary has no tokens for filling in, leave `suffix` out";
+        return Err(Error::invalid("suffix", message));
+    }
+    let tokens = |text: &str, bos| model.str_to_token_with_special(text, bos, Special::Plaintext).map_err(internal);
+    let begin = model.str_to_token_with_special("", AddBos::Always, Special::Plaintext).map_err(internal)?;
+    let [pre, suf, mid] = marks.map(|mark| vec![mark]);
+    Ok([begin, pre, tokens(prefix, AddBos::Never)?, suf, tokens(suffix, AddBos::Never)?, mid].concat())
 }
 
 /// Text that goes on in the middle of a line. Some vocabularies put a space before whatever they are handed: there, it is

@@ -87,7 +87,7 @@ impl Gateway {
         if parsed.request.inputs.is_empty() {
             // As Ollama's clients have a model loaded, or unloaded.
             match parsed.keep_alive {
-                Some(KeepAlive::For(0)) => self.unload(&parsed.model)?,
+                Some(KeepAlive::For(0)) => self.unload(&parsed.model).await?,
                 keep_alive => self.load(&parsed.model, Residence { context_tokens: None, keep_alive }).await?,
             }
             return Ok((Served::default(), Embedded::default()));
@@ -132,18 +132,42 @@ impl Gateway {
         self.dispatch.load(&model, residence).await
     }
 
-    /// Unloads the local engine of a model, once it is idle.
+    /// Unloads a model where it is: a local engine once it is idle; a host is told.
     ///
     /// # Errors
-    /// No model has this name.
-    pub fn unload(&self, name: &str) -> Result<(), Error> {
+    /// No model has this name, or none of its hosts can be told, and it is nowhere else.
+    pub async fn unload(&self, name: &str) -> Result<(), Error> {
         let model = Arc::clone(self.catalog().find(name)?);
+        let mut told = Err(None);
         for deployment in &model.deployments {
-            if let Some((engine, _)) = deployment.engine() {
-                self.dispatch.pool.unload(engine);
+            let outcome = match (deployment.engine(), deployment) {
+                (Some((engine, _)), _) => {
+                    self.dispatch.pool.unload(engine);
+                    Ok(())
+                }
+                (None, Deployment::Remote(remote)) => self.dispatch.unload_at(&model, remote).await,
+                (None, _) => Ok(()),
+            };
+            told = told.or_else(|first: Option<Error>| outcome.map_err(|error| first.or(Some(error))));
+        }
+        told.or_else(|error| error.map_or(Ok(()), Err))
+    }
+
+    /// The only model of a role: what is meant where none is named.
+    ///
+    /// # Errors
+    /// There are several, or none.
+    pub fn only_model(&self, role: ModelRole) -> Result<String, Error> {
+        let catalog = self.catalog();
+        let names: Vec<_> = catalog.models.iter().filter(|model| model.role == role).map(|model| &model.name).collect();
+        match names[..] {
+            [only] => Ok(only.clone()),
+            [] => Err(Error::invalid("model", "`model` is missing: name the model")),
+            _ => {
+                let names = names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+                Err(Error::invalid("model", format!("`model` is missing: name one of {names}")))
             }
         }
-        Ok(())
     }
 
     /// The catalog as it is now.

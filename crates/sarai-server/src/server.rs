@@ -129,6 +129,7 @@ impl Server {
             max_body_bytes: self.config.server.max_body_bytes,
             stall: self.config.server.stall,
             heartbeat: self.config.server.heartbeat,
+            started: std::time::SystemTime::now(),
         };
         let resident = tokio::spawn(load_residents(self.gateway.clone(), self.config.clone()));
         let drain = self.config.server.drain;
@@ -138,7 +139,7 @@ impl Server {
             let _ = stopping.send(true);
         };
         tokio::select! {
-            () = connections::serve(self.listener, router(app), signal) => {}
+            () = connections::serve(self.listener, router(app, &self.config.server.access), signal) => {}
             () = async { let _ = stopped.wait_for(|&stopped| stopped).await; tokio::time::sleep(drain).await } => {
                 tracing::warn!(seconds = drain.as_secs(), "answers that still ran were cut (server.drain_seconds)");
             }

@@ -18,7 +18,7 @@ Environment (over the file; also from a `.env` in the working directory):
   <NAME>_MODEL_NAME    what the remote host calls model NAME
   OLLAMA_BASE_URL      the Ollama host of all ollama_http models
   MAX_CONCURRENT_LLMS  local LLMs that may be resident at the same time
-  SARAI_CONFIG, SARAI_URL, SARAI_LOG   as --config, --url, and a log filter such as `debug`
+  SARAI_CONFIG, SARAI_URL, SARAI_API_KEY, SARAI_LOG   as --config, --url, and a log filter such as `debug`
 
 Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 no server answers"
 )]
@@ -122,6 +122,9 @@ pub struct UrlArgs {
     /// The server
     #[arg(long, env = "SARAI_URL", default_value = "http://127.0.0.1:11435")]
     pub url: String,
+    /// One of its keys, if it asks for them
+    #[arg(long, env = "SARAI_API_KEY", hide_env_values = true, value_name = "KEY")]
+    pub api_key: Option<String>,
 }
 
 /// Arguments of `plan`.

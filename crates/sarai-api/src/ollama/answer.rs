@@ -2,11 +2,11 @@
 
 use std::time::{Duration, SystemTime};
 
-use sarai_core::{Api, Extra, FinishReason, MediaKind, Purpose, Timings, TokenLogprob, ToolCall, Usage};
+use sarai_core::{Api, Extra, FinishReason, MediaKind, Purpose, Sampling, Timings, TokenLogprob, ToolCall, Usage};
 use serde_json::{Value, json};
 
 use crate::openai::extension;
-use crate::{Served, Whole, logprobs, tools};
+use crate::{Served, Whole, logprobs, sampling, tools};
 
 /// Which of the two endpoints answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -250,6 +250,14 @@ pub fn process_entry(
         "details": facts.details(), "expires_at": timestamp(expires), "size_vram": 0,
         "context_length": context_tokens, "sarai": sarai,
     })
+}
+
+/// What a model is asked with where a request says nothing, as a Modelfile has it: a name and a value in each line.
+#[must_use]
+pub fn parameters(context_tokens: u32, sampling: &Sampling) -> String {
+    let set = sampling::to_wire(sampling, &[]);
+    let set = set.into_iter().map(|(name, value)| format!("\n{name:<30} {value}"));
+    format!("{:<30} {context_tokens}{}", "num_ctx", set.collect::<String>())
 }
 
 /// `POST /api/show`.

@@ -12,11 +12,12 @@ use super::keep_alive;
 use crate::{RemoteLine, sampling, translate};
 
 /// The path and the body that ask an Ollama host for this. Options that are not set are left to the host; a prompt
-/// that does not fit its context is to be refused, not cut.
+/// that does not fit its context is to be refused, and cut only where that is asked for.
 #[must_use]
 pub fn chat_request(model: &str, context_tokens: Option<u32>, request: &GenerateRequest) -> (&'static str, Value) {
+    let truncate = request.truncate;
     let mut body =
-        json!({ "model": model, "stream": true, "truncate": false, "options": options(request, context_tokens) });
+        json!({ "model": model, "stream": true, "truncate": truncate, "options": options(request, context_tokens) });
     if let Some(time) = request.residence.keep_alive {
         body["keep_alive"] = keep_alive::to_wire(time);
     }
@@ -40,7 +41,11 @@ pub fn chat_request(model: &str, context_tokens: Option<u32>, request: &Generate
         }
         Prompt::Raw(text) => {
             body["prompt"] = text.as_str().into();
-            body["raw"] = true.into();
+            match &request.suffix {
+                // The template knows where it belongs.
+                Some(suffix) => body["suffix"] = suffix.as_str().into(),
+                None => body["raw"] = true.into(),
+            }
             "/api/generate"
         }
     };

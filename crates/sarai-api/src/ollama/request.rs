@@ -42,6 +42,7 @@ struct Common {
     format: Option<Value>,
     options: Option<Object<Options>>,
     keep_alive: Option<Value>,
+    truncate: Option<bool>,
 }
 
 #[derive(Default, Deserialize)]
@@ -76,10 +77,11 @@ struct AllOptions {
 }
 
 /// Fields that are read here; all others are left to hosts.
-const READ: [&str; 9] = ["model", "stream", "format", "options", "keep_alive", "messages", "prompt", "system", "raw"];
+const READ: [&str; 10] =
+    ["model", "stream", "format", "options", "keep_alive", "messages", "prompt", "system", "raw", "truncate"];
 const READ_OPTIONS: [&str; 2] = ["num_predict", "num_ctx"];
 /// Fields that change what is asked for.
-const NEEDS: [&str; 3] = ["suffix", "template", "context"];
+const NEEDS: [&str; 2] = ["template", "context"];
 /// Options that change the answer, if not what it is an answer to.
 const DEGRADING: [&str; 5] = ["num_keep", "mirostat", "mirostat_eta", "mirostat_tau", "tfs_z"];
 
@@ -96,6 +98,7 @@ struct GenerateBody {
     prompt: Option<String>,
     system: Option<String>,
     raw: Option<bool>,
+    suffix: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -137,14 +140,16 @@ pub fn parse_chat(body: &[u8]) -> Result<OllamaRequest, Error> {
     common.finish(body, prompt, rest, true)
 }
 
-/// Pictures, which Ollama puts before the text.
+/// Pictures and sound, which Ollama puts before the text, in one list.
 fn images(rest: &mut Rest, param: &str, written: Option<&Value>) -> Result<Vec<Media>, Error> {
     let Some(written) = written.filter(|written| !check::is_default(written)) else { return Ok(Vec::new()) };
     let wrong = || Error::invalid(param, format!("`{param}` is no array of texts: send files in base64"));
     let read = |(index, image): (usize, &Value)| {
         let param = format!("{param}[{index}]");
         let source = media::base64(&param, image.as_str().ok_or_else(wrong)?)?;
-        Ok(Media { kind: MediaKind::Image, source, at: 0, param })
+        let is_sound = image.as_str().is_some_and(media::is_sound);
+        let kind = if is_sound { MediaKind::Audio } else { MediaKind::Image };
+        Ok(Media { kind, source, at: 0, param })
     };
     let media = written.as_array().ok_or_else(wrong)?.iter().enumerate().map(read).collect::<Result<_, Error>>()?;
     rest.need_also(param, format!("`{param}` is not supported"), true);
@@ -169,11 +174,20 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
     if is_raw && !media.is_empty() {
         rest.need_also("images", "`images` with `raw` is not supported".into(), false);
     }
-    if rest.is_needy() {
+    let suffix = generate.suffix.filter(|suffix| !suffix.is_empty());
+    let suffix = suffix.map(|suffix| check::text("suffix", suffix)).transpose()?;
+    if suffix.is_some() {
+        if !media.is_empty() {
+            return Err(Error::invalid("suffix", "`suffix` and `images` are both set: use one of them"));
+        }
+        rest.need_also("suffix", "`suffix` is not supported".into(), true);
+    }
+    // A host says so what a next request may go on from, and has its own template for a suffix.
+    if !is_raw || rest.is_needy() {
         rest.generate();
         ["prompt", "system", "raw"].iter().for_each(|name| rest.keep(name));
     }
-    let prompt = if is_raw {
+    let prompt = if is_raw || suffix.is_some() {
         Prompt::Raw(prompt)
     } else {
         let system = generate.system.filter(|system| !system.is_empty());
@@ -181,7 +195,11 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
         let user = Message { media, ..Message::new(Role::User, prompt) };
         Prompt::Chat(system.into_iter().chain([user]).collect())
     };
-    common.finish(body, prompt, rest, false)
+    let mut asked = common.finish(body, prompt, rest, false)?;
+    if let OllamaRequest::Generate(parsed) = &mut asked {
+        parsed.request.suffix = suffix;
+    }
+    Ok(asked)
 }
 
 /// Reads the model's name from a body such as `/api/show`'s.
@@ -223,7 +241,12 @@ impl Common {
         let residence = self.residence()?;
         let options = self.options.map(|Object(options)| options).unwrap_or_default();
         let sampling: SamplingBody = json::parse(body)?;
-        let (sampling, stop) = sampling.options.map(|Object(sampling)| sampling).unwrap_or_default().meant(100.0)?;
+        let mut sampling = sampling.options.map(|Object(sampling)| sampling).unwrap_or_default();
+        if sampling.has_no_repeat_penalty() {
+            // LiteLLM sends OpenAI's `frequency_penalty` so, of which 0 is none.
+            rest.degrade("options.repeat_penalty");
+        }
+        let (sampling, stop) = sampling.meant(100.0)?;
         // Ollama: 0 and -1 are without limit, -2 until the context is full; all end here with the context.
         let max_tokens = options.num_predict.filter(|&n| n > 0).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         let request = GenerateRequest {
@@ -241,6 +264,8 @@ impl Common {
             lane: Lane::default(),
             prefill: String::new(),
             given: String::new(),
+            suffix: None,
+            truncate: self.truncate.unwrap_or(true),
             extras: Some(rest.finish()),
         };
         let delivery = Delivery { stream: self.stream.unwrap_or(true), include_usage: true };

@@ -32,11 +32,11 @@ pub struct ChunkWriter {
 }
 
 impl ChunkWriter {
-    /// The first chunk of a chat, which names the role; completions have none.
+    /// The first chunk of a chat, which names the role; completions have none. Its content is none, as llama.cpp has it: a call may follow.
     #[must_use]
     pub fn role(&self) -> Option<Value> {
         let choice =
-            json!({ "index": self.index, "delta": { "role": "assistant", "content": "" }, "finish_reason": null });
+            json!({ "index": self.index, "delta": { "role": "assistant", "content": null }, "finish_reason": null });
         (self.kind == Kind::Chat).then(|| self.chunk(vec![choice]))
     }
 
@@ -73,10 +73,11 @@ impl ChunkWriter {
         }
     }
 
-    /// A chunk of reasoning.
+    /// A chunk of reasoning, as llama.cpp's server and as Ollama call it.
     #[must_use]
     pub fn reasoning(&self, text: &str) -> Option<Value> {
-        let choice = json!({ "index": self.index, "delta": { "reasoning_content": text }, "finish_reason": null });
+        let delta = json!({ "reasoning_content": text, "reasoning": text });
+        let choice = json!({ "index": self.index, "delta": delta, "finish_reason": null });
         (self.kind == Kind::Chat).then(|| self.chunk(vec![choice]))
     }
 
@@ -110,23 +111,31 @@ impl ChunkWriter {
 
     /// The chunk that ends the text, with the extension field `sarai`.
     #[must_use]
-    pub fn finish(&self, finish: FinishReason, served: &Served, timings: &Timings) -> Value {
+    pub fn finish(&self, finish: FinishReason, usage: &Usage, timings: &Timings, served: &Served) -> Value {
         let finish = finish.as_str();
         let mut chunk = self.chunk(vec![match self.kind {
             Kind::Chat => json!({ "index": self.index, "delta": {}, "finish_reason": finish }),
             Kind::Completion => json!({ "index": self.index, "text": "", "logprobs": null, "finish_reason": finish }),
         }]);
         chunk["sarai"] = extension(served, timings);
+        // llama.cpp's server has them in its last chunk.
+        if !self.include_usage {
+            add_timings(&mut chunk, usage, timings);
+        }
         chunk
     }
 
-    /// The chunk that carries the usage, and what a host said of it beyond the counts; if the client asked for it.
+    /// The chunk that carries the usage, and what a host said of it beyond the counts; if the client asked for it. With the times of an
+    /// only answer.
     #[must_use]
-    pub fn usage(&self, usage: &Usage, details: &Value) -> Option<Value> {
+    pub fn usage(&self, usage: &Usage, timings: Option<&Timings>, details: &Value) -> Option<Value> {
         self.include_usage.then(|| {
             let mut chunk = self.chunk(vec![]);
             chunk["usage"] = usage_of(usage);
             add_details(&mut chunk["usage"], details);
+            if let Some(timings) = timings {
+                add_timings(&mut chunk, usage, timings);
+            }
             chunk
         })
     }
@@ -164,12 +173,14 @@ impl ChunkWriter {
             "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": [choice],
             "usage": usage_of(&usage), "sarai": extension(served, &timings),
         });
+        add_timings(&mut answer, &usage, &timings);
         if !logprobs.is_empty() {
             answer["choices"][0]["logprobs"] = self.logprobs(&logprobs, 0);
         }
         if self.kind == Kind::Chat {
             let message = &mut answer["choices"][0]["message"];
             if !reasoning.is_empty() {
+                message["reasoning"] = reasoning.as_str().into();
                 message["reasoning_content"] = reasoning.into();
             }
             if !tool_calls.is_empty() {
@@ -230,6 +241,10 @@ pub fn join(all: &mut Value, mut other: Value, usage: &Usage) {
     if let (Some(choices), Value::Array(more)) = (all["choices"].as_array_mut(), other["choices"].take()) {
         choices.extend(more);
     }
+    if let Some(all) = all.as_object_mut() {
+        // Each has its own.
+        all.remove("timings");
+    }
     let Value::Object(counts) = usage_of(usage) else { return };
     add_details(&mut all["usage"], &counts.into());
 }
@@ -251,6 +266,26 @@ fn usage_of(usage: &Usage) -> Value {
         "total_tokens": usage.prompt_tokens.saturating_add(usage.completion_tokens),
         "prompt_tokens_details": { "cached_tokens": usage.cached_tokens },
     })
+}
+
+/// Adds times and speeds in the words of llama.cpp's server, where they are known.
+fn add_timings(answer: &mut Value, usage: &Usage, timings: &Timings) {
+    if timings.prefill.is_zero() && timings.decode.is_zero() {
+        return;
+    }
+    let computed = usage.prompt_tokens.saturating_sub(usage.cached_tokens);
+    let mut fields = json!({ "cache_n": usage.cached_tokens });
+    for (what, count, took) in
+        [("prompt", computed, timings.prefill), ("predicted", usage.completion_tokens, timings.decode)]
+    {
+        let (ms, tokens) = (took.as_secs_f64() * 1e3, f64::from(count));
+        let per = |a: f64, b: f64| if b > 0.0 { (a / b * 1e3).round() / 1e3 } else { 0.0 };
+        fields[format!("{what}_n")] = count.into();
+        fields[format!("{what}_ms")] = per(ms, 1.0).into();
+        fields[format!("{what}_per_token_ms")] = per(ms, tokens).into();
+        fields[format!("{what}_per_second")] = per(tokens * 1e3, ms).into();
+    }
+    answer["timings"] = fields;
 }
 
 /// The field `sarai` of an answer: who served it, and where the time went in milliseconds.
@@ -283,8 +318,8 @@ pub fn model(id: &str, created: u64) -> Value {
 
 /// One of the models that run here: whether it is loaded, and what it senses beside text, where that is known.
 #[must_use]
-pub fn local_model(id: &str, status: &str, senses: Option<Vec<MediaKind>>) -> Value {
-    let mut listed = model(id, 0);
+pub fn local_model(id: &str, created: u64, status: &str, senses: Option<Vec<MediaKind>>) -> Value {
+    let mut listed = model(id, created);
     listed["status"] = json!({ "value": status });
     if let Some(senses) = senses {
         let word = |kind: &MediaKind| match kind {

@@ -27,6 +27,9 @@ pub fn request(model: &str, request: &GenerateRequest) -> (&'static str, Value) 
         }
         Prompt::Raw(text) => {
             body["prompt"] = text.as_str().into();
+            if let Some(suffix) = &request.suffix {
+                body["suffix"] = suffix.as_str().into();
+            }
             "/completions"
         }
     };

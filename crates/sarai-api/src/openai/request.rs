@@ -19,7 +19,7 @@ use crate::{Delivery, Parsed, check, json};
 /// the other would lose the names of fields in errors.
 #[derive(Deserialize)]
 struct Common {
-    model: String,
+    model: Option<String>,
     stream: Option<bool>,
     stream_options: Option<Object<StreamOptions>>,
     logit_bias: Option<BTreeMap<String, f32>>,
@@ -80,6 +80,7 @@ struct ContentPart {
 #[derive(Deserialize)]
 struct CompletionBody {
     prompt: OneOrMany,
+    suffix: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -101,10 +102,16 @@ pub fn parse_chat(body: &[u8]) -> Result<Parsed, Error> {
         return Err(Error::invalid("messages", "`messages` is empty: send at least one message"));
     }
     let mut rest = rest_of(body)?;
-    let mut reading = Reading { rest: &mut rest, is_more: false };
+    // What an answer goes on from is one text, without breaks between its parts.
+    let goes_on = rest.field(CONTINUE) == Some(&Value::Bool(true));
+    let last = chat.messages.len() - 1;
+    let mut reading = Reading { rest: &mut rest, is_more: false, between_texts: "\n" };
     let messages = chat.messages.into_iter().enumerate();
-    let mut messages =
-        messages.map(|(index, Object(message))| reading.message(index, message)).collect::<Result<Vec<_>, _>>()?;
+    let messages = messages.map(|(index, Object(message))| {
+        reading.between_texts = if goes_on && index == last { "" } else { "\n" };
+        reading.message(index, message)
+    });
+    let mut messages = messages.collect::<Result<Vec<_>, _>>()?;
     let is_more = reading.is_more;
     let prefill = prefill(&mut rest, &mut messages)?;
     if is_more || prefill.is_some() {
@@ -179,11 +186,10 @@ const READ: [&str; 10] = [
 ];
 
 /// Fields that change what is asked for.
-const NEEDS: [&str; 12] = [
+const NEEDS: [&str; 11] = [
     "functions",
     "audio",
     "echo",
-    "suffix",
     "guided_json",
     "guided_regex",
     "guided_choice",
@@ -249,7 +255,16 @@ pub fn parse_completion(body: &[u8]) -> Result<Parsed, Error> {
     let Some(first) = prompts.next() else {
         return Err(Error::invalid("prompt", "`prompt` is empty: send at least one prompt"));
     };
-    let mut parsed = common.finish(sampling, first, rest_of(body)?)?;
+    let suffix = completion.suffix.filter(|suffix| !suffix.is_empty());
+    let suffix = suffix.map(|suffix| check::text("suffix", suffix)).transpose()?;
+    let mut rest = rest_of(body)?;
+    if suffix.is_some() {
+        rest.need_also("suffix", "`suffix` is not supported".into(), true);
+    }
+    let mut parsed = common.finish(sampling, first, rest)?;
+    for request in [&mut parsed.request].into_iter().chain(&mut parsed.others) {
+        request.suffix.clone_from(&suffix);
+    }
     // OpenAI's documented default for this endpoint.
     let max_tokens = *parsed.request.max_tokens.get_or_insert(16);
     parsed.others.iter_mut().for_each(|other| other.max_tokens = Some(max_tokens));
@@ -273,6 +288,8 @@ struct Reading<'a> {
     rest: &'a mut Rest,
     /// Whether they must reach a host as they were sent.
     is_more: bool,
+    /// What stands between two texts of a message.
+    between_texts: &'static str,
 }
 
 impl Reading<'_> {
@@ -322,7 +339,7 @@ impl Reading<'_> {
                 is_behind_media = true;
             } else if let Some(text) = self.text_of(at, part) {
                 if !is_behind_media && !content.is_empty() {
-                    content.push('\n');
+                    content.push_str(self.between_texts);
                 }
                 content.push_str(&text);
                 is_behind_media = false;
@@ -390,6 +407,8 @@ impl Common {
             lane: lane_of(&rest),
             prefill: String::new(),
             given: String::new(),
+            suffix: None,
+            truncate: false,
             extras: Some(rest.finish()),
         };
         let include_usage = self.stream_options.and_then(|Object(options)| options.include_usage).unwrap_or(false);
@@ -401,7 +420,7 @@ impl Common {
             other
         };
         let others = (1..choices).map(other).collect();
-        Ok(Parsed { model: self.model, request, others, delivery })
+        Ok(Parsed { model: self.model.unwrap_or_default(), request, others, delivery })
     }
 
     /// How many answers are wanted. Choosing the best of more is not done here.

@@ -322,10 +322,11 @@ impl<'model> Engine<'model> {
     /// Renders a request, and lets it wait for its turn, once its pictures and sound are read.
     fn render(&mut self, asked: Untried) -> Result<(), Error> {
         let Untried { id, context_tokens, since, mut request } = asked;
-        let Rendered { prompt, prefill, given, form } = prompt::render(self.model, self.templates, &request)?;
+        let context_tokens = self.context_tokens.min(context_tokens as usize);
+        let rendered = prompt::render_within(self.model, self.templates, &request, context_tokens)?;
+        let Rendered { prompt, prefill, given, form } = rendered;
         // It is rendered: its files are in the parts now.
         request.prompt = Prompt::Raw(String::new());
-        let context_tokens = self.context_tokens.min(context_tokens as usize);
         let mut asked = Asked { id, context_tokens, since, request, prefill, given, form, source: Source::default() };
         match (prompt, self.senses) {
             (Rendering::Tokens(tokens), _) => {

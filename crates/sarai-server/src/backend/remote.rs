@@ -109,28 +109,38 @@ impl Hosts {
         Ok(listed::names(remote.api, &listed))
     }
 
+    /// What an Ollama host says of a model, as its `/api/show` has it; `None` where it does not answer.
+    pub async fn shown(
+        &self,
+        remote: &Remote,
+        connect: Duration,
+    ) -> Option<serde_json::Map<String, serde_json::Value>> {
+        if remote.api != Api::Ollama {
+            return None;
+        }
+        let body = serde_json::json!({ "model": remote.model_name }).to_string();
+        let show = self.client(connect).post(format!("{}/api/show", remote.url)).header(CONTENT_TYPE, JSON).body(body);
+        let response = with_key(show, remote).timeout(SHOWN_WITHIN).send().await.ok()?;
+        match response.status().is_success() {
+            true => serde_json::from_slice(&up_to(response, MAX_LIST_BYTES).await).ok(),
+            false => None,
+        }
+    }
+
     /// What a model can do on a host, as Ollama's `/api/show` or the list of OpenAI's API says it, in Ollama's words; `None` where the host
     /// does not answer.
     pub async fn capabilities(&self, remote: &Remote, connect: Duration) -> Option<Vec<String>> {
-        let request = match remote.api {
-            Api::Ollama => {
-                let body = serde_json::json!({ "model": remote.model_name }).to_string();
-                let show = self.client(connect).post(format!("{}/api/show", remote.url));
-                show.header(CONTENT_TYPE, JSON).body(body)
-            }
-            Api::OpenAi => self.client(connect).get(format!("{}/models", remote.url)),
-        };
+        if remote.api == Api::Ollama {
+            let shown = self.shown(remote, connect).await?;
+            let listed = shown.get("capabilities")?.as_array()?;
+            return Some(listed.iter().filter_map(|capability| capability.as_str()).map(str::to_owned).collect());
+        }
+        let request = self.client(connect).get(format!("{}/models", remote.url));
         let response = with_key(request, remote).timeout(SHOWN_WITHIN).send().await.ok();
         let response = response.filter(|response| response.status().is_success())?;
         let shown: serde_json::Value = serde_json::from_slice(&up_to(response, MAX_LIST_BYTES).await).ok()?;
-        match remote.api {
-            Api::Ollama => {
-                let listed = shown["capabilities"].as_array()?;
-                Some(listed.iter().filter_map(|capability| capability.as_str()).map(str::to_owned).collect())
-            }
-            // One that does not say what it senses is believed.
-            Api::OpenAi => Some(listed::senses(&shown, &remote.model_name).unwrap_or_else(all_senses)),
-        }
+        // One that does not say what it senses is believed.
+        Some(listed::senses(&shown, &remote.model_name).unwrap_or_else(all_senses))
     }
 
     /// Looks at a host: how far away it is, and what it has loaded.

@@ -25,6 +25,8 @@ pub struct File {
     pub stall: Option<Duration>,
     pub heartbeat: Option<Duration>,
     pub state_dir: Option<String>,
+    pub api_keys: Vec<String>,
+    pub cors_origins: Vec<String>,
     pub max_ram_gb: Option<f64>,
     pub max_concurrent_llms: Option<u32>,
     pub strategy: Option<Strategy>,
@@ -156,6 +158,8 @@ fn read_server(file: &mut File, mut server: Section<'_>, environment: &Environme
     file.stall = server.seconds("stall_seconds", mistakes);
     file.heartbeat = server.seconds("heartbeat_seconds", mistakes);
     file.state_dir = server.text("state_dir", mistakes).map(|path| environment.expand(&path));
+    file.api_keys = server.texts("api_keys", mistakes).iter().map(|key| environment.expand(key)).collect();
+    file.cors_origins = server.texts("cors_origins", mistakes);
     server.finish(mistakes);
 }
 

@@ -3,6 +3,7 @@
 //! All mistakes are reported at once, each with its line, its key and what would fix it. A file that does
 //! not exist or a host that does not answer is no mistake: that is a state of the running server.
 
+mod access;
 mod engine;
 pub mod env;
 mod file;
@@ -15,6 +16,7 @@ mod tree;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+pub use access::Access;
 pub use engine::Engine;
 pub use env::Environment;
 pub use model::{Deployment, Model, ModelRole, PROCESS, Remote, Resume, backend_name};

@@ -13,6 +13,7 @@ use sarai_plan::ledger::EngineId;
 use sarai_plan::{Repack, Settings, Strategy};
 
 use super::Mistake;
+use super::access::Access;
 use super::engine::{Engine, folder_name};
 use super::env::{Environment, variable_name};
 use super::file::{Backend, File, WrittenModel};
@@ -69,6 +70,8 @@ pub struct ServerConfig {
     pub heartbeat: Duration,
     /// Where what was learned is kept.
     pub state_dir: PathBuf,
+    /// Who may ask.
+    pub access: Access,
 }
 
 /// Limits of memory.
@@ -123,7 +126,12 @@ pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &
         // More often, nobody needs to hear of it.
         heartbeat: file.heartbeat.unwrap_or(Duration::from_secs(10)).max(Duration::from_millis(50)),
         state_dir: state_dir(environment, file.state_dir, folder),
+        access: Access { keys: file.api_keys, origins: file.cors_origins },
     };
+    if server.access.keys.iter().any(|key| key.trim().is_empty()) {
+        let message = "has an empty key: fill it in, or leave it out";
+        mistakes.push(Mistake { line: None, key: "server.api_keys".into(), message: message.into() });
+    }
     let max_concurrent_llms = env_number(environment, "MAX_CONCURRENT_LLMS", mistakes);
     let memory = MemoryConfig {
         max_ram: Bytes::gib(file.max_ram_gb.unwrap_or(12.0)),

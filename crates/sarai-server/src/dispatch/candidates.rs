@@ -149,7 +149,10 @@ fn refuse_other_purposes(catalog: &Catalog, model: &Model) -> Result<(), Error> 
             Some(Purpose::Scores) => "scores texts: use /v1/rerank",
             Some(Purpose::Answers) | None => continue,
         };
-        let message = format!("`{}` does not answer in words, it {fix}, or ask a model of role chat", model.name);
+        let name = &model.name;
+        let message = format!(
+            "\"{name}\" does not support chat: it does not answer in words, it {fix}, or ask a model of role chat"
+        );
         return Err(Error::invalid("model", message));
     }
     Ok(())
@@ -157,7 +160,16 @@ fn refuse_other_purposes(catalog: &Catalog, model: &Model) -> Result<(), Error> 
 
 fn lacking(model: &Model, Need { param, lack, .. }: &Need) -> Error {
     let name = &model.name;
-    let message = format!("{lack} by any deployment of `{name}`: leave it out, or ask a model on a host that has it");
+    // Clients of Ollama look for these words.
+    let ability = match param.as_str() {
+        "tools" => Some("tools"),
+        "think" => Some("thinking"),
+        "suffix" => Some("insert"),
+        _ => None,
+    };
+    let words = ability.map(|ability| format!("\"{name}\" does not support {ability}: ")).unwrap_or_default();
+    let message =
+        format!("{words}{lack} by any deployment of `{name}`: leave it out, or ask a model on a host that has it");
     Error::invalid(param, message)
 }
 
@@ -244,6 +256,9 @@ pub fn embedders(model: &Arc<Model>, parsed: &embed::Parsed) -> Vec<Tier> {
     tiers
 }
 
+/// What an answer lacks of a prompt that is too long for everybody.
+const TRUNCATED: &str = "prompt:truncated";
+
 /// What an answer from there would lack.
 fn degraded(asked: &Model, model: &Model, deployment: &Deployment, request: &GenerateRequest) -> Vec<String> {
     let mut lost = match deployment {
@@ -272,6 +287,9 @@ fn degraded(asked: &Model, model: &Model, deployment: &Deployment, request: &Gen
         && !matches!(deployment, Deployment::Remote(remote) | Deployment::Process { remote, .. } if remote.api == extras.api)
     {
         lost.extend(extras.degrades.iter().cloned());
+    }
+    if request.truncate {
+        lost.push(TRUNCATED.to_owned());
     }
     if asked.name != model.name {
         lost.push(format!("model:{}", model.name));

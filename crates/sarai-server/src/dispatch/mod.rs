@@ -20,7 +20,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use futures_util::{FutureExt, StreamExt, stream};
 use sarai_api::Served;
-use sarai_core::{Attempt, Error, Event, GenerateRequest, Lane, Phase, RemoteCause, Residence};
+use sarai_core::{Attempt, Error, Event, GenerateRequest, KeepAlive, Lane, Phase, RemoteCause, Residence};
 use sarai_plan::{EngineId, Want};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
@@ -28,7 +28,7 @@ use crate::admission::Ticket;
 use crate::backend::EventStream;
 use crate::backend::remote::{self, Hosts};
 use crate::catalog::Catalogs;
-use crate::config::{Deployment, Model};
+use crate::config::{Deployment, Model, Remote};
 use crate::health::{self, Health};
 use crate::planner::Planner;
 use crate::pool::Pool;
@@ -151,11 +151,33 @@ impl Ask<'_> {
 }
 
 impl Dispatch {
-    /// Tries whoever may answer, in order.
+    /// Tries whoever may answer, in order; with a prompt that is cut, where it is too long for all of them and may be.
     ///
     /// # Errors
     /// The request is wrong, or nobody answered: the only one's error, or all of them.
     pub async fn answer(
+        &self,
+        model: &Arc<Model>,
+        mut request: GenerateRequest,
+        manner: Manner,
+        ticket: &Ticket,
+    ) -> Result<Answer, Error> {
+        let may_cut = std::mem::take(&mut request.truncate) && !manner.terms.strict;
+        let answered = async {
+            match self.tried(model, request.clone(), manner, ticket).await {
+                // Nobody has room for all of it.
+                Err(error) if may_cut && is_about_length(&error) => {
+                    request.truncate = true;
+                    self.tried(model, request, manner, ticket).await
+                }
+                outcome => outcome,
+            }
+        };
+        manner.terms.within(model, answered).await
+    }
+
+    /// Tries whoever may answer, in order.
+    async fn tried(
         &self,
         model: &Arc<Model>,
         request: GenerateRequest,
@@ -197,7 +219,7 @@ impl Dispatch {
             last_resort: Vec::new(),
             arrived: Instant::now(),
         };
-        match manner.terms.within(model, self.ask_all(&mut ask, tiers)).await? {
+        match self.ask_all(&mut ask, tiers).await? {
             Some(answer) => Ok(answer),
             None => Err(failed(model, ask.attempts)),
         }
@@ -579,6 +601,32 @@ impl Dispatch {
         loaded.map_err(|error| error.of_model(&model.name))
     }
 
+    /// What the first host of a model says of it, in Ollama's words.
+    pub async fn shown(&self, model: &Model) -> Option<serde_json::Map<String, serde_json::Value>> {
+        let remotes = model.deployments.iter().filter_map(|deployment| match deployment {
+            Deployment::Remote(remote) if !self.health.is_open(remote) => Some(remote),
+            _ => None,
+        });
+        for remote in remotes {
+            if let Some(shown) = self.hosts.shown(remote, model.deadlines.connect).await {
+                return Some(shown);
+            }
+        }
+        None
+    }
+
+    /// Has a host let go of a model.
+    ///
+    /// # Errors
+    /// It cannot be told in time.
+    pub async fn unload_at(&self, model: &Model, remote: &Remote) -> Result<(), Error> {
+        let deadlines = &model.deadlines;
+        let place = remote::Place { remote, context_tokens: None, connect: deadlines.connect };
+        let told = timeout(deadlines.load, self.hosts.load(&place, Some(KeepAlive::For(0)))).await;
+        let (model, seconds) = (model.name.clone(), deadlines.load.as_secs());
+        told.unwrap_or(Err(Error::Deadline { model, phase: Phase::Load, seconds }))
+    }
+
     /// What a request needs of an engine: the context that it asks for or that its model has, and what the engine is
     /// usually loaded with.
     ///
@@ -621,15 +669,7 @@ fn is_allowed(candidate: &Candidate, strict: bool) -> bool {
 
 /// What is said when no deployment answered. A prompt that is too long for all that could be asked is the client's matter.
 fn failed(model: &Model, mut attempts: Vec<Attempt>) -> Error {
-    let is_too_long = |attempt: &Attempt| {
-        matches!(
-            *attempt.error,
-            Error::ContextOverflow { .. }
-                | Error::TextTooLong { .. }
-                | Error::Remote { cause: RemoteCause::TooLong(_), .. }
-        )
-    };
-    let too_long = attempts.iter().position(is_too_long);
+    let too_long = attempts.iter().position(|attempt| is_about_length(&attempt.error));
     let is_of_the_request =
         |attempt: &Attempt| matches!(&*attempt.error, Error::Remote { cause, .. } if cause.is_of_the_request());
     match (attempts.len(), too_long) {
@@ -641,6 +681,16 @@ fn failed(model: &Model, mut attempts: Vec<Attempt>) -> Error {
         (_, None) if attempts.len() == 1 || attempts.iter().all(is_of_the_request) => *attempts.swap_remove(0).error,
         _ => Error::AllFailed { model: model.name.clone(), attempts },
     }
+}
+
+/// Whether a prompt was too long.
+const fn is_about_length(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::ContextOverflow { .. }
+            | Error::TextTooLong { .. }
+            | Error::Remote { cause: RemoteCause::TooLong(_), .. }
+    )
 }
 
 /// An answer that nothing is sent of before it is whole: if it is cut, the next deployment may still give it.

@@ -50,6 +50,11 @@ pub fn is_resumable(model: &Model, request: &GenerateRequest) -> bool {
     model.resume != Resume::Never && !request.format.is_constrained() && is_understood
 }
 
+/// Whether a host sees the client's own fields, in which nothing can be put behind the prompt.
+fn is_sent_as_written(request: &GenerateRequest) -> bool {
+    request.suffix.is_some() || request.extras.as_ref().is_some_and(|extras| extras.is_generate)
+}
+
 /// Whether a worker would know calls and reasoning in what it goes on with: it takes nothing apart in the middle of an answer.
 fn is_text_alone(request: &GenerateRequest) -> bool {
     request.tools.is_none() && request.think != Some(true)
@@ -246,7 +251,7 @@ impl Given<'_> {
                         let end = Event::Done { finish: FinishReason::Length, usage, timings: Timings::default() };
                         Ok(Begun::Further(Box::pin(stream::iter([Ok(end)]))))
                     }
-                    Prompt::Raw(text) if remote.api == Api::Ollama => {
+                    Prompt::Raw(text) if remote.api == Api::Ollama && !is_sent_as_written(request) => {
                         let request = GenerateRequest {
                             prompt: Prompt::Raw(format!("{text}{}", self.text)),
                             max_tokens: request.max_tokens.map(|most| most - self.pieces),

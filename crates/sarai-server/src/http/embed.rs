@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::error::Failure;
 use super::{App, body, json_response, lane, served_headers, terms};
+use crate::config::ModelRole;
 
 /// `POST /v1/embeddings`.
 pub async fn openai(State(app): State<App>, request: Request) -> Result<Response, Failure> {
@@ -43,6 +44,9 @@ async fn answer(
 ) -> Result<Response, Error> {
     let (terms, lane) = (terms(request.headers())?, lane(request.headers())?);
     let mut parsed = parse(&body::read(request, &app).await?)?;
+    if parsed.model.is_empty() {
+        parsed.model = app.gateway.only_model(ModelRole::Embedding)?;
+    }
     parsed.request.lane = lane.unwrap_or_default();
     let (served, mut embedded) = app.gateway.embed(&parsed, terms).await?;
     embedded.shorten(&parsed)?;

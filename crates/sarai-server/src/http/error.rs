@@ -34,6 +34,7 @@ fn row(error: &Error) -> Row {
             row(StatusCode::BAD_REQUEST, "invalid_request_error", "context_length_exceeded")
         }
         Error::UnknownModel { .. } => row(StatusCode::NOT_FOUND, "invalid_request_error", "model_not_found"),
+        Error::WrongKey => row(StatusCode::UNAUTHORIZED, "authentication_error", "invalid_api_key"),
         Error::BodyTooLarge { .. } => row(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", "body_too_large"),
         Error::Overloaded { .. } => row(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "overloaded"),
         Error::Deadline { .. } => row(StatusCode::GATEWAY_TIMEOUT, "server_error", "deadline_exceeded"),
@@ -84,7 +85,14 @@ pub fn openai_body(error: &Error) -> Value {
         Error::UnknownModel { .. } => Some("model"),
         _ => None,
     };
-    openai::error_with_details(openai::error_body(&error.to_string(), kind, param, code), details(error))
+    let mut body =
+        openai::error_with_details(openai::error_body(&error.to_string(), kind, param, code), details(error));
+    if let Error::ContextOverflow { prompt_tokens, context_tokens, .. } = error {
+        // As llama.cpp's server has it.
+        body["error"]["n_prompt_tokens"] = (*prompt_tokens).into();
+        body["error"]["n_ctx"] = (*context_tokens).into();
+    }
+    body
 }
 
 /// The body of an error in Ollama's shape; also the error line of a stream.

@@ -1,5 +1,6 @@
 //! Both APIs over HTTP: URL to handler, body to core, events to bytes.
 
+mod access;
 mod admin;
 mod body;
 pub mod connections;
@@ -11,7 +12,7 @@ mod pool;
 mod stream;
 mod waiting;
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use axum::extract::Request;
@@ -21,6 +22,7 @@ use axum::routing::{any, get, post};
 use sarai_api::Served;
 use sarai_core::{Error, Lane};
 
+use crate::config::Access;
 use crate::dispatch::Terms;
 use crate::gateway::Gateway;
 use error::Failure;
@@ -36,21 +38,31 @@ pub struct App {
     pub stall: Duration,
     /// How often a client is told of a load that its stream waits for.
     pub heartbeat: Duration,
+    /// Since when the server is there.
+    pub started: SystemTime,
 }
 
-/// Every URL.
-pub fn router(app: App) -> Router {
+/// Every URL, for those who may ask.
+pub fn router(app: App, access: &Access) -> Router {
+    access::guarded(urls(app), access)
+}
+
+fn urls(app: App) -> Router {
     let wrong_method = |api: fn(Error) -> Failure| {
         any(move |request: Request| async move { Failure::wrong_method(api, request.method(), request.uri()) })
     };
     let of = |method: axum::routing::MethodRouter<App>, api| method.fallback_service(wrong_method(api).with_state(()));
     Router::new()
         .route("/v1/chat/completions", of(post(openai::chat), Failure::OpenAi))
+        .route("/chat/completions", of(post(openai::chat), Failure::OpenAi))
         .route("/v1/completions", of(post(openai::completion), Failure::OpenAi))
         .route("/v1/embeddings", of(post(embed::openai), Failure::OpenAi))
         .route("/v1/rerank", of(post(embed::rerank), Failure::OpenAi))
+        .route("/v1/reranking", of(post(embed::rerank), Failure::OpenAi))
         .route("/rerank", of(post(embed::rerank), Failure::OpenAi))
+        .route("/reranking", of(post(embed::rerank), Failure::OpenAi))
         .route("/v1/models", of(get(openai::models), Failure::OpenAi))
+        .route("/models", of(get(openai::models), Failure::OpenAi))
         .route("/v1/models/{*id}", of(get(openai::model), Failure::OpenAi))
         .route("/api/chat", of(post(ollama::chat), Failure::Ollama))
         .route("/api/generate", of(post(ollama::generate), Failure::Ollama))
@@ -66,6 +78,7 @@ pub fn router(app: App) -> Router {
         .route("/models/unload", of(post(pool::unload), Failure::OpenAi))
         .route("/metrics", get(pool::metrics))
         .route("/health", get(admin::health))
+        .route("/v1/health", get(admin::health))
         .route("/ready", get(admin::ready))
         .route("/", get(|| async { "sarai is running" }))
         .fallback(|request: Request| async move { Failure::unknown_path(request.uri()) })

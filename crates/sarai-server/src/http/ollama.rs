@@ -10,9 +10,11 @@ use bytes::Bytes;
 use sarai_api::ollama::{self, End, Kind, LineWriter, OllamaRequest};
 use sarai_api::{Parsed, Served};
 use sarai_core::{Error, Event, MediaKind, TokenLogprob, ToolCall};
+use sarai_plan::Header;
 use serde_json::{Map, Value, json};
 
 use super::error::{Failure, ollama_body};
+use super::openai::AS_IT_COMES;
 use super::waiting::{self, Begun, Step, Waiting};
 use super::{App, body, json_response, lane, served_headers, stream, terms};
 use crate::config::Deployment;
@@ -28,9 +30,12 @@ pub async fn generate(State(app): State<App>, request: Request) -> Result<Respon
     answer(app, request, Kind::Generate, ollama::parse_generate).await.map_err(Failure::Ollama)
 }
 
+/// The version of Ollama whose API is followed: clients look whether it is new enough for what they use.
+const OLLAMA: &str = "0.24.0";
+
 /// `GET /api/version`.
 pub async fn version() -> Response {
-    json_response(HeaderMap::new(), &json!({ "version": env!("CARGO_PKG_VERSION") }))
+    json_response(HeaderMap::new(), &json!({ "version": OLLAMA, "sarai": env!("CARGO_PKG_VERSION") }))
 }
 
 /// `GET /api/tags`.
@@ -50,28 +55,58 @@ pub async fn show(State(app): State<App>, request: Request) -> Result<Response, 
             Deployment::Local { engine, .. } => catalog.file(*engine).ok(),
             Deployment::Remote(_) | Deployment::Process { .. } => None,
         });
-        let mut info = Map::new();
-        for (key, value) in file.iter().flat_map(|file| &file.header.metadata) {
-            use sarai_plan::gguf::Value as Gguf;
-            let value = match value {
-                Gguf::Int(value) => Value::from(*value),
-                Gguf::Float(value) => Value::from(*value),
-                Gguf::Text(value) => Value::from(value.as_str()),
-                Gguf::Ints(_) | Gguf::Length(_) => continue,
-            };
-            info.insert(key.clone(), value);
+        let mut info = file.as_ref().map(|file| metadata(&file.header)).unwrap_or_default();
+        if let Some(file) = &file {
+            info.entry("general.parameter_count").or_insert_with(|| file.header.parameters().into());
         }
         let template = info.remove("tokenizer.chat_template");
+        let license = info.get("general.license").and_then(Value::as_str).unwrap_or_default().to_owned();
         let template = template.as_ref().and_then(Value::as_str).unwrap_or_default();
         let purpose = file.as_ref().map(|file| file.purpose()).unwrap_or_default();
         let senses: Vec<_> = [MediaKind::Image, MediaKind::Audio]
             .into_iter()
             .filter(|kind| file.as_ref().is_some_and(|file| file.senses(*kind)))
             .collect();
-        let shown = ollama::show(&catalog.facts(model), purpose, &senses, template, Value::Object(info));
+        let mut shown = ollama::show(&catalog.facts(model), purpose, &senses, template, Value::Object(info));
+        if let Some(projector) = file.as_ref().and_then(|file| file.projector_header()) {
+            shown["projector_info"] = metadata(projector).into();
+        }
+        if file.is_none()
+            && let Some(host) = app.gateway.dispatch.shown(model).await
+        {
+            // What it says of its model, under our name for it.
+            host.into_iter().for_each(|(name, value)| shown[name] = value);
+        }
+        shown["license"] = match shown.get("license").and_then(Value::as_str) {
+            Some(said) if !said.is_empty() => said.into(),
+            _ => license.into(),
+        };
+        let context = model.deployments.iter().find_map(|deployment| match deployment {
+            Deployment::Local { context_tokens, .. } => Some(*context_tokens),
+            Deployment::Remote(remote) => remote.context_tokens,
+            Deployment::Process { .. } => None,
+        });
+        if let Some(context) = context {
+            shown["parameters"] = ollama::parameters(context, &model.sampling).into();
+        }
         Ok(json_response(HeaderMap::new(), &shown))
     };
     show.await.map_err(Failure::Ollama)
+}
+
+/// What a header says, but for its long lists.
+fn metadata(header: &Header) -> Map<String, Value> {
+    use sarai_plan::gguf::Value as Gguf;
+    let read = header.metadata.iter().filter_map(|(key, value)| {
+        let value = match value {
+            Gguf::Int(value) => Value::from(*value),
+            Gguf::Float(value) => Value::from(*value),
+            Gguf::Text(value) => Value::from(value.as_str()),
+            Gguf::Ints(_) | Gguf::Length(_) => return None,
+        };
+        Some((key.clone(), value))
+    });
+    read.collect()
 }
 
 async fn answer(
@@ -92,7 +127,7 @@ async fn answer(
             without_text(model, "load")
         }
         OllamaRequest::Unload { model } => {
-            app.gateway.unload(&model)?;
+            app.gateway.unload(&model).await?;
             without_text(model, "unload")
         }
     }
@@ -119,7 +154,7 @@ async fn generated(app: App, kind: Kind, parsed: Parsed, terms: Terms) -> Result
 }
 
 /// A stream whose first lines have no text, and tell of what it waits for.
-fn told_meanwhile(waiting: Waiting, writer: LineWriter, stall: Duration) -> Response {
+fn told_meanwhile(waiting: Box<Waiting>, writer: LineWriter, stall: Duration) -> Response {
     let mut under_way = None;
     let encode = move |what| -> Bytes {
         match (what, &mut under_way) {
@@ -139,6 +174,7 @@ fn told_meanwhile(waiting: Waiting, writer: LineWriter, stall: Duration) -> Resp
 
 fn lines(mut headers: HeaderMap, body: Body) -> Response {
     headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/x-ndjson"));
+    headers.insert(AS_IT_COMES.0, AS_IT_COMES.1);
     (headers, body).into_response()
 }
 

@@ -166,7 +166,7 @@ pub async fn load(State(app): State<App>, request: Request) -> Result<Response, 
 pub async fn unload(State(app): State<App>, request: Request) -> Result<Response, Failure> {
     let unloaded = async {
         let name = parse_model_name(&body::read(request, &app).await?)?;
-        app.gateway.unload(&name)
+        app.gateway.unload(&name).await
     };
     unloaded.await.map(|()| json_response(HeaderMap::new(), &json!({ "success": true }))).map_err(Failure::OpenAi)
 }

@@ -1,9 +1,11 @@
 //! Talking to a running server.
 
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::{Client, Response};
 use serde_json::Value;
 
 use crate::Failure;
+use crate::args::UrlArgs;
 
 /// A client of one server.
 pub struct Server {
@@ -13,10 +15,16 @@ pub struct Server {
 
 impl Server {
     /// A client for this URL.
-    pub fn at(url: &str) -> Result<Self, Failure> {
+    pub fn at(server: &UrlArgs) -> Result<Self, Failure> {
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = Client::builder().no_proxy().build().map_err(Failure::failed)?;
-        Ok(Self { url: url.trim_end_matches('/').to_owned(), client })
+        let key = server.api_key.iter().map(|key| {
+            let mut value = HeaderValue::from_str(&format!("Bearer {key}")).map_err(Failure::failed)?;
+            value.set_sensitive(true);
+            Ok((AUTHORIZATION, value))
+        });
+        let headers = key.collect::<Result<HeaderMap, Failure>>()?;
+        let client = Client::builder().no_proxy().default_headers(headers).build().map_err(Failure::failed)?;
+        Ok(Self { url: server.url.trim_end_matches('/').to_owned(), client })
     }
 
     fn absent(&self, error: reqwest::Error) -> Failure {

@@ -19,7 +19,7 @@ pub fn unload(args: &ModelArgs) -> Result<ExitCode, Failure> {
 }
 
 fn ask(args: &ModelArgs, body: &serde_json::Value, done: &str) -> Result<ExitCode, Failure> {
-    let server = Server::at(&args.server.url)?;
+    let server = Server::at(&args.server)?;
     command::runtime()?.block_on(server.post("/api/generate", body))?;
     log::print(&format!("{}: {done}\n", args.model));
     Ok(ExitCode::SUCCESS)

@@ -11,7 +11,7 @@ use crate::{Failure, command, log};
 
 /// Prints the table.
 pub fn run(args: &PsArgs) -> Result<ExitCode, Failure> {
-    let state = command::runtime()?.block_on(async { Server::at(&args.server.url)?.get("/api/ps").await })?;
+    let state = command::runtime()?.block_on(async { Server::at(&args.server)?.get("/api/ps").await })?;
     if state["sarai"].is_null() {
         let url = &args.server.url;
         return Err(Failure::no_server(anyhow::anyhow!("what answers at {url} is not sarai: name it with --url")));

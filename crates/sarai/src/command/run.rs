@@ -12,7 +12,7 @@ use crate::{Failure, command, log};
 
 /// Asks once if there is a prompt, else converses until the end of input.
 pub fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
-    let server = Server::at(&args.server.url)?;
+    let server = Server::at(&args.server)?;
     let runtime = command::runtime()?;
     let mut messages = Vec::new();
     let ask =

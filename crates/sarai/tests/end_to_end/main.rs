@@ -17,6 +17,7 @@ mod lanes;
 mod limits;
 mod local;
 mod memory;
+mod peers;
 mod plan;
 mod pressure;
 mod process;

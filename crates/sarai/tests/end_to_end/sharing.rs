@@ -137,3 +137,74 @@ async fn a_host_beyond_the_local_network_is_used_only_where_that_is_configured()
         assert_eq!(reason.contains("beyond the local network"), !wan, "{reason}");
     }
 }
+
+fn vector() -> Vec<Step> {
+    let body = json!({ "model": "m", "embeddings": [[0.6, 0.8]], "prompt_eval_count": 1 });
+    vec![Step::Send(format!("{}{body}", crate::support::host::ok("application/json")))]
+}
+
+/// Vectors are work like answers: hosts share it, and one that hangs has another asked.
+#[tokio::test]
+async fn vectors_are_made_by_all_hosts_and_by_another_one_where_one_is_late() {
+    let hangs = Host::start(|number, _| if number < 12 { vector() } else { vec![Step::Hold] });
+    let other = Host::start(|_, _| vector());
+    let config = format!(
+        "models:\n  vectors: {{ backend: ollama_http, urls: [\"{}\", \"{}\"], model_name: m, role: embedding }}\n",
+        hangs.url, other.url
+    );
+    let sarai = Sarai::start(&config);
+    let mut texts = 0..;
+    let mut embed = async || {
+        let input = format!("text {}", texts.next().unwrap());
+        let answer = sarai.post("/api/embed", json!({ "model": "vectors", "input": input }).to_string()).await;
+        assert_eq!((answer.status, &answer.json()["embeddings"]), (200, &json!([[0.6, 0.8]])), "{}", answer.text);
+        answer
+    };
+    let began = Instant::now();
+    while hangs.asked().len() < 12 {
+        embed().await;
+    }
+    assert!(other.asked().len() > 3, "each had its share: {}", other.asked().len());
+    assert!(began.elapsed() < Duration::from_secs(10));
+    let late = loop {
+        let answer = embed().await;
+        if hangs.asked().len() > 12 {
+            break answer;
+        }
+    };
+    assert!(served_by(&late).contains(other.url.trim_start_matches("http://")), "{}", served_by(&late));
+    assert!(late.header("x-sarai-fallback-reason").unwrap().contains("another place was faster"));
+    let left = hangs.until("its client's leave", |asked| asked[12].left.is_some()).await;
+    assert!(left[12].left.is_some());
+}
+
+/// A host that fails at vectors is left alone, and asked for one now and then.
+#[tokio::test]
+async fn a_host_that_makes_no_vectors_is_left_alone_until_it_does() {
+    let fails = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let is_failing = std::sync::Arc::clone(&fails);
+    let host = Host::start(move |_, _| match is_failing.load(std::sync::atomic::Ordering::Relaxed) {
+        true => vec![Step::Send("HTTP/1.1 500 Broken\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".into())],
+        false => vector(),
+    });
+    let stands_by = Host::start(|_, _| vector());
+    let urls = format!("[\"{}\", {{ url: \"{}\", priority: 1 }}]", host.url, stands_by.url);
+    let sarai = Sarai::start(&format!(
+        "models:\n  vectors: {{ backend: ollama_http, urls: {urls}, model_name: m, role: embedding }}\n"
+    ));
+    let embed = async || {
+        let answer = sarai.post("/api/embed", json!({ "model": "vectors", "input": "one" }).to_string()).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        served_by(&answer).contains(host.url.trim_start_matches("http://"))
+    };
+    let probes = || host.asked().iter().filter(|asked| asked.body["input"] == json!(["Hi"])).count();
+    assert!(!embed().await && !embed().await && !embed().await);
+    assert_eq!(host.asked().len() - probes(), 2, "two failures are enough");
+    host.until("a probe", |_| probes() > 0).await;
+    fails.store(false, std::sync::atomic::Ordering::Relaxed);
+    let began = Instant::now();
+    while !embed().await {
+        assert!(began.elapsed() < Duration::from_secs(20), "it is asked again once its probe went well");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}

@@ -7,19 +7,19 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use sarai_api::openai::{self, ChunkWriter, Kind};
 use sarai_api::{Parsed, Served};
-use sarai_core::{Api, Error, Event, MediaKind, TokenLogprob, Usage};
+use sarai_core::{Api, Error, Event, MediaKind, Timings, TokenLogprob, Usage};
 use serde_json::Value;
 
 use super::error::{Failure, openai_body};
 use super::waiting::{self, Begun, Step, Waiting};
 use super::{App, body, json_response, lane, served_headers, stream, terms};
 use crate::catalog::Catalog;
-use crate::config::{Deployment, Model};
+use crate::config::{Deployment, Model, ModelRole};
 use crate::pool::Snapshot;
 
 /// `POST /v1/chat/completions`.
@@ -35,7 +35,7 @@ pub async fn completion(State(app): State<App>, request: Request) -> Result<Resp
 /// `GET /v1/models`.
 pub async fn models(State(app): State<App>) -> Response {
     let (catalog, snapshot) = (app.gateway.catalog(), app.gateway.dispatch.pool.snapshot().await);
-    let models = catalog.models.iter().map(|model| listed(&catalog, model, snapshot.as_ref()));
+    let models = catalog.models.iter().map(|model| listed(&app, &catalog, model, snapshot.as_ref()));
     json_response(HeaderMap::new(), &openai::models(models.collect()))
 }
 
@@ -43,21 +43,22 @@ pub async fn models(State(app): State<App>) -> Response {
 pub async fn model(State(app): State<App>, Path(id): Path<String>) -> Result<Response, Failure> {
     let (catalog, snapshot) = (app.gateway.catalog(), app.gateway.dispatch.pool.snapshot().await);
     let model = catalog.find(&id).map_err(Failure::OpenAi)?;
-    Ok(json_response(HeaderMap::new(), &listed(&catalog, model, snapshot.as_ref())))
+    Ok(json_response(HeaderMap::new(), &listed(&app, &catalog, model, snapshot.as_ref())))
 }
 
 /// A model of the list; of one that is answered here first, also whether it is loaded, and what it senses, as llama.cpp's router has it.
-fn listed(catalog: &Catalog, model: &Model, snapshot: Option<&Snapshot>) -> Value {
+fn listed(app: &App, catalog: &Catalog, model: &Model, snapshot: Option<&Snapshot>) -> Value {
+    let created = app.started.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let engine = model.deployments.first().and_then(Deployment::engine);
     let Some((engine, snapshot)) = engine.and_then(|(engine, _)| Some((engine, snapshot?))) else {
-        return openai::model(&model.name, 0);
+        return openai::model(&model.name, created);
     };
     let status = match (snapshot.workers.contains_key(&engine), snapshot.loading.contains_key(&engine)) {
         (true, _) => "loaded",
         (false, true) => "loading",
         (false, false) => "unloaded",
     };
-    openai::local_model(&model.name, status, senses(catalog, model))
+    openai::local_model(&model.name, created, status, senses(catalog, model))
 }
 
 /// What a model senses, or one that it falls back to; nothing is known where a host may answer, or a file that was not read yet.
@@ -79,7 +80,10 @@ async fn answer(
     parse: fn(&[u8]) -> Result<Parsed, Error>,
 ) -> Result<Response, Error> {
     let (terms, lane) = (terms(request.headers())?, lane(request.headers())?);
-    let parsed = parse(&body::read(request, &app).await?)?.in_lane(lane);
+    let mut parsed = parse(&body::read(request, &app).await?)?.in_lane(lane);
+    if parsed.model.is_empty() {
+        parsed.model = app.gateway.only_model(ModelRole::Chat)?;
+    }
     let delivery = parsed.delivery;
     let writer = ChunkWriter {
         kind,
@@ -116,16 +120,16 @@ async fn answer(
 }
 
 /// A stream whose first words are comments about what it waits for.
-fn told_meanwhile(waiting: Waiting, writer: ChunkWriter, stall: Duration) -> Response {
+fn told_meanwhile(waiting: Box<Waiting>, writer: ChunkWriter, stall: Duration) -> Response {
     let mut end = None;
     let encode = move |what| -> Bytes {
         let done = match &what {
-            Step::Says(Ok(Event::Done { usage, .. })) => Some(*usage),
+            Step::Says(Ok(Event::Done { usage, timings, .. })) => Some((*usage, *timings)),
             _ => None,
         };
         let mut text = write_step(&writer, &mut end, what);
-        if let (Some(usage), Some(end)) = (done, &end) {
-            text.push_str(&last(&writer, &usage, &end.usage_details));
+        if let (Some((usage, timings)), Some(end)) = (done, &end) {
+            text.push_str(&last(&writer, &usage, Some(&timings), &end.usage_details));
         }
         text.into()
     };
@@ -133,10 +137,15 @@ fn told_meanwhile(waiting: Waiting, writer: ChunkWriter, stall: Duration) -> Res
 }
 
 fn event_stream(mut headers: HeaderMap, body: Body) -> Response {
-    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/event-stream"));
-    headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-cache"));
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert(AS_IT_COMES.0, AS_IT_COMES.1);
     (headers, body).into_response()
 }
+
+/// Proxies such as nginx would keep a stream until it is whole.
+pub const AS_IT_COMES: (HeaderName, HeaderValue) =
+    (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
 
 /// What the end of a stream says.
 struct End {
@@ -171,20 +180,20 @@ fn write_step(writer: &ChunkWriter, end: &mut Option<End>, what: Step) -> String
 
 /// A step of the only answer, and behind its end that of the stream.
 fn encode(writer: &ChunkWriter, end: &mut End, event: Result<Event, Error>) -> String {
-    let usage = match &event {
-        Ok(Event::Done { usage, .. }) => Some(*usage),
+    let done = match &event {
+        Ok(Event::Done { usage, timings, .. }) => Some((*usage, *timings)),
         _ => None,
     };
     let mut text = step(writer, end, event);
-    if let Some(usage) = usage {
-        text.push_str(&last(writer, &usage, &end.usage_details));
+    if let Some((usage, timings)) = done {
+        text.push_str(&last(writer, &usage, Some(&timings), &end.usage_details));
     }
     text
 }
 
 /// What follows the ends of all answers.
-fn last(writer: &ChunkWriter, usage: &Usage, details: &Value) -> String {
-    let mut last = writer.usage(usage, details).map(|chunk| sse(&chunk)).unwrap_or_default();
+fn last(writer: &ChunkWriter, usage: &Usage, timings: Option<&Timings>, details: &Value) -> String {
+    let mut last = writer.usage(usage, timings, details).map(|chunk| sse(&chunk)).unwrap_or_default();
     last.push_str("data: [DONE]\n\n");
     last
 }
@@ -219,7 +228,7 @@ fn step(writer: &ChunkWriter, end: &mut End, event: Result<Event, Error>) -> Str
             writer.extra(*extra).map(|chunk| sse(&chunk)).unwrap_or_default()
         }
         Ok(Event::Alive | Event::Vector { .. }) => String::new(),
-        Ok(Event::Done { finish, timings, .. }) => sse(&writer.finish(finish, &end.served, &timings)),
+        Ok(Event::Done { finish, usage, timings }) => sse(&writer.finish(finish, &usage, &timings, &end.served)),
         Err(error) => sse(&openai_body(&error)),
     }
 }

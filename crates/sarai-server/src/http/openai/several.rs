@@ -138,7 +138,7 @@ async fn streamed(
             left -= 1;
             sum.add(index, usage);
             if left == 0 {
-                text.push_str(&last(writer, &sum.usage, &Value::Null));
+                text.push_str(&last(writer, &sum.usage, None, &Value::Null));
             }
         }
         text.into()
