@@ -1,5 +1,6 @@
 //! Tools that a model may call.
 
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 /// What a request says of tools.
@@ -37,6 +38,14 @@ pub struct ToolCall {
     pub name: String,
     /// Its arguments as JSON.
     pub arguments: String,
+}
+
+impl ToolCall {
+    /// Whether its arguments came to their end.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        serde_json::from_str::<IgnoredAny>(&self.arguments).is_ok()
+    }
 }
 
 /// A piece of a call, as it is written.
@@ -78,6 +87,7 @@ mod tests {
             part.add_to(&mut calls);
         }
         assert_eq!((calls[0].name.as_str(), calls[0].arguments.as_str()), ("f", "{\"x\":1}"));
+        assert!(calls[0].is_whole() && !ToolCall { arguments: "{\"x".into(), ..ToolCall::default() }.is_whole());
         assert_eq!((calls[1].id.as_str(), calls[1].arguments.as_str()), ("b", "{}"));
     }
 }

@@ -105,9 +105,8 @@ impl Parts {
     /// What is known at the end, and why it ended.
     pub fn finish(&mut self, finish: FinishReason) -> (Vec<Event>, FinishReason) {
         let mut read = self.last_reading(finish == FinishReason::Length);
-        // A text that ends the answer may stand within a call: then that is none.
-        let is_read_whole = self.read(false).is_some_and(|whole| whole.tool_calls.len() == read.tool_calls.len());
-        let is_cut = finish == FinishReason::Stop && !is_read_whole && !read.tool_calls.iter().all(is_whole);
+        // A text that ends the answer may stand within a call: then that is none. llama.cpp reads it all the same.
+        let is_cut = finish == FinishReason::Stop && !read.tool_calls.iter().all(is_whole);
         if is_cut {
             let begun = self.called.len();
             let whole = read.tool_calls.iter().take_while(|call| is_whole(call)).count();
@@ -179,7 +178,7 @@ impl Parts {
         }
         for (index, ReadCall { function }) in read.tool_calls.iter().enumerate() {
             if index == 0 && !self.is_whole {
-                self.is_whole = is_whole(&read.tool_calls[0]);
+                self.is_whole = !function.arguments.is_empty() && is_whole(&read.tool_calls[0]);
             }
             let is_last = index + 1 == read.tool_calls.len();
             if index == self.called.len() {
@@ -204,8 +203,9 @@ impl Parts {
     }
 }
 
+/// Whether the arguments of a call came to their end; of some tools there are none.
 fn is_whole(call: &ReadCall) -> bool {
-    serde_json::from_str::<IgnoredAny>(&call.function.arguments).is_ok()
+    call.function.arguments.is_empty() || serde_json::from_str::<IgnoredAny>(&call.function.arguments).is_ok()
 }
 
 /// What may stand around a bare call.

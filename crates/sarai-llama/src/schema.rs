@@ -3,7 +3,7 @@
 use llama_cpp_4::chat::json_schema_to_grammar;
 use sarai_core::schema::{
     MOST_ITEMS, MOST_REPEATED, multiples, number_rule, of_format, only_part, parts_mut, plain_pattern, put_together,
-    target, visit,
+    target, values_rule, visit,
 };
 use serde_json::{Map, Value, json};
 
@@ -148,7 +148,11 @@ impl Words {
             return fields.into();
         }
         if let Some(all) = multiples(&fields) {
-            return json!({ "enum": all });
+            fields = Map::from_iter([("enum".to_owned(), all.into())]);
+        }
+        if let Some(rule) = values_rule(&fields) {
+            self.rules.push(rule);
+            return json!({ "const": mark(self.rules.len() - 1) });
         }
         let Some(rule) = number_rule(&fields) else { return fields.into() };
         let number = json!({ "const": mark(self.rules.len()) });

@@ -213,13 +213,17 @@ fn compiles(model: &LlamaModel, letters: &[LlamaToken], grammar: &str, is_the_cl
             return Ended::Refused(why.unwrap_or_else(|| error.to_string()));
         }
     };
-    let all = (0..model.n_vocab()).map(LlamaToken);
-    allowed(&mut sampler, all);
+    let all: Vec<_> = (0..model.n_vocab()).map(LlamaToken).collect();
+    allowed(&mut sampler, all.iter().copied());
+    // Somewhere within an answer all tokens may take longer, by far, than at its beginning.
+    let mut within = [false, true].map(|_| rand::random_range(1..FIRST_LETTERS)).into_iter();
     // A dead end, or what grows with each token, may stand behind the first one: answers are begun, letter by letter.
     let walks = if is_the_clients { WALKS } else { FEW_WALKS };
     for repeats in [false, true].into_iter().cycle() {
         // Each has its share, also of an answer that does not end.
-        if grows(&mut sampler, letters, repeats, (Instant::now() + walks / 4).min(began + walks)) {
+        let until = (Instant::now() + walks / 4).min(began + walks);
+        let walk = Walk { letters, repeats, until, asks_at: within.next(), all: &all };
+        if grows(&mut sampler, &walk) {
             return Ended::Late;
         }
         if began.elapsed() > walks {
@@ -238,17 +242,30 @@ fn allowed(sampler: &mut LlamaSampler, tokens: impl Iterator<Item = LlamaToken>)
     all.data.iter().filter(|data| !data.logit().is_infinite()).map(LlamaTokenData::id).collect()
 }
 
-/// Begins an answer that a grammar allows, for as long as there is time; one that repeats itself where it may, if so wanted. Says whether
-/// each letter takes longer than the one before, by far.
-fn grows(sampler: &mut LlamaSampler, letters: &[LlamaToken], repeats: bool, until: Instant) -> bool {
+/// How an answer is begun.
+struct Walk<'a> {
+    letters: &'a [LlamaToken],
+    /// Whether it repeats itself where it may.
+    repeats: bool,
+    until: Instant,
+    /// Behind so many letters, all tokens are asked for.
+    asks_at: Option<usize>,
+    all: &'a [LlamaToken],
+}
+
+/// Begins an answer that a grammar allows, for as long as there is time. Says whether each letter takes longer than the one before, by far.
+fn grows(sampler: &mut LlamaSampler, walk: &Walk<'_>) -> bool {
     let (mut last, mut times) = (None, Vec::new());
-    while Instant::now() < until {
+    while Instant::now() < walk.until {
+        if walk.asks_at == Some(times.len()) {
+            allowed(sampler, walk.all.iter().copied());
+        }
         let began = busy();
-        let allowed = allowed(sampler, letters.iter().copied());
+        let allowed = allowed(sampler, walk.letters.iter().copied());
         if allowed.is_empty() {
             break;
         }
-        let again = last.filter(|last| repeats && allowed.contains(last) && rand::random_range(0..32) > 0);
+        let again = last.filter(|last| walk.repeats && allowed.contains(last) && rand::random_range(0..32) > 0);
         let next = again.unwrap_or_else(|| allowed[rand::random_range(0..allowed.len())]);
         last = Some(next);
         if sampler.try_accept(next).is_err() {
@@ -272,6 +289,8 @@ fn busy() -> Duration {
     Duration::try_from(time).unwrap_or_default()
 }
 
+/// Letters of an answer among which all tokens are asked for once.
+const FIRST_LETTERS: usize = 24;
 /// Time for beginnings of an answer, with the compiling before them.
 const WALKS: Duration = Duration::from_millis(200);
 /// And where llama.cpp has made the grammar, which has no dead ends.

@@ -85,6 +85,17 @@ impl Places {
         got.await.map_err(|_| Closed)
     }
 
+    /// Changes how many there are; who has one beyond that keeps it.
+    pub fn limit(&self, places: usize) {
+        self.state().places = places;
+        self.hand_out();
+    }
+
+    /// How many are taken.
+    pub fn taken(&self) -> usize {
+        self.state().taken
+    }
+
     /// Nobody gets a place any more.
     pub fn close(&self) {
         let mut state = self.state();
@@ -113,7 +124,7 @@ impl Places {
     #[cfg(test)]
     fn free(&self) -> usize {
         let state = self.state();
-        state.places - state.taken
+        state.places.saturating_sub(state.taken)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -7,11 +7,13 @@ mod merge;
 mod number;
 mod parts;
 mod pattern;
+mod values;
 
 pub use merge::put_together;
 pub use number::{multiples, number_rule};
 pub use parts::{meant, only_part, parts_mut, target, visit};
 pub use pattern::{of_format, plain_pattern};
+pub use values::values_rule;
 
 /// llama.cpp repeats nothing more often.
 pub const MOST_REPEATED: u64 = 2000;

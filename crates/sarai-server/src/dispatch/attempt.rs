@@ -34,7 +34,22 @@ pub async fn open(
             at_worker(dispatch, candidate, (*engine, *context_tokens), request).await
         }
         Deployment::Process { engine, context_tokens, remote } => {
-            at_process(dispatch, candidate, (*engine, *context_tokens, remote), request).await
+            let opened = at_process(dispatch, candidate, (*engine, *context_tokens, remote), request).await;
+            let (commands, name) = (dispatch.health.commands.clone(), candidate.label());
+            match opened {
+                Ok(events) => {
+                    let judged = events.inspect(move |event| match event {
+                        Ok(Event::Done { .. }) => commands.succeeded(&name),
+                        Err(error) => commands.failed(&name, error),
+                        Ok(_) => {}
+                    });
+                    Ok(judged.boxed())
+                }
+                Err(error) => {
+                    commands.failed(&name, &error);
+                    Err(error)
+                }
+            }
         }
         Deployment::Remote(host) => {
             let opened = at_host(dispatch, candidate, host, request, place).await;

@@ -9,7 +9,7 @@ use sarai_api::openai::remote::unknown_to_openai;
 use sarai_api::schema::{not_followed, not_followed_by_calls};
 use sarai_api::translate::can_be_asked;
 use sarai_core::{
-    Api, Error, Extras, Format, GenerateRequest, Input, MediaSource, Need, Prompt, Purpose, Residence, ToolChoice,
+    Api, Error, Extras, Format, GenerateRequest, Input, Lane, MediaSource, Need, Prompt, Purpose, Residence, ToolChoice,
 };
 use serde_json::Value;
 
@@ -50,9 +50,22 @@ impl Candidate {
         matches!(self.deployment(), Deployment::Local { .. })
     }
 
-    /// Whether it is on a host whose breaker is open.
+    /// Whether its breaker is open.
     pub fn is_left_alone(&self, health: &Health) -> bool {
-        self.remote().is_some_and(|remote| health.is_open(remote))
+        match self.deployment() {
+            Deployment::Remote(remote) => health.is_open(remote),
+            Deployment::Process { .. } => health.commands.is_open(&self.label()),
+            Deployment::Local { .. } => false,
+        }
+    }
+
+    /// Why its breaker was opened.
+    pub fn last_failure(&self, health: &Health) -> Option<Error> {
+        match self.deployment() {
+            Deployment::Remote(remote) => health.of(remote).last,
+            Deployment::Process { .. } => health.commands.last(&self.label()),
+            Deployment::Local { .. } => None,
+        }
     }
 
     /// `model@place`, as it stands in headers and errors.
@@ -358,6 +371,8 @@ pub struct Work<'a> {
     begins: Vec<&'a str>,
     /// How the model is to be there.
     pub residence: Residence,
+    /// Whether it may take its time.
+    pub lane: Lane,
 }
 
 impl<'a> Work<'a> {
@@ -368,7 +383,13 @@ impl<'a> Work<'a> {
             Prompt::Chat(messages) => messages.iter().take(2).map(|message| message.content.as_str()).collect(),
         };
         let answer_tokens = request.max_tokens.map_or(USUAL_ANSWER, |most| most.min(USUAL_ANSWER));
-        Self { prompt_tokens: prompt_tokens(request), answer_tokens, begins, residence: request.residence }
+        Self {
+            prompt_tokens: prompt_tokens(request),
+            answer_tokens,
+            begins,
+            residence: request.residence,
+            lane: request.lane,
+        }
     }
 
     /// That of vectors.
@@ -387,6 +408,7 @@ impl<'a> Work<'a> {
             answer_tokens: 0,
             begins: begins.collect(),
             residence: Residence { context_tokens: None, keep_alive: parsed.keep_alive },
+            lane: parsed.request.lane,
         }
     }
 

@@ -112,7 +112,8 @@ impl Dispatch {
                 None => None,
                 Some(host) => {
                     let until = ask.arrived + ask.model.deadlines.queue;
-                    let place = ask.ticket.aside(timeout_at(until, self.health.place(&[host]))).await;
+                    let place =
+                        ask.ticket.aside(timeout_at(until, self.health.place(&[host], ask.parsed.request.lane))).await;
                     let Ok((_, place)) = place else { continue };
                     place
                 }
@@ -135,7 +136,9 @@ impl Dispatch {
             }
         }
         spread(&mut left, &Work::of_vectors(ask.parsed), &self.health);
-        while let Some((deadline, found)) = ask.ticket.aside(self.wait_for_place(&left, ask.arrived)).await {
+        while let Some((deadline, found)) =
+            ask.ticket.aside(self.wait_for_place(&left, ask.arrived, ask.parsed.request.lane)).await
+        {
             let Some((index, place)) = found else {
                 let (model, seconds) = (ask.model.name.clone(), deadline.as_secs());
                 let late = Error::Deadline { model, phase: Phase::Queue, seconds };
@@ -151,7 +154,7 @@ impl Dispatch {
             left.retain(|one| ask.attempts.iter().all(|attempt| attempt.deployment != one.label()));
         }
         for candidate in left {
-            if let Some(last) = candidate.remote().and_then(|host| self.health.of(host).last) {
+            if let Some(last) = candidate.last_failure(&self.health) {
                 ask.note(&candidate, last);
             }
             ask.last_resort.push(candidate);
@@ -203,6 +206,12 @@ impl Dispatch {
         {
             // Of one that answers in words as well, only that nobody is there is told.
             self.health.failed(host, error);
+        }
+        if let Deployment::Process { .. } = deployment {
+            match &embedded {
+                Ok(_) => self.health.commands.succeeded(&candidate.label()),
+                Err(error) => self.health.commands.failed(&candidate.label(), error),
+            }
         }
         embedded.map_err(|error| error.of_model(&model.name))
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use sarai_core::{Error, RemoteCause};
+use sarai_core::{Error, Lane, RemoteCause};
 use tokio::time::{Instant, sleep_until};
 
 use super::candidates::{Candidate, Work};
@@ -149,13 +149,13 @@ async fn another(
     };
     tokio::select! {
         biased;
-        found = host_with_place(dispatch, &others.hosts) => found,
+        found = host_with_place(dispatch, &others.hosts, work.lane) => found,
         worker = worker => (worker, None),
     }
 }
 
 /// Waits for a place at one of these hosts, as far as they may be asked.
-async fn host_with_place(dispatch: &Dispatch, hosts: &[&Candidate]) -> (Candidate, Place) {
+async fn host_with_place(dispatch: &Dispatch, hosts: &[&Candidate], lane: Lane) -> (Candidate, Place) {
     let health = &dispatch.health;
     let may_be_asked = |host: &&Candidate| !host.is_left_alone(health) && host.is_too_far(health).is_none();
     loop {
@@ -168,7 +168,7 @@ async fn host_with_place(dispatch: &Dispatch, hosts: &[&Candidate]) -> (Candidat
         }
         tokio::select! {
             biased;
-            (index, place) = health.place(&remotes) => {
+            (index, place) = health.place(&remotes, lane) => {
                 // It may have changed while its place was waited for.
                 if may_be_asked(&hosts[index]) {
                     return (hosts[index].clone(), place);

@@ -237,7 +237,8 @@ impl Dispatch {
                 Some(remote) => {
                     let until = ask.arrived + candidate.model.deadlines.queue;
                     // Who waits in vain keeps the reason for which the breaker is open.
-                    let place = ask.ticket.aside(timeout_at(until, self.health.place(&[remote]))).await;
+                    let place =
+                        ask.ticket.aside(timeout_at(until, self.health.place(&[remote], ask.request.lane))).await;
                     let Ok((_, place)) = place else { continue };
                     place
                 }
@@ -316,7 +317,7 @@ impl Dispatch {
         }
         // Of these, none has recovered meanwhile.
         for candidate in left {
-            if let Some(last) = candidate.remote().and_then(|remote| self.health.of(remote).last) {
+            if let Some(last) = candidate.last_failure(&self.health) {
                 ask.note(&candidate, last);
             }
             ask.last_resort.push(candidate);
@@ -330,6 +331,7 @@ impl Dispatch {
         &self,
         left: &[Candidate],
         arrived: Instant,
+        lane: Lane,
     ) -> Option<(Duration, Option<(usize, health::Place)>)> {
         let askable = || -> Vec<usize> {
             let all = left.iter().enumerate();
@@ -340,7 +342,7 @@ impl Dispatch {
             let current = askable();
             let deadline = left[*current.first()?].model.deadlines.queue;
             let remotes: Vec<_> = current.iter().filter_map(|&index| left[index].remote()).collect();
-            let mut place = Box::pin(timeout_at(arrived + deadline, self.health.place(&remotes)));
+            let mut place = Box::pin(timeout_at(arrived + deadline, self.health.place(&remotes, lane)));
             loop {
                 tokio::select! {
                     biased;
@@ -394,7 +396,7 @@ impl Dispatch {
     /// Waits for a place; once it is waited for as long as it is usual for the host to answer, the model's own worker is asked as well, if
     /// nobody else has to go for it. The first one counts: a place, or the worker's first token.
     async fn wait_for_place_or_worker(&self, ask: &Ask<'_>, left: &[Candidate]) -> Waited {
-        let mut place = pin!(self.wait_for_place(left, ask.arrived));
+        let mut place = pin!(self.wait_for_place(left, ask.arrived, ask.request.lane));
         if let Some(found) = place.as_mut().now_or_never() {
             return Waited::Place(found);
         }
@@ -469,7 +471,8 @@ impl Dispatch {
                 None => Some(None),
                 Some(remote) => {
                     let until = ask.arrived + candidate.model.deadlines.queue;
-                    let place = ask.ticket.aside(timeout_at(until, self.health.place(&[remote]))).await;
+                    let place =
+                        ask.ticket.aside(timeout_at(until, self.health.place(&[remote], ask.request.lane))).await;
                     place.ok().map(|(_, place)| place)
                 }
             };

@@ -238,7 +238,7 @@ impl Given<'_> {
             Deployment::Process { .. } => self.asked_again(candidate, None).await,
             Deployment::Remote(remote) => {
                 let place = || async {
-                    let place = timeout(PLACE_WITHIN, self.dispatch.health.place(&[remote])).await;
+                    let place = timeout(PLACE_WITHIN, self.dispatch.health.place(&[remote], request.lane)).await;
                     let (model, seconds) = (candidate.model.name.clone(), PLACE_WITHIN.as_secs());
                     place.map(|(_, place)| place).map_err(|_| Error::Deadline { model, phase: Phase::Queue, seconds })
                 };

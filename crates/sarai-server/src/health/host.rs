@@ -1,10 +1,10 @@
 //! What is known of one host, whatever its models: places at it, how far away it is, and which models it has loaded.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
+
+use crate::lanes::{self, Places};
 
 /// What was seen of a host's models counts for so long.
 const FRESH: Duration = Duration::from_secs(20);
@@ -29,9 +29,8 @@ pub struct Look {
 /// One host.
 #[derive(Debug)]
 pub struct Host {
-    /// Requests that it answers for us at most; `None` is without limit.
-    most: Option<usize>,
-    free: Arc<Semaphore>,
+    /// For requests that it answers for us.
+    places: Places,
     round_trips: Vec<Duration>,
     loaded: Option<(Instant, Vec<String>)>,
     /// Those that a look was the first to show, and when: Ollama lists a model from the beginning of its load.
@@ -47,12 +46,10 @@ pub struct Host {
 const UNLIMITED: usize = 1 << 20;
 
 impl Host {
-    /// A host of which nothing is known.
+    /// A host of which nothing is known, and the requests that it answers for us at most; `None` is without limit.
     pub fn new(most: Option<usize>) -> Self {
-        let free = Arc::new(Semaphore::new(most.unwrap_or(UNLIMITED)));
         Self {
-            most,
-            free,
+            places: Places::new(most.unwrap_or(UNLIMITED)),
             round_trips: Vec::new(),
             loaded: None,
             newly: Vec::new(),
@@ -63,34 +60,18 @@ impl Host {
     }
 
     /// Changes how many requests it answers for us; those under way go on.
-    pub fn limit(&mut self, most: Option<usize>) {
-        let (old, new) = (self.most.unwrap_or(UNLIMITED), most.unwrap_or(UNLIMITED));
-        self.most = most;
-        if new >= old {
-            self.free.add_permits(new - old);
-            return;
-        }
-        let taken = self.free.forget_permits(old - new);
-        if taken < old - new {
-            // The others are taken out as they come back, by whoever is first to ask for them.
-            let free = Arc::clone(&self.free);
-            let rest = u32::try_from(old - new - taken).unwrap_or(u32::MAX);
-            tokio::spawn(async move {
-                if let Ok(permits) = free.acquire_many_owned(rest).await {
-                    permits.forget();
-                }
-            });
-        }
+    pub fn limit(&self, most: Option<usize>) {
+        self.places.limit(most.unwrap_or(UNLIMITED));
     }
 
     /// Its places.
-    pub fn places(&self) -> Arc<Semaphore> {
-        Arc::clone(&self.free)
+    pub fn places(&self) -> Places {
+        self.places.clone()
     }
 
     /// Requests that it answers for us now.
     pub fn outstanding(&self) -> usize {
-        self.most.unwrap_or(UNLIMITED).saturating_sub(self.free.available_permits())
+        self.places.taken()
     }
 
     /// Whether it is time to look at it again; whoever is told so looks.
@@ -176,10 +157,12 @@ fn is_same(known: &str, model: &str) -> bool {
 }
 
 /// A place at a host, given back on drop; `None` where there is nothing to hold.
-pub type Place = Option<OwnedSemaphorePermit>;
+pub type Place = Option<lanes::Place>;
 
 #[cfg(test)]
 mod tests {
+    use sarai_core::Lane;
+
     use super::*;
 
     fn look(ms: u64, loaded: &[&str]) -> Look {
@@ -229,14 +212,15 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_lower_limit_holds_once_those_under_way_are_done() {
-        let mut host = Host::new(Some(3));
-        let held: Vec<_> = (0..3).filter_map(|_| host.places().try_acquire_owned().ok()).collect();
+        let host = Host::new(Some(3));
+        let mut held: Vec<_> = (0..3).filter_map(|_| host.places().try_take(Lane::Interactive)).collect();
         host.limit(Some(1));
-        tokio::task::yield_now().await;
-        drop(held);
-        tokio::task::yield_now().await;
-        assert_eq!((host.outstanding(), host.places().available_permits()), (0, 1));
+        held.pop();
+        assert!(host.places().try_take(Lane::Interactive).is_none(), "two are under way");
+        held.clear();
+        let one = host.places().try_take(Lane::Interactive);
+        assert!(one.is_some() && host.places().try_take(Lane::Interactive).is_none());
         host.limit(None);
-        assert_eq!(host.places().available_permits(), UNLIMITED);
+        assert!(host.places().try_take(Lane::Bulk).is_some() && host.outstanding() == 1);
     }
 }

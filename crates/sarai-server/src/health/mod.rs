@@ -1,6 +1,7 @@
 //! What is known of remote deployments: whether they answer, how fast, how far away, and how much they have to do.
 
 mod breaker;
+mod commands;
 mod host;
 mod pace;
 
@@ -12,7 +13,7 @@ use futures_util::StreamExt;
 use futures_util::future::join_all;
 use sarai_api::embed;
 use sarai_core::{
-    Api, Deadlines, Error, GenerateRequest, MediaKind, Message, Phase, Prompt, RemoteCause, Role, Sampling,
+    Api, Deadlines, Error, GenerateRequest, Lane, MediaKind, Message, Phase, Prompt, RemoteCause, Role, Sampling,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
@@ -25,8 +26,10 @@ pub use pace::{Expected, Gaps, Pace, Sample};
 use crate::backend::remote::{self, Hosts};
 use crate::catalog::Catalog;
 use crate::config::Remote;
+use crate::lanes::Places;
 use crate::state::State as Learned;
 use breaker::Breaker;
+use commands::Commands;
 use host::Host;
 
 /// Opened breakers that wait to be told of.
@@ -90,6 +93,8 @@ impl Known {
 #[derive(Clone)]
 pub struct Health {
     table: Table,
+    /// Those of this machine.
+    pub commands: Commands,
     /// Ends the probers with the last handle.
     _probers: Arc<EndProbers>,
 }
@@ -157,7 +162,7 @@ impl Health {
         let (changed, _) = watch::channel(0);
         let (looks, _) = watch::channel(0);
         let table = Table { hosts, entries: Arc::default(), learned, opened, changed, looks };
-        let health = Self { _probers: Arc::new(EndProbers(table.clone())), table };
+        let health = Self { _probers: Arc::new(EndProbers(table.clone())), table, commands: Commands::default() };
         health.reconfigure(catalog);
         (health, hears)
     }
@@ -183,7 +188,7 @@ impl Health {
             *most = most.zip(remote.max_outstanding).map(|(a, b)| a.max(b));
         }
         for (url, most) in most {
-            let mut host = old.hosts.remove(&url).unwrap_or_else(|| Host::new(most));
+            let host = old.hosts.remove(&url).unwrap_or_else(|| Host::new(most));
             host.limit(most);
             entries.hosts.insert(url, host);
         }
@@ -254,7 +259,7 @@ impl Health {
     ///
     /// # Cancel safety
     /// Whoever does not wait any more leaves all queues.
-    pub async fn place(&self, remotes: &[&Remote]) -> (usize, Place) {
+    pub async fn place(&self, remotes: &[&Remote], lane: Lane) -> (usize, Place) {
         let of = |remote: &Remote| self.table.lock().hosts.get(&remote.url).map(Host::places);
         // A host that the configuration does not have any more has no place to wait for.
         let places: Vec<_> =
@@ -262,14 +267,12 @@ impl Health {
         if places.is_empty() {
             return (0, None);
         }
-        let free = |(index, place): &(usize, Arc<tokio::sync::Semaphore>)| {
-            Some((*index, Arc::clone(place).try_acquire_owned().ok()))
-        };
-        if let Some(found) = places.iter().filter_map(free).find(|(_, permit)| permit.is_some()) {
+        let free = |(index, places): &(usize, Places)| Some((*index, Some(places.try_take(lane)?)));
+        if let Some(found) = places.iter().find_map(free) {
             return found;
         }
         let waiting =
-            places.into_iter().map(|(index, place)| Box::pin(async move { (index, place.acquire_owned().await.ok()) }));
+            places.into_iter().map(|(index, places)| Box::pin(async move { (index, places.take(lane).await.ok()) }));
         futures_util::future::select_all(waiting).await.0
     }
 

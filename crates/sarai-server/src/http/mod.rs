@@ -9,6 +9,7 @@ mod error;
 mod ollama;
 mod openai;
 mod pool;
+mod show;
 mod stream;
 mod waiting;
 
@@ -68,7 +69,7 @@ fn urls(app: App) -> Router {
         .route("/api/generate", of(post(ollama::generate), Failure::Ollama))
         .route("/api/embed", of(post(embed::ollama), Failure::Ollama))
         .route("/api/embeddings", of(post(embed::ollama_old), Failure::Ollama))
-        .route("/api/show", of(post(ollama::show), Failure::Ollama))
+        .route("/api/show", of(post(show::show), Failure::Ollama))
         .route("/api/tags", of(get(ollama::tags), Failure::Ollama))
         .route("/api/version", of(get(ollama::version), Failure::Ollama))
         .route("/api/ps", of(get(admin::ps), Failure::Ollama))

@@ -9,15 +9,13 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use sarai_api::ollama::{self, End, Kind, LineWriter, OllamaRequest};
 use sarai_api::{Parsed, Served};
-use sarai_core::{Error, Event, MediaKind, TokenLogprob, ToolCall};
-use sarai_plan::Header;
-use serde_json::{Map, Value, json};
+use sarai_core::{Error, Event, FinishReason, TokenLogprob, ToolCall};
+use serde_json::json;
 
 use super::error::{Failure, ollama_body};
 use super::openai::AS_IT_COMES;
 use super::waiting::{self, Begun, Step, Waiting};
 use super::{App, body, json_response, lane, served_headers, stream, terms};
-use crate::config::Deployment;
 use crate::dispatch::Terms;
 
 /// `POST /api/chat`.
@@ -43,70 +41,6 @@ pub async fn tags(State(app): State<App>) -> Response {
     let catalog = &app.gateway.catalog();
     let models: Vec<_> = catalog.models.iter().map(|model| ollama::list_entry(&catalog.facts(model))).collect();
     json_response(HeaderMap::new(), &json!({ "models": models }))
-}
-
-/// `POST /api/show`.
-pub async fn show(State(app): State<App>, request: Request) -> Result<Response, Failure> {
-    let show = async {
-        let name = ollama::parse_model_name(&body::read(request, &app).await?)?;
-        let catalog = &app.gateway.catalog();
-        let model = catalog.find(&name)?;
-        let file = model.deployments.iter().find_map(|deployment| match deployment {
-            Deployment::Local { engine, .. } => catalog.file(*engine).ok(),
-            Deployment::Remote(_) | Deployment::Process { .. } => None,
-        });
-        let mut info = file.as_ref().map(|file| metadata(&file.header)).unwrap_or_default();
-        if let Some(file) = &file {
-            info.entry("general.parameter_count").or_insert_with(|| file.header.parameters().into());
-        }
-        let template = info.remove("tokenizer.chat_template");
-        let license = info.get("general.license").and_then(Value::as_str).unwrap_or_default().to_owned();
-        let template = template.as_ref().and_then(Value::as_str).unwrap_or_default();
-        let purpose = file.as_ref().map(|file| file.purpose()).unwrap_or_default();
-        let senses: Vec<_> = [MediaKind::Image, MediaKind::Audio]
-            .into_iter()
-            .filter(|kind| file.as_ref().is_some_and(|file| file.senses(*kind)))
-            .collect();
-        let mut shown = ollama::show(&catalog.facts(model), purpose, &senses, template, Value::Object(info));
-        if let Some(projector) = file.as_ref().and_then(|file| file.projector_header()) {
-            shown["projector_info"] = metadata(projector).into();
-        }
-        if file.is_none()
-            && let Some(host) = app.gateway.dispatch.shown(model).await
-        {
-            // What it says of its model, under our name for it.
-            host.into_iter().for_each(|(name, value)| shown[name] = value);
-        }
-        shown["license"] = match shown.get("license").and_then(Value::as_str) {
-            Some(said) if !said.is_empty() => said.into(),
-            _ => license.into(),
-        };
-        let context = model.deployments.iter().find_map(|deployment| match deployment {
-            Deployment::Local { context_tokens, .. } => Some(*context_tokens),
-            Deployment::Remote(remote) => remote.context_tokens,
-            Deployment::Process { .. } => None,
-        });
-        if let Some(context) = context {
-            shown["parameters"] = ollama::parameters(context, &model.sampling).into();
-        }
-        Ok(json_response(HeaderMap::new(), &shown))
-    };
-    show.await.map_err(Failure::Ollama)
-}
-
-/// What a header says, but for its long lists.
-fn metadata(header: &Header) -> Map<String, Value> {
-    use sarai_plan::gguf::Value as Gguf;
-    let read = header.metadata.iter().filter_map(|(key, value)| {
-        let value = match value {
-            Gguf::Int(value) => Value::from(*value),
-            Gguf::Float(value) => Value::from(*value),
-            Gguf::Text(value) => Value::from(value.as_str()),
-            Gguf::Ints(_) | Gguf::Length(_) => return None,
-        };
-        Some((key.clone(), value))
-    });
-    read.collect()
 }
 
 async fn answer(
@@ -218,6 +152,10 @@ fn encode(writer: &LineWriter, under_way: &mut UnderWay, event: Result<Event, Er
         },
         Ok(Event::Alive | Event::Vector { .. }) => return String::new(),
         Ok(Event::Done { finish, usage, timings }) => {
+            if finish == FinishReason::Stop {
+                // A text that ends the answer stood within one.
+                calls.retain(ToolCall::is_whole);
+            }
             let done = writer.done(now, "", &End { finish, usage: &usage, timings: &timings, served });
             if calls.is_empty() {
                 done

@@ -11,7 +11,7 @@ use axum::body::Body;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use sarai_api::Whole;
-use sarai_core::{Error, Event, Extra};
+use sarai_core::{Error, Event, Extra, FinishReason, ToolCall};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -125,6 +125,10 @@ pub async fn collect(mut events: EventStream) -> Result<Whole, Error> {
             // Whole answers are not resumed: they are asked for anew.
             Event::Resumed { .. } | Event::Alive | Event::Vector { .. } => {}
             Event::Done { finish, usage, timings } => {
+                if finish == FinishReason::Stop {
+                    // A text that ends the answer stood within one.
+                    tool_calls.retain(ToolCall::is_whole);
+                }
                 return Ok(Whole { text, reasoning, tool_calls, logprobs, finish, usage, timings, extra });
             }
         }

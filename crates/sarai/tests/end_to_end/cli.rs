@@ -94,7 +94,7 @@ fn run_streams_an_answer_and_ps_shows_the_state_of_every_model() {
     assert!(asked.status.success() && asked.stdout.len() > 3, "{}", text(&asked));
     let unknown = sarai(&["run", "nobody", "Hi", "--url", &server.url], folder, &[]);
     assert_eq!(unknown.status.code(), Some(1));
-    assert!(text(&unknown).contains("no model is called `nobody`"), "{}", text(&unknown));
+    assert!(text(&unknown).contains("model 'nobody' not found"), "{}", text(&unknown));
     let ps = text(&sarai(&["ps", "--url", &server.url], folder, &[]));
     for shown in [
         "lfm2@gguf_native",

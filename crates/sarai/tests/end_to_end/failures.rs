@@ -270,7 +270,7 @@ async fn bad_requests_get_their_status_and_a_message_in_the_shape_of_their_api()
         ("/api/chat", b"{\"model\":\"\xff\"}".to_vec(), 400, "UTF-8"),
         (
             "/api/chat",
-            json!({ "model": "lfm2", "messages": [{ "role": "user", "content": "word ".repeat(9000) }] })
+            json!({ "model": "lfm2", "truncate": false, "messages": [{ "role": "user", "content": "word ".repeat(9000) }] })
                 .to_string()
                 .into(),
             400,

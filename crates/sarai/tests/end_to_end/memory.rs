@@ -84,7 +84,7 @@ async fn a_smaller_context_never_reloads_and_a_longer_one_grows_in_the_same_work
     assert_eq!(generate(&sarai, "a", json!({})).await.status, 200);
     let pid = engine(&ledger(&sarai).await, "a")["pid"].clone();
     let long = "one two three four five six seven eight nine ten ".repeat(80);
-    let overflow = generate(&sarai, "a", json!({ "prompt": long })).await;
+    let overflow = generate(&sarai, "a", json!({ "prompt": long, "truncate": false })).await;
     assert_eq!(overflow.status, 400, "{}", overflow.text);
     assert_eq!(generate(&sarai, "a", json!({ "options": { "num_ctx": 256 } })).await.status, 200);
     let answer = generate(&sarai, "a", json!({ "prompt": long, "options": { "num_ctx": 2048 } })).await;

@@ -222,3 +222,40 @@ async fn a_real_server_from_pypi_is_run_and_what_only_it_can_do_passes_through()
     drop(sarai);
     until_gone("stopped", &pids).await;
 }
+
+/// It is ready, and answers nothing that it is asked.
+#[tokio::test]
+async fn a_command_that_fails_again_and_again_is_left_alone_for_a_while() {
+    let folder = tempfile::tempdir().unwrap();
+    let (server, asked) = (folder.path().join("server.py"), folder.path().join("asked"));
+    std::fs::write(
+        &server,
+        format!(
+            "import http.server, sys\nclass Handler(http.server.BaseHTTPRequestHandler):\n    def answer(self, status):\n        self.send_response(status); self.send_header('content-length', '2'); self.end_headers(); self.wfile.write(b'{{}}')\n    def do_GET(self): self.answer(200)\n    def do_POST(self):\n        self.rfile.read(int(self.headers['content-length'])); open('{}', 'a').write('x'); self.answer(500)\n    def log_message(self, *_): pass\nhttp.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Handler).serve_forever()\n",
+            asked.display()
+        ),
+    )
+    .unwrap();
+    let config = format!(
+        "models:\n  small:\n    backend: process\n    command: python3 {} ${{PORT}}\n    memory_gb: 0.1\n    fallback: gguf_native\n    gguf_path: {}\n    context_length: 512\n",
+        server.display(),
+        smollm2()
+    );
+    let sarai = Sarai::start(&config);
+    for _ in 0..12 {
+        let answer = ask(&sarai, json!({ "max_tokens": 2 })).await;
+        assert_eq!(
+            (answer.status, answer.header("x-sarai-served-by")),
+            (200, Some("small@gguf_native")),
+            "{}",
+            answer.text
+        );
+        assert!(
+            answer.header("x-sarai-fallback-reason").unwrap().contains("500"),
+            "{:?}",
+            answer.header("x-sarai-fallback-reason")
+        );
+    }
+    let count = std::fs::read_to_string(&asked).unwrap().len();
+    assert!((2..=6).contains(&count), "its rests grow: asked {count} times");
+}

@@ -193,6 +193,40 @@ async fn several_calls_of_one_answer_come_in_order_their_arguments_as_they_are_w
     assert_eq!(called, [(&json!("get_weather"), &oslo), (&json!("get_time"), &rome)], "{whole}");
 }
 
+/// What a stop text cuts is no call, and the answer does not say that it is.
+#[tokio::test]
+async fn a_stop_text_within_a_call_leaves_no_call() {
+    let file = sketch("sensing/reciting/calls.gguf");
+    let sarai = Sarai::start(&format!("models:\n  coder: {{ backend: gguf_native, gguf_path: {file} }}\n"));
+    for (stop, whole) in [("lo\"", 0), ("Ro", 1)] {
+        let answer = ask(&sarai, json!({ "stop": [stop] })).await;
+        assert_eq!(calls(&answer).len(), whole, "{}", answer.text);
+        assert_eq!(answer.json()["choices"][0]["finish_reason"], "stop", "{}", answer.text);
+        let streamed = ask(&sarai, json!({ "stop": [stop], "stream": true })).await;
+        assert!(streamed.text.contains("\"finish_reason\":\"stop\""), "{}", streamed.text);
+        let body = json!({
+            "model": "coder", "stream": false, "tools": tools(), "messages": [{ "role": "user", "content": "Hi" }],
+            "options": { "stop": [stop] },
+        });
+        let answer = sarai.post("/api/chat", body.to_string()).await.json();
+        assert_eq!(answer["message"]["tool_calls"].as_array().map_or(0, Vec::len), whole, "{answer}");
+    }
+}
+
+/// llama.cpp alone would need seconds for each of their tokens.
+#[tokio::test]
+async fn one_of_thousands_of_values_is_chosen() {
+    let sarai = Sarai::start(&models());
+    let values: Vec<String> = (0..5_000).map(|number| format!("article {number} of the catalogue")).collect();
+    let schema = json!({ "type": "object", "properties": { "x": { "enum": values } }, "required": ["x"] });
+    let fields = json!({ "json_schema": schema, "temperature": 1.0, "seed": 3, "max_tokens": 40 });
+    let answer = sarai.post("/v1/chat/completions", chat("coder", "Choose one.", fields)).await;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    let chosen: Value =
+        serde_json::from_str(answer.json()["choices"][0]["message"]["content"].as_str().unwrap()).unwrap();
+    assert!(values.iter().any(|value| chosen["x"] == *value), "{chosen}");
+}
+
 /// One that recites calls without the marks of its template, so that no grammar begins.
 #[tokio::test]
 async fn a_strict_call_without_marks_keeps_its_schema_or_is_not_passed_on_streamed_too() {
