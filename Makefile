@@ -78,7 +78,7 @@ soak: build models sketches
 
 # Five minutes of broken pictures, sounds, schemas, grammars and tools against the real server. `FUZZ="--minutes 60 --seed 7"` goes on for longer.
 fuzz: build models sketches
-	python3 scripts/fuzz.py $(CARGO_TARGET_DIR)/release/sarai $(SARAI_CACHE)/sketches/sensing \
+	$$(scripts/python_clients.sh) scripts/fuzz.py $(CARGO_TARGET_DIR)/release/sarai $(SARAI_CACHE)/sketches/sensing \
 		$(SARAI_MODELS)/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf $(FUZZ)
 
 # The table of what each model does in each API, asked anew.

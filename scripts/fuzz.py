@@ -12,6 +12,7 @@ import base64
 import json
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -20,8 +21,10 @@ import time
 import urllib.error
 import urllib.request
 
+import jsonschema
 from media_files import png, wav
 from ports import free_port
+from referencing.exceptions import Unresolvable
 
 
 def any_png(dice):
@@ -102,6 +105,8 @@ def sound(dice):
 
 
 WORDS = ["type", "object", "array", "string", "integer", "null", "properties", "items", "enum", "anyOf", "$ref", "#/$defs/a", "$defs"]
+WORDS += ["not", "if", "then", "else", "oneOf", "allOf", "uniqueItems", "contains", "multipleOf", "patternProperties", "propertyNames"]
+WORDS += ["additionalProperties", "prefixItems", "minLength", "maxLength", "minProperties", "maxProperties", "dependentRequired", "boolean", "number"]
 WORDS += ["pattern", "^a+$", "(", "minItems", "maxItems", "minimum", "maximum", "required", "const", "format", "date", "a", "", "\u0000", "é"]
 
 
@@ -188,16 +193,25 @@ def pids(url):
 
 
 def has_form(body, answer):
-    """Whether an answer that ended by itself is JSON, where that was asked for."""
-    wanted = "json_schema" in body or body.get("response_format", {}).get("type", "text") != "text"
+    """Whether an answer that ended by itself keeps its schema, as far as that is not said to be lost."""
+    form = body.get("response_format")
     choice = answer.get("choices", [{}])[0]
-    if not wanted or choice.get("finish_reason") != "stop" or body.get("tools"):
+    if not form or choice.get("finish_reason") != "stop" or body.get("tools"):
         return True
     try:
-        json.loads(choice["message"]["content"])
+        value = json.loads(choice["message"]["content"])
     except ValueError:
         return False
-    return True
+    schema = form["json_schema"]["schema"]
+    try:
+        jsonschema.Draft202012Validator.check_schema(schema)
+    except (jsonschema.SchemaError, RecursionError):
+        return True
+    try:
+        return bool(answer["sarai"]["degraded"]) or jsonschema.Draft202012Validator(schema).is_valid(value)
+    # What refers to itself or elsewhere is nothing that Python's validator could tell.
+    except (RecursionError, Unresolvable, re.error):
+        return True
 
 
 def main():

@@ -1,4 +1,5 @@
-"""Answers to 200 JSON schemas of the kinds in the published test suite, against the sarai at SARAI_URL with a model `plain`.
+"""Answers to 200 JSON schemas of the kinds in the published test suite, against the sarai at SARAI_URL with a model `plain`: whole, streamed, and
+in Ollama's API.
 
 Each answer that ends by itself must validate. Schemas that are refused are refused with the place in them; where no answer kept its
 schema, that is said.
@@ -9,12 +10,14 @@ import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import jsonschema
 import openai
 
 PATTERNS = ["^[a-z]{2,5}$", "^(red|green)-[0-9]{1,3}$", "^[A-F0-9]{4}$", r"^\d{3}-\d{2}$", r"^\w+@(a|b)\.org$", "x[yz]$", r"^[^\d,]{1,4}$", r"^v1\.?$", "^[^,-]{1,3}$", "^[ -~]{1,6}$", r"^\[\d\]$", r"^\(.{1,4}\)$"]
 COUNT, AT_ONCE = 200, 8
-CLIENT = openai.OpenAI(base_url=f"{os.environ['SARAI_URL']}/v1", api_key="none", max_retries=0, timeout=300)
+URL = os.environ["SARAI_URL"]
+CLIENT = openai.OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0, timeout=300)
 
 
 def leaf(chosen):
@@ -104,24 +107,62 @@ def top(seed):
     return made if made.get("type") == "object" else {"type": "object", "properties": {"value": made}, "required": ["value"]}
 
 
+LIMIT = 48
+
+
+def whole(messages, wanted, seed):
+    answer = CLIENT.chat.completions.create(**asked(messages, wanted, seed))
+    choice = answer.choices[0]
+    return choice.message.content, choice.finish_reason, answer.usage.completion_tokens, answer.sarai["degraded"]
+
+
+def streamed(messages, wanted, seed):
+    text, finish, tokens, lost = "", None, 0, None
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    for chunk in CLIENT.chat.completions.create(**asked(messages, wanted, seed), **options):
+        if chunk.usage:
+            tokens = chunk.usage.completion_tokens
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            finish = finish or choice.finish_reason
+        lost = lost if lost is not None else (getattr(chunk, "sarai", None) or {}).get("degraded")
+    return text, finish, tokens, lost
+
+
+def by_ollamas(messages, wanted, seed):
+    options = {"temperature": 0.8, "seed": seed, "num_predict": LIMIT}
+    body = {"model": "plain", "messages": messages, "format": wanted, "options": options, "stream": False}
+    answer = httpx.post(f"{URL}/api/chat", json=body, timeout=300)
+    if answer.status_code == 400:
+        raise Refused(answer.json()["error"])
+    answer = answer.raise_for_status().json()
+    return answer["message"]["content"], answer["done_reason"], answer["eval_count"], answer["sarai"]["degraded"]
+
+
+class Refused(Exception):
+    """As Ollama's API says so."""
+
+
+def asked(messages, wanted, seed):
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted}}
+    return {"model": "plain", "messages": messages, "temperature": 0.8, "seed": seed, "max_tokens": LIMIT, "response_format": form}
+
+
 def ask(seed):
     wanted = top(seed)
-    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted}}
     messages = [{"role": "user", "content": "Fill in the form with something short."}]
-    asked = {"temperature": 0.8, "seed": seed, "max_tokens": 48, "response_format": form}
     try:
-        answer = CLIENT.chat.completions.create(model="plain", messages=messages, **asked)
-    except openai.BadRequestError as error:
-        if error.code == "json_validate_failed":
+        text, finish, tokens, lost = (whole, streamed, by_ollamas)[seed % 3](messages, wanted, seed)
+    except (openai.BadRequestError, Refused) as error:
+        if getattr(error, "code", None) == "json_validate_failed" or "each broke its schema" in str(error):
             return "broken"
         assert "#/" in str(error), f"{wanted}: {error}"
         return "refused"
-    choice, text = answer.choices[0], answer.choices[0].message.content
-    if choice.finish_reason == "length":
-        assert answer.usage.completion_tokens == asked["max_tokens"], "it was cut before its limit"
+    if finish == "length":
+        assert tokens == LIMIT, "it was cut before its limit"
         return "cut"
-    assert choice.finish_reason == "stop", choice.finish_reason
-    assert not answer.sarai["degraded"], f"{wanted}: {answer.sarai}"
+    assert finish == "stop", finish
+    assert lost == [], f"{wanted}: {lost}"
     validator = jsonschema.Draft202012Validator(wanted, format_checker=jsonschema.FormatChecker())
     assert validator.is_valid(json.loads(text)), f"{wanted}: {text}"
     return "valid"

@@ -19,7 +19,7 @@ use crate::dispatch::{Dispatch, warm_fallbacks};
 use crate::fetch::Fetcher;
 use crate::gateway::Gateway;
 use crate::health::Health;
-use crate::http::{App, connections, router};
+use crate::http::{App, connections, door};
 use crate::planner::Planner;
 use crate::pool::{Parts, Pool};
 use crate::reload::{Live, Names, keep_current};
@@ -139,7 +139,7 @@ impl Server {
             let _ = stopping.send(true);
         };
         tokio::select! {
-            () = connections::serve(self.listener, router(app, &self.config.server.access), signal) => {}
+            () = connections::serve(self.listener, door(app, &self.config.server.access), signal) => {}
             () = async { let _ = stopped.wait_for(|&stopped| stopped).await; tokio::time::sleep(drain).await } => {
                 tracing::warn!(seconds = drain.as_secs(), "answers that still ran were cut (server.drain_seconds)");
             }

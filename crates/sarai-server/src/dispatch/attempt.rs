@@ -1,5 +1,6 @@
 //! One attempt at one deployment: its deadlines, and what it teaches about a host.
 
+use std::pin::Pin;
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
@@ -34,7 +35,9 @@ pub async fn open(
             at_worker(dispatch, candidate, (*engine, *context_tokens), request).await
         }
         Deployment::Process { engine, context_tokens, remote } => {
-            let opened = at_process(dispatch, candidate, (*engine, *context_tokens, remote), request).await;
+            // Apart: hardly anybody needs it.
+            let asked = Box::pin(at_process(dispatch, candidate, (*engine, *context_tokens, remote), request));
+            let opened = asked.await;
             let (commands, name) = (dispatch.health.commands.clone(), candidate.label());
             match opened {
                 Ok(events) => {
@@ -168,9 +171,8 @@ impl FirstLimit {
         &self,
         health: &Health,
         host: &Remote,
-        asking: impl Future<Output = Result<T, Error>>,
+        mut asking: Pin<Box<impl Future<Output = Result<T, Error>>>>,
     ) -> Result<T, Error> {
-        let mut asking = Box::pin(asking);
         let mut said = timeout(self.limit, &mut asking).await;
         if said.is_err() && self.limit < self.most && health.loads_now(host).await {
             // Somebody had another model loaded meanwhile, or its disk is slower than usual.
@@ -199,7 +201,7 @@ async fn at_host(
     let place = remote::Place { remote: host, context_tokens: host.context_tokens, connect: deadlines.connect };
     let limits = FirstLimit::of(health, candidate, host, &Work::of(request)).await;
     let began = Instant::now();
-    let mut events = limits.keep(health, host, dispatch.hosts.open(&place, request)).await?;
+    let mut events = limits.keep(health, host, Box::pin(dispatch.hosts.open(&place, request))).await?;
     let (first_limit, known) = (limits.limit, limits.known);
     let until = began + deadlines.first_token;
     let first = first_event(&mut events, first_limit, until).await;

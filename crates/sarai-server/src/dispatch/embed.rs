@@ -1,6 +1,7 @@
 //! Vectors of texts, and scores: by the first deployment of a model that makes them. Hosts share this work, and a late one has others asked
 //! too, as for answers. Vectors of another model mean nothing to those of the one that was asked for, so nobody else stands in.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -93,7 +94,10 @@ impl Dispatch {
         };
         let own = tiers.iter().flatten().find(|one| one.remote().is_none() && ask.refuses(one).is_none());
         ask.worker = own.cloned();
-        let outcome = terms.within(model, self.embedded(&mut ask, tiers)).await;
+        let outcome = {
+            let embedded = pin!(self.embedded(&mut ask, tiers));
+            terms.within(model, embedded).await
+        };
         match outcome {
             Ok(None) => Err(failed(model, ask.attempts)),
             Ok(Some(embedded)) => Ok(embedded),
@@ -244,7 +248,7 @@ impl Dispatch {
                 let place = remote::Place { remote: host, context_tokens: None, connect: deadlines.connect };
                 let limit = FirstLimit::of(&self.health, candidate, host, &Work::of_vectors(parsed)).await;
                 let began = Instant::now();
-                let embedded = limit.keep(&self.health, host, self.hosts.embed(&place, parsed)).await?;
+                let embedded = limit.keep(&self.health, host, Box::pin(self.hosts.embed(&place, parsed))).await?;
                 match host.makes_vectors {
                     true => {
                         let (gaps, usage, timings) = (Gaps::default(), embedded.usage, embedded.timings);

@@ -8,8 +8,8 @@
 use std::future::pending;
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use sarai_core::{Error, Lane, RemoteCause};
 use tokio::time::{Instant, sleep_until};
 
@@ -85,8 +85,7 @@ pub async fn open<T, F: Future<Output = Result<T, Error>>>(
                 may_load,
                 has_failed: false,
             });
-            let asking = ask(candidate, place);
-            running.push(async move { (index, asking.await) });
+            running.push(ask(candidate, place).map(move |opened| (index, opened)));
         }
         let (index, opened) = tokio::select! {
             biased;

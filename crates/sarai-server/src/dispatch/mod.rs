@@ -13,7 +13,7 @@ mod resume;
 mod tests;
 mod warm;
 
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -62,7 +62,11 @@ impl Terms {
     ///
     /// # Errors
     /// It does not.
-    async fn within<T>(self, model: &Model, coming: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    async fn within<T>(
+        self,
+        model: &Model,
+        coming: Pin<&mut impl Future<Output = Result<T, Error>>>,
+    ) -> Result<T, Error> {
         let Some(limit) = self.within.into_iter().chain(model.deadlines.request).min() else { return coming.await };
         let seconds = limit.as_secs();
         let late = Error::Deadline { model: model.name.clone(), phase: Phase::Request, seconds };
@@ -163,17 +167,21 @@ impl Dispatch {
         ticket: &Ticket,
     ) -> Result<Answer, Error> {
         let may_cut = std::mem::take(&mut request.truncate) && !manner.terms.strict;
-        let answered = async {
+        if !may_cut {
+            let answered = pin!(self.tried(model, request, manner, ticket));
+            return manner.terms.within(model, answered).await;
+        }
+        let mut answered = Box::pin(async {
             match self.tried(model, request.clone(), manner, ticket).await {
                 // Nobody has room for all of it.
-                Err(error) if may_cut && is_about_length(&error) => {
+                Err(error) if is_about_length(&error) => {
                     request.truncate = true;
                     self.tried(model, request, manner, ticket).await
                 }
                 outcome => outcome,
             }
-        };
-        manner.terms.within(model, answered).await
+        });
+        manner.terms.within(model, answered.as_mut()).await
     }
 
     /// Tries whoever may answer, in order.
@@ -285,7 +293,9 @@ impl Dispatch {
         left.retain(|one| !ask.has_failed(one));
         spread(&mut left, &Work::of(&ask.request), &self.health);
         loop {
-            let found = match ask.ticket.aside(self.wait_for_place_or_worker(ask, &left)).await {
+            // Apart, as a thousand streams that begin at once have as many of these.
+            let waiting = Box::pin(self.wait_for_place_or_worker(ask, &left));
+            let found = match ask.ticket.aside(waiting).await {
                 Waited::Worker(worker, events) => match self.answer_of_worker(ask, &left, &worker, events).await? {
                     None => continue,
                     answer => return Ok(answer),
@@ -477,7 +487,7 @@ impl Dispatch {
                 }
             };
             if let Some(place) = place {
-                match self.ask_once(ask, candidate, place, others).await {
+                match Box::pin(self.ask_once(ask, candidate, place, others)).await {
                     // It was there, and went while it was asked: that is the reason.
                     (_, Err(Error::Remote { cause: RemoteCause::Unreachable(_), .. })) => {}
                     again => (asked, outcome) = again,
@@ -545,7 +555,7 @@ impl Dispatch {
         let Some(checks) = ask.checks.as_ref().filter(|_| candidate.is_worker()) else {
             return self.going_on(ask, candidate, events).await;
         };
-        match self.check(ask, candidate, checks, events).await? {
+        match Box::pin(self.check(ask, candidate, checks, events)).await? {
             Begun::Checked(events) => Ok(events),
             Begun::Going(events) => {
                 let (checks, validator) = (Arc::clone(checks), self.validator.clone());

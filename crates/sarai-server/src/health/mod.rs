@@ -318,7 +318,10 @@ impl Health {
     pub async fn get_to_know(&self, remotes: impl Iterator<Item = &Remote>) {
         let is_new = |remote: &&Remote| self.table.lock().hosts.get(&remote.url).is_some_and(Host::is_new);
         let new: Vec<_> = remotes.filter(is_new).collect();
-        let _ = timeout(LOOK_NOW, join_all(new.into_iter().map(|remote| self.measure(remote)))).await;
+        if !new.is_empty() {
+            let looked = join_all(new.into_iter().map(|remote| self.measure(remote)));
+            let _ = Box::pin(timeout(LOOK_NOW, looked)).await;
+        }
     }
 
     /// Whether a host's distance is not known, and will be soon: it is looked at, aside.

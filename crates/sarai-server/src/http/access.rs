@@ -3,10 +3,14 @@
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::Request;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header, request};
+use axum::extract;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, header, request};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
+use axum::routing::RouterIntoService;
+use hyper::body::Incoming;
+use hyper::service::Service;
+use hyper_util::service::TowerToHyperService;
 use sarai_core::Error;
 use subtle::ConstantTimeEq;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
@@ -20,15 +24,47 @@ const OPEN: [&str; 6] = ["/", "/health", "/v1/health", "/ready", "/v1/models", "
 const LOCAL_HOSTS: [&str; 4] = ["localhost", "127.0.0.1", "0.0.0.0", "[::1]"];
 const LOCAL_SCHEMES: [&str; 5] = ["app:", "file:", "tauri:", "vscode-webview:", "vscode-file:"];
 
-/// The same URLs, for those who may ask.
-pub fn guarded(router: Router, access: &Access) -> Router {
-    let router = match access.keys.is_empty() {
-        true => router,
-        false => {
-            let keys: Arc<[String]> = access.keys.clone().into();
-            router.layer(from_fn(move |request, next| check(Arc::clone(&keys), request, next)))
+/// The URLs, for those who may ask.
+#[derive(Clone)]
+pub struct Door {
+    urls: Urls,
+    /// Told apart: what a page's browser asks for costs each open stream kilobytes.
+    for_pages: Urls,
+}
+
+type Urls = TowerToHyperService<RouterIntoService<Incoming>>;
+
+impl Door {
+    /// To these URLs.
+    pub fn new(router: Router, access: &Access) -> Self {
+        let router = with_key(router, access);
+        let urls = |router: Router| TowerToHyperService::new(router.into_service());
+        Self { urls: urls(router.clone()), for_pages: urls(with_origins(router, access)) }
+    }
+}
+
+impl Service<Request<Incoming>> for Door {
+    type Response = <Urls as Service<Request<Incoming>>>::Response;
+    type Error = <Urls as Service<Request<Incoming>>>::Error;
+    type Future = <Urls as Service<Request<Incoming>>>::Future;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        match request.headers().contains_key(header::ORIGIN) {
+            true => self.for_pages.call(request),
+            false => self.urls.call(request),
         }
-    };
+    }
+}
+
+fn with_key(router: Router, access: &Access) -> Router {
+    if access.keys.is_empty() {
+        return router;
+    }
+    let keys: Arc<[String]> = access.keys.clone().into();
+    router.layer(from_fn(move |request, next| check(Arc::clone(&keys), request, next)))
+}
+
+fn with_origins(router: Router, access: &Access) -> Router {
     let origins = access.origins.clone();
     let is_allowed =
         move |origin: &HeaderValue, _: &request::Parts| origin.to_str().is_ok_and(|origin| is_of(&origins, origin));
@@ -54,7 +90,7 @@ fn is_of(origins: &[String], origin: &str) -> bool {
         || origins.iter().any(|one| one == "*" || one.trim_end_matches('/') == origin)
 }
 
-async fn check(keys: Arc<[String]>, request: Request, next: Next) -> Response {
+async fn check(keys: Arc<[String]>, request: extract::Request, next: Next) -> Response {
     let path = request.uri().path();
     if OPEN.contains(&path) || has_key(&keys, request.headers()) {
         return next.run(request).await;

@@ -5,13 +5,13 @@
 use std::pin::pin;
 use std::time::Duration;
 
-use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::TokioIo;
 use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
+
+use super::Door;
 
 /// Time for others to close files, where no more can be opened.
 const REST: Duration = Duration::from_secs(1);
@@ -20,8 +20,7 @@ const REST: Duration = Duration::from_secs(1);
 ///
 /// # Cancel safety
 /// Dropped, it cuts all connections.
-pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Output = ()>) {
-    let service = TowerToHyperService::new(router.into_service());
+pub async fn serve(listener: TcpListener, door: Door, stop: impl Future<Output = ()>) {
     let (graceful, mut connections) = (GracefulShutdown::new(), JoinSet::new());
     let mut stop = pin!(stop);
     loop {
@@ -32,7 +31,7 @@ pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Outp
         };
         // Tokens are small packets: each must leave at once.
         let _ = socket.set_nodelay(true);
-        let connection = http1::Builder::new().serve_connection(TokioIo::new(socket), service.clone());
+        let connection = http1::Builder::new().serve_connection(TokioIo::new(socket), door.clone());
         let connection = graceful.watch(connection);
         connections.spawn(async move {
             // A client that breaks off is no matter of ours.

@@ -26,6 +26,7 @@ use sarai_core::{Error, Lane};
 use crate::config::Access;
 use crate::dispatch::Terms;
 use crate::gateway::Gateway;
+pub use access::Door;
 use error::Failure;
 
 /// What every handler needs.
@@ -44,8 +45,8 @@ pub struct App {
 }
 
 /// Every URL, for those who may ask.
-pub fn router(app: App, access: &Access) -> Router {
-    access::guarded(urls(app), access)
+pub fn door(app: App, access: &Access) -> Door {
+    Door::new(urls(app), access)
 }
 
 fn urls(app: App) -> Router {
