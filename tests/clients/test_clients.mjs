@@ -171,3 +171,62 @@ test("Ollama: a chat, tools, a form and vectors", async () => {
   const made = await ollama.embed({ model: "minilm", input: ["A cat."] });
   assert.equal(made.embeddings[0].length, 384);
 });
+
+test("OpenAI: a grammar, a named tool, none, and going on from a beginning, whole and streamed", async () => {
+  const both = async (asked) => {
+    const whole = await openai.chat.completions.create(asked);
+    const streamed = await openai.chat.completions.stream(asked).finalChatCompletion();
+    return [whole.choices[0], streamed.choices[0]];
+  };
+  const grammar = 'root ::= ("yes" | "no") "!"';
+  for (const { message } of await both({ model: "lfm2", messages, temperature: 0, max_tokens: 10, grammar })) {
+    assert.match(message.content, /^(yes|no)!$/);
+  }
+  const two = [...tools, { type: "function", function: { ...tools[0].function, name: "get_time" } }];
+  const asked = { model: "coder", messages, tools: two, temperature: 0, max_tokens: 60 };
+  const named = { type: "function", function: { name: "get_time" } };
+  for (const { message } of await both({ ...asked, tool_choice: named })) {
+    assert.deepEqual(message.tool_calls.map((call) => call.function.name), ["get_time"]);
+  }
+  for (const { message } of await both({ ...asked, tool_choice: "none" })) assert.ok(!message.tool_calls?.length && message.content);
+  const begun = [...messages, { role: "assistant", content: "The weather in Oslo is" }];
+  for (const { message } of await both({ model: "coder", messages: begun, continue_final_message: true, temperature: 0, max_tokens: 8 })) {
+    assert.ok(message.content && !message.content.startsWith("The weather in Oslo is"), message.content);
+  }
+});
+
+test("OpenAI: streamed sound, answers side by side, reasoning, and how likely tokens were", async () => {
+  const data = tone(250).toString("base64");
+  const content = [{ type: "text", text: "which" }, { type: "input_audio", input_audio: { data, format: "wav" } }];
+  const heard = await openai.chat.completions.stream({ model: "omni", messages: [{ role: "user", content }], temperature: 0 }).finalChatCompletion();
+  assert.equal(heard.choices[0].message.content, "low");
+  const texts = ["", ""], likely = ["", ""];
+  const asked = { model: "lfm2", messages, n: 2, seed: 4, temperature: 1, max_tokens: 5, logprobs: true, top_logprobs: 1 };
+  for await (const chunk of await openai.chat.completions.create({ ...asked, stream: true })) {
+    for (const choice of chunk.choices) {
+      texts[choice.index] += choice.delta.content ?? "";
+      likely[choice.index] += (choice.logprobs?.content ?? []).map((token) => token.token).join("");
+    }
+  }
+  assert.deepEqual(likely, texts);
+  let thought = "", said = "";
+  for await (const chunk of await openai.chat.completions.create({ model: "thinker", messages, stream: true })) {
+    thought += chunk.choices[0]?.delta?.reasoning_content ?? "";
+    said += chunk.choices[0]?.delta?.content ?? "";
+  }
+  assert.deepEqual([thought.trim(), said], ["It is simple.", "Forty-two it is."]);
+});
+
+test("Ollama: a prompt with a picture, a suffix, and how likely tokens were", async () => {
+  const images = [new Uint8Array(bitmap([10, 250, 10]))];
+  const asked = { model: "omni", prompt: "which", images, options: { temperature: 0 } };
+  assert.equal((await ollama.generate(asked)).response, "green");
+  let text = "";
+  for await (const part of await ollama.generate({ ...asked, stream: true })) text += part.response;
+  assert.equal(text, "green");
+  const filled = await ollama.generate({ model: "coder", prompt: "def product(first, second):\n    return ", suffix: "\n", options: { temperature: 0, num_predict: 8 } });
+  assert.match(filled.response, /first \* second/);
+  const told = await ollama.chat({ model: "lfm2", messages, logprobs: true, top_logprobs: 2, options: { num_predict: 4 } });
+  assert.equal(told.logprobs.map((token) => token.token).join(""), told.message.content);
+  assert.equal(told.logprobs[0].top_logprobs.length, 2);
+});

@@ -99,6 +99,29 @@ class OpenAI(unittest.TestCase):
         self.assertEqual(text, whole.choices[0].message.content)
         self.assertEqual(chunks[-1].usage.completion_tokens, whole.usage.completion_tokens)
         self.assertEqual(chunks[0].choices[0].delta.role, "assistant")
+        fewer = self.client.chat.completions.create(**asked | {"max_completion_tokens": 3})
+        self.assertEqual((fewer.usage.completion_tokens, fewer.choices[0].finish_reason), (3, "length"))
+
+    def test_grammars_and_how_likely_tokens_were_streamed_too(self):
+        asked = {"model": "lfm2", "messages": ASK, "temperature": 0, "max_tokens": 8}
+        grammar = {"extra_body": {"grammar": 'root ::= ("yes" | "no") "!"'}}
+        whole = self.client.chat.completions.create(**asked, **grammar).choices[0].message.content
+        chunks = self.client.chat.completions.create(**asked, **grammar, stream=True)
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        self.assertIn(whole, ("yes!", "no!"))
+        self.assertEqual(streamed, whole)
+        likely, text = "", ""
+        for chunk in self.client.chat.completions.create(**asked, logprobs=True, top_logprobs=2, stream=True):
+            for choice in chunk.choices:
+                text += choice.delta.content or ""
+                likely += "".join(token.token for token in (choice.logprobs.content if choice.logprobs else None) or [])
+        self.assertEqual(likely, text)
+
+    def test_an_echo_is_refused_and_not_forgotten(self):
+        # Ollama answers as if it had not been asked for.
+        with self.assertRaises(openai.BadRequestError) as refused:
+            self.client.completions.create(model="lfm2", prompt="Once", echo=True, max_tokens=2)
+        self.assertEqual(refused.exception.param, "echo")
 
     def test_pictures_and_sound(self):
         def part(kind, data):

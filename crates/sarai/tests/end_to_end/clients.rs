@@ -30,5 +30,5 @@ fn the_official_clients_are_served() {
     let run = Command::new("node").arg("--test").arg(&copy).env("SARAI_URL", &sarai.url).output().unwrap();
     let said = String::from_utf8_lossy(&run.stdout);
     assert!(run.status.success(), "{said}");
-    assert!(said.contains("pass 8"), "{said}");
+    assert!(said.contains("pass 11"), "{said}");
 }
