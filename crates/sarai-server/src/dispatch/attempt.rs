@@ -9,7 +9,8 @@ use sarai_plan::EngineId;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::Dispatch;
-use super::candidates::{Candidate, Work};
+use super::candidates::Candidate;
+use super::spread::Work;
 use crate::backend::{EventStream, local, remote};
 use crate::config::{Deployment, Remote};
 use crate::health::{Gaps, Health, Known, Place, Sample};

@@ -12,8 +12,9 @@ use sarai_core::{Api, Attempt, Error, Input, Phase, Purpose, RemoteCause, Reside
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::attempt::FirstLimit;
-use super::candidates::{Candidate, Tier, Work, embedders, near_first, spread};
+use super::candidates::{Candidate, Tier, embedders, near_first};
 use super::hedge::{self, Hedged, Others};
+use super::spread::{Work, spread};
 use super::{Dispatch, Terms, failed, is_allowed, refuses_degraded, was_hardly_asked};
 use crate::admission::Ticket;
 use crate::backend::{local, remote};

@@ -13,7 +13,8 @@ use futures_util::{FutureExt, StreamExt};
 use sarai_core::{Error, Lane, RemoteCause};
 use tokio::time::{Instant, sleep_until};
 
-use super::candidates::{Candidate, Work};
+use super::candidates::Candidate;
+use super::spread::Work;
 use super::{Dispatch, warm};
 use crate::config::Remote;
 use crate::health::Place;

@@ -12,7 +12,8 @@ use futures_util::{StreamExt, stream};
 use sarai_core::{Api, Error, Event, FinishReason, GenerateRequest, Phase, Prompt, RemoteCause, Timings, Usage};
 use tokio::time::timeout;
 
-use super::candidates::{Candidate, Work, near_first, spread, tiers, to_resume};
+use super::candidates::{Candidate, near_first, tiers, to_resume};
+use super::spread::{Work, spread};
 use super::{Dispatch, attempt, is_allowed};
 use crate::backend::EventStream;
 use crate::config::{Deployment, Model, Remote, Resume};

@@ -419,12 +419,12 @@ proptest! {
 #[test]
 fn pictures_and_tools_are_part_of_what_a_host_has_to_read() {
     let mut asked = request("which colour");
-    let text = super::candidates::prompt_tokens(&asked);
+    let text = super::spread::prompt_tokens(&asked);
     let Prompt::Chat(messages) = &mut asked.prompt else { return };
     let source = sarai_core::MediaSource::Base64("aGk=".into());
     messages[0].media.push(sarai_core::Media { kind: sarai_core::MediaKind::Image, source, at: 0, param: "p".into() });
-    let with_picture = super::candidates::prompt_tokens(&asked);
+    let with_picture = super::spread::prompt_tokens(&asked);
     let (definitions, choice) = ("x".repeat(3000), sarai_core::ToolChoice::Auto);
     asked.tools = Some(sarai_core::Tools { definitions, names: Vec::new(), choice, parallel: None });
-    assert_eq!((with_picture - text, super::candidates::prompt_tokens(&asked) - with_picture), (1024, 1000));
+    assert_eq!((with_picture - text, super::spread::prompt_tokens(&asked) - with_picture), (1024, 1000));
 }
