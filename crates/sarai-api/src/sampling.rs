@@ -30,13 +30,12 @@ enum Stop {
 }
 
 impl WireSampling {
-    /// Takes out a penalty for repetition that is none, which would divide by nothing.
-    pub fn has_no_repeat_penalty(&mut self) -> bool {
-        let is_none = self.repeat_penalty.is_some_and(|penalty| penalty <= 0.0);
-        if is_none {
-            self.repeat_penalty = None;
-        }
-        is_none
+    /// Makes 1 of a factor for repetition that is none, as LiteLLM writes OpenAI's `frequency_penalty`, of which 0 is no penalty; whether
+    /// repetition was to be rewarded, which no factor says.
+    pub fn is_to_repeat(&mut self) -> bool {
+        let Some(penalty) = self.repeat_penalty.filter(|penalty| *penalty <= 0.0) else { return false };
+        self.repeat_penalty = Some(1.0);
+        penalty < 0.0
     }
 
     /// Checks the ranges, with the API's own limit of the temperature; returns the sampling, without logit bias, and the stop texts.

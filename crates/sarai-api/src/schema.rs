@@ -132,6 +132,13 @@ fn look(document: &Value, fields: &Map<String, Value>, found: &mut BTreeSet<Stri
             miss("pattern");
         }
     }
+    // Of bounds that exclude each other, one is kept.
+    for (least, most) in [("minItems", "maxItems"), ("minLength", "maxLength")] {
+        let bounds = fields.get(least).and_then(Value::as_u64).zip(fields.get(most).and_then(Value::as_u64));
+        if bounds.is_some_and(|(least, most)| least > most) {
+            miss(least);
+        }
+    }
     for (bound, most) in [("maxLength", MOST_REPEATED), ("maxItems", MOST_ITEMS)] {
         if fields.get(bound).and_then(Value::as_u64).is_some_and(|bound| bound > most) {
             miss(bound);
@@ -388,6 +395,14 @@ mod tests {
     fn a_format_says_nothing_of_what_is_no_text() {
         assert!(missed(json!({ "type": "integer", "format": "int64" })).is_empty());
         assert_eq!(missed(json!({ "type": ["integer", "string"], "format": "int64" })), ["schema:format"]);
+    }
+
+    #[test]
+    fn of_bounds_that_exclude_each_other_one_is_told() {
+        let items = json!({ "type": "array", "items": { "type": "null" }, "minItems": 3, "maxItems": 1 });
+        assert_eq!(missed(json!({ "anyOf": [items, { "type": "null" }] })), ["schema:minItems"]);
+        assert_eq!(missed(json!({ "type": "string", "minLength": 2, "maxLength": 1 })), ["schema:minLength"]);
+        assert!(missed(json!({ "type": "string", "minLength": 1, "maxLength": 1 })).is_empty());
     }
 
     /// The server itself reads these, and does nothing else meanwhile.

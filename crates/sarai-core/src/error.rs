@@ -178,6 +178,12 @@ pub enum Error {
     /// The client has none of the keys that the server asks for.
     #[error("no valid API key was sent: send one of server.api_keys as `Authorization: Bearer KEY`")]
     WrongKey,
+    /// A web page of somewhere else asks.
+    #[error("pages of `{origin}` may not ask: add it to server.cors_origins")]
+    ForeignOrigin {
+        /// Where the page is from.
+        origin: String,
+    },
     /// The body is larger than the server takes.
     #[error("the request body is larger than {limit_bytes} bytes: send less, or raise server.max_body_mb")]
     BodyTooLarge {
@@ -212,6 +218,14 @@ pub enum Error {
         model: String,
         /// Why, and what would fix it.
         reason: String,
+    },
+    /// The model cannot do what is asked, which only it could tell; another one may.
+    #[error("\"{model}\" does not support {ability}: ask a model that does, or leave it out")]
+    Unsupported {
+        /// The model's name.
+        model: String,
+        /// In Ollama's word, and what of the request wants it.
+        ability: String,
     },
     /// The worker process ended while it was needed.
     #[error("the worker of `{model}` ended unexpectedly ({detail}); it is started again for the next request")]
@@ -273,6 +287,7 @@ impl Error {
             | Self::TextTooLong { model, .. }
             | Self::Deadline { model, .. }
             | Self::Unavailable { model, .. }
+            | Self::Unsupported { model, .. }
             | Self::SchemaBroken { model, .. }
             | Self::WorkerDied { model, .. } => name.clone_into(model),
             Self::DoesNotFit(refusal) => name.clone_into(&mut refusal.model),
@@ -288,6 +303,7 @@ impl Error {
             Self::InvalidRequest { .. }
             | Self::UnknownModel { .. }
             | Self::WrongKey
+            | Self::ForeignOrigin { .. }
             | Self::BodyTooLarge { .. }
             | Self::Overloaded { .. }
             | Self::AllFailed { .. }
@@ -298,6 +314,7 @@ impl Error {
             | Self::Deadline { .. }
             | Self::DoesNotFit(_)
             | Self::Unavailable { .. }
+            | Self::Unsupported { .. }
             | Self::WorkerDied { .. }
             | Self::SchemaBroken { .. }
             | Self::Remote { .. }

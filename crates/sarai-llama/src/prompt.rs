@@ -86,7 +86,8 @@ pub fn render_within(
     context_tokens: usize,
 ) -> Result<Rendered, Error> {
     let mut rendered = render(model, templates, request)?;
-    if !request.truncate {
+    // Of what is to be filled in, both sides are needed.
+    if !request.truncate || request.suffix.is_some() {
         return Ok(rendered);
     }
     // An answer needs room too.
@@ -96,18 +97,13 @@ pub fn render_within(
         return Ok(rendered);
     }
     if let Prompt::Chat(messages) = &request.prompt {
-        let droppable = messages.iter().rev().skip(1).filter(|message| message.role != Role::System).count();
         let without = |dropped: usize| render(model, templates, &without_oldest(request, messages, dropped));
-        // Fewer messages are fewer tokens; a template may refuse some of them, such as results without their calls.
-        let (mut few, mut many) = (0, droppable);
-        while few + 1 < many {
-            let middle = usize::midpoint(few, many);
-            match without(middle).is_ok_and(|rendered| rendered.fits(room)) {
-                true => many = middle,
-                false => few = middle,
-            }
+        let turns = turns(messages);
+        // Fewer messages are fewer tokens.
+        let enough = turns.partition_point(|turn| !without(*turn).is_ok_and(|rendered| rendered.fits(room)));
+        if let Some(dropped) = turns.get(enough).or(turns.last()) {
+            rendered = without(*dropped)?;
         }
-        rendered = without(many).or_else(|_| without(droppable))?;
     }
     rendered.cut(room);
     Ok(rendered)
@@ -117,6 +113,13 @@ pub fn render_within(
 const ROOM: usize = 4;
 /// Tokens at the beginning of a prompt that are kept, as Ollama has it.
 const KEPT: usize = 4;
+
+/// How many of the oldest messages may go, so that the first one that is left is a user's: templates want no other, and no result
+/// without its call.
+fn turns(messages: &[Message]) -> Vec<usize> {
+    let spoken: Vec<_> = messages.iter().filter(|message| message.role != Role::System).collect();
+    (1..spoken.len()).filter(|dropped| spoken[*dropped].role == Role::User).collect()
+}
 
 /// A request without so many of its oldest messages.
 fn without_oldest(request: &GenerateRequest, messages: &[Message], dropped: usize) -> GenerateRequest {
@@ -144,7 +147,7 @@ impl Rendered {
     fn cut(&mut self, room: usize) {
         let room = room.saturating_sub(self.prefill.len() + self.given.len());
         if let Rendering::Tokens(tokens) = &mut self.prompt
-            && tokens.len() > room
+            && (1..tokens.len()).contains(&room)
         {
             let kept = KEPT.min(room / 2);
             tokens.drain(kept..tokens.len() - (room - kept));
@@ -156,9 +159,8 @@ impl Rendered {
 fn around(model: &LlamaModel, prefix: &str, suffix: &str) -> Result<Vec<LlamaToken>, Error> {
     let marks = [model.token_fim_pre(), model.token_fim_suf(), model.token_fim_mid()];
     if marks.iter().any(|mark| mark.0 < 0) {
-        let message =
-            "the model does not support insert: its vocabulary has no tokens for filling in, leave `suffix` out";
-        return Err(Error::invalid("suffix", message));
+        // The server knows its name.
+        return Err(Error::Unsupported { model: String::new(), ability: "insert (`suffix`)".to_owned() });
     }
     let tokens = |text: &str, bos| model.str_to_token_with_special(text, bos, Special::Plaintext).map_err(internal);
     let begin = model.str_to_token_with_special("", AddBos::Always, Special::Plaintext).map_err(internal)?;

@@ -16,9 +16,6 @@ const MARK: u64 = 7_301_859_264_017_530_000;
 /// llama.cpp cannot make one; says where in the schema.
 pub fn grammar(schema: &str) -> Result<String, String> {
     let document: Value = serde_json::from_str(schema).map_err(|error| error.to_string())?;
-    if let Some(why) = impossible(&document) {
-        return Err(why);
-    }
     let mut words = Words::default();
     let written = words.of(&document);
     let grammar = json_schema_to_grammar(&written.to_string(), false);
@@ -34,6 +31,8 @@ pub struct Words {
     references: Vec<String>,
     /// Whether a model is to read them: then nothing is put in other words that llama.cpp can read.
     is_for_reading: bool,
+    /// Whether values stay as they are listed: some templates have texts of calls without quotes, and of `allOf` llama.cpp sees the lists alone.
+    keeps_values: bool,
 }
 
 impl Words {
@@ -46,6 +45,7 @@ impl Words {
     pub fn of(&mut self, document: &Value) -> Value {
         let together = put_together(document);
         let document = if self.is_for_reading { document } else { &*together };
+        self.keeps_values |= visit(document, |schema| schema.get("allOf").is_some()).is_some();
         let first = self.references.len();
         let mut written = self.rewritten(document, document, first);
         let mut definitions = Map::new();
@@ -66,6 +66,7 @@ impl Words {
     /// The definitions of tools, with their arguments' schemas in these words; nothing if they are so already.
     pub fn of_tools(&mut self, definitions: &str) -> Option<String> {
         let mut tools: Vec<Value> = serde_json::from_str(definitions).ok()?;
+        self.keeps_values = true;
         let mut has_changed = false;
         for parameters in tools.iter_mut().filter_map(|tool| tool.pointer_mut("/function/parameters")) {
             let written = self.of(parameters);
@@ -150,7 +151,7 @@ impl Words {
         if let Some(all) = multiples(&fields) {
             fields = Map::from_iter([("enum".to_owned(), all.into())]);
         }
-        if let Some(rule) = values_rule(&fields) {
+        if let Some(rule) = values_rule(&fields).filter(|_| !self.keeps_values) {
             self.rules.push(rule);
             return json!({ "const": mark(self.rules.len() - 1) });
         }
@@ -241,25 +242,6 @@ pub fn heaviest_of_tools(definitions: &str) -> Option<String> {
     Some(format!("`tools[{index}].function.parameters` at {place}"))
 }
 
-/// Where a schema wants more than it allows: llama.cpp writes as many as it allows then.
-fn impossible(document: &Value) -> Option<String> {
-    let clash = |schema: &Value| {
-        [("array", "minItems", "maxItems"), ("string", "minLength", "maxLength")].into_iter().find(
-            |(kind, least, most)| {
-                let bounds = schema[*least].as_u64().zip(schema[*most].as_u64());
-                schema["type"] == **kind && bounds.is_some_and(|(least, most)| least > most)
-            },
-        )
-    };
-    let mut found = None;
-    let place = visit(document, |schema| {
-        found = clash(schema);
-        found.is_some()
-    })?;
-    let (_, least, most) = found?;
-    Some(format!("JSON schema error at {place}: `{least}` is larger than `{most}`, so that nothing is valid"))
-}
-
 /// What llama.cpp says of a schema; of a broken pattern it does not say where that stands.
 fn place_named(document: &Value, said: String) -> String {
     const NAMES: &str = "Invalid pattern ";
@@ -277,15 +259,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_wants_more_than_it_allows_is_refused_with_its_place() {
-        let items = json!({ "type": "array", "items": { "type": "null" }, "minItems": 3, "maxItems": 1 });
-        let schema = json!({ "type": "object", "properties": { "x": items } });
-        let why = grammar(&schema.to_string()).unwrap_err();
-        assert!(why.contains("#/properties/x: `minItems` is larger than `maxItems`"), "{why}");
-        let text = json!({ "type": "string", "minLength": 2, "maxLength": 1 });
-        assert!(grammar(&text.to_string()).unwrap_err().contains("`minLength`"));
-        let fits = json!({ "type": ["array", "null"], "items": { "type": "null" }, "minItems": 1, "maxItems": 1 });
-        assert!(grammar(&fits.to_string()).is_ok());
+    fn many_values_are_one_rule_but_in_calls_and_parts_of_all() {
+        let many: Vec<String> = (0..40).map(|number| format!("value {number}")).collect();
+        let values = json!({ "type": "string", "enum": many });
+        let common = "\"\\\"value \"";
+        assert!(grammar(&values.to_string()).unwrap().contains(common));
+        let both = json!({ "allOf": [values, { "not": {} }] });
+        assert!(!grammar(&both.to_string()).unwrap().contains(common));
+        let tool = json!([{ "type": "function", "function": { "name": "f", "parameters": { "type": "object", "properties": { "x": values } } } }]);
+        assert_eq!(Words::default().of_tools(&tool.to_string()), None);
     }
 
     #[test]

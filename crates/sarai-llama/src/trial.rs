@@ -215,23 +215,24 @@ fn compiles(model: &LlamaModel, letters: &[LlamaToken], grammar: &str, is_the_cl
     };
     let all: Vec<_> = (0..model.n_vocab()).map(LlamaToken).collect();
     allowed(&mut sampler, all.iter().copied());
-    // Somewhere within an answer all tokens may take longer, by far, than at its beginning.
-    let mut within = [false, true].map(|_| rand::random_range(1..FIRST_LETTERS)).into_iter();
     // A dead end, or what grows with each token, may stand behind the first one: answers are begun, letter by letter.
     let walks = if is_the_clients { WALKS } else { FEW_WALKS };
     for repeats in [false, true].into_iter().cycle() {
         // Each has its share, also of an answer that does not end.
         let until = (Instant::now() + walks / 4).min(began + walks);
-        let walk = Walk { letters, repeats, until, asks_at: within.next(), all: &all };
-        if grows(&mut sampler, &walk) {
+        if grows(&mut sampler, &Walk { letters, repeats, until, most: usize::MAX }) {
             return Ended::Late;
-        }
-        if began.elapsed() > walks {
-            break;
         }
         let Ok(again) = LlamaSampler::try_grammar(model, grammar, "root") else { break };
         sampler = again;
+        if began.elapsed() > walks {
+            break;
+        }
     }
+    // Somewhere within an answer all tokens may take longer, by far, than at its beginning.
+    let most = rand::random_range(1..FIRST_LETTERS);
+    grows(&mut sampler, &Walk { letters, repeats: false, until: Instant::now() + walks / 4, most });
+    allowed(&mut sampler, all.iter().copied());
     Ended::Well
 }
 
@@ -248,18 +249,14 @@ struct Walk<'a> {
     /// Whether it repeats itself where it may.
     repeats: bool,
     until: Instant,
-    /// Behind so many letters, all tokens are asked for.
-    asks_at: Option<usize>,
-    all: &'a [LlamaToken],
+    /// Letters at most.
+    most: usize,
 }
 
 /// Begins an answer that a grammar allows, for as long as there is time. Says whether each letter takes longer than the one before, by far.
 fn grows(sampler: &mut LlamaSampler, walk: &Walk<'_>) -> bool {
     let (mut last, mut times) = (None, Vec::new());
-    while Instant::now() < walk.until {
-        if walk.asks_at == Some(times.len()) {
-            allowed(sampler, walk.all.iter().copied());
-        }
+    while Instant::now() < walk.until && times.len() < walk.most {
         let began = busy();
         let allowed = allowed(sampler, walk.letters.iter().copied());
         if allowed.is_empty() {
@@ -289,7 +286,7 @@ fn busy() -> Duration {
     Duration::try_from(time).unwrap_or_default()
 }
 
-/// Letters of an answer among which all tokens are asked for once.
+/// Letters of an answer behind one of which all tokens are asked for.
 const FIRST_LETTERS: usize = 24;
 /// Time for beginnings of an answer, with the compiling before them.
 const WALKS: Duration = Duration::from_millis(200);

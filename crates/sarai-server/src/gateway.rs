@@ -1,5 +1,6 @@
 //! From a model's name to an answer: find, admit, dispatch.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -33,7 +34,12 @@ impl Gateway {
     /// # Errors
     /// Whatever keeps it from beginning.
     pub async fn answer(&self, parsed: Parsed, terms: Terms) -> Result<Answer, Error> {
-        let model = &self.chat_model(&parsed.model)?;
+        let model = self.chat_model(&parsed.model)?;
+        let answered = pin!(self.answered(&model, parsed, terms));
+        terms.within(&model, answered).await
+    }
+
+    async fn answered(&self, model: &Arc<Model>, parsed: Parsed, terms: Terms) -> Result<Answer, Error> {
         let arrived = Instant::now();
         let ticket = self.admission.admit(parsed.request.lane).await?;
         let queued = arrived.elapsed();
@@ -92,12 +98,15 @@ impl Gateway {
             }
             return Ok((Served::default(), Embedded::default()));
         }
-        let arrived = Instant::now();
-        let ticket = self.admission.admit(parsed.request.lane).await?;
-        let queued = arrived.elapsed();
-        let (served, mut embedded) = self.dispatch.embed(&model, parsed, terms, &ticket).await?;
-        embedded.timings.queue += queued;
-        Ok((served, embedded))
+        let embedded = pin!(async {
+            let arrived = Instant::now();
+            let ticket = self.admission.admit(parsed.request.lane).await?;
+            let queued = arrived.elapsed();
+            let (served, mut embedded) = self.dispatch.embed(&model, parsed, terms, &ticket).await?;
+            embedded.timings.queue += queued;
+            Ok((served, embedded))
+        });
+        terms.within(&model, embedded).await
     }
 
     /// How far a load has come that an answer of this model may wait for, in parts of a hundred; `None` if nothing is being loaded

@@ -182,8 +182,7 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
         }
         rest.need_also("suffix", "`suffix` is not supported".into(), true);
     }
-    // A host says so what a next request may go on from, and has its own template for a suffix.
-    if !is_raw || rest.is_needy() {
+    if rest.is_needy() {
         rest.generate();
         ["prompt", "system", "raw"].iter().for_each(|name| rest.keep(name));
     }
@@ -242,9 +241,8 @@ impl Common {
         let options = self.options.map(|Object(options)| options).unwrap_or_default();
         let sampling: SamplingBody = json::parse(body)?;
         let mut sampling = sampling.options.map(|Object(sampling)| sampling).unwrap_or_default();
-        if sampling.has_no_repeat_penalty() {
-            // LiteLLM sends OpenAI's `frequency_penalty` so, of which 0 is none.
-            rest.degrade("options.repeat_penalty");
+        if sampling.is_to_repeat() {
+            rest.degrade("repeat_penalty");
         }
         let (sampling, stop) = sampling.meant(100.0)?;
         // Ollama: 0 and -1 are without limit, -2 until the context is full; all end here with the context.

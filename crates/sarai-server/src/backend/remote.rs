@@ -194,7 +194,9 @@ impl Hosts {
         if let Some(time) = keep_alive {
             body["keep_alive"] = sarai_api::ollama::keep_alive::to_wire(time);
         }
-        let post = with_key(self.client(place.connect).post(format!("{url}/api/generate")), place.remote);
+        // Without a text, both load and no more.
+        let path = if place.remote.makes_vectors { "/api/embed" } else { "/api/generate" };
+        let post = with_key(self.client(place.connect).post(format!("{url}{path}")), place.remote);
         let post = post.body(body.to_string());
         let response = post.send().await.map_err(|error| remote(unreachable(&error)))?;
         if response.status().is_success() { Ok(()) } else { Err(remote(refused(response, model_name).await)) }
@@ -310,6 +312,7 @@ async fn refusal(response: Response, url: &str, model_name: &str) -> Error {
         RemoteCause::Status { message, .. } if (is_refused || is_large) && is_about_length(&message) => {
             RemoteCause::TooLong(message)
         }
+        RemoteCause::Status { message, .. } if is_mistaken_for_its_own(&message) => RemoteCause::Unable(message),
         RemoteCause::Status { message, .. } if is_large || (is_refused && is_about_ability(&message)) => {
             RemoteCause::Unable(message)
         }
@@ -441,11 +444,16 @@ fn is_about_length(message: &str) -> bool {
     .any(|words| message.contains(words))
 }
 
+/// Whether a host takes what it cannot read of a request for a failure of its own: Ollama, of schemas and of pictures.
+fn is_mistaken_for_its_own(message: &str) -> bool {
+    ["invalid JSON schema in format", "Failed to create new sequence"].iter().any(|words| message.contains(words))
+}
+
 /// Whether a host refuses a request for what its model cannot do, or was not started for: these are the words of Ollama, and of
 /// vLLM and llama.cpp's server.
 fn is_about_ability(message: &str) -> bool {
     let message = message.to_lowercase();
-    ["does not support", "is not supported by this model", "requires --", "requires `--"]
+    ["does not support", "is not supported by this model", "is not currently supported", "requires --", "requires `--"]
         .iter()
         .any(|words| message.contains(words))
 }

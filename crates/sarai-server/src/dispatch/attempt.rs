@@ -174,13 +174,13 @@ impl FirstLimit {
         host: &Remote,
         mut asking: Pin<Box<impl Future<Output = Result<T, Error>>>>,
     ) -> Result<T, Error> {
-        let mut said = timeout(self.limit, &mut asking).await;
+        let (mut said, mut waited) = (timeout(self.limit, &mut asking).await, self.limit);
         if said.is_err() && self.limit < self.most && health.loads_now(host).await {
             // Somebody had another model loaded meanwhile, or its disk is slower than usual.
-            said = timeout(self.most - self.limit, &mut asking).await;
+            (said, waited) = (timeout(self.most - self.limit, &mut asking).await, self.most);
         }
         said.unwrap_or_else(|_| {
-            let cause = RemoteCause::Silent { phase: Phase::FirstToken, seconds: self.limit.as_secs() };
+            let cause = RemoteCause::Silent { phase: Phase::FirstToken, seconds: waited.as_secs() };
             Err(Error::Remote { host: host.url.clone(), cause })
         })
     }

@@ -1,7 +1,6 @@
 //! Vectors of texts, and scores: by the first deployment of a model that makes them. Hosts share this work, and a late one has others asked
 //! too, as for answers. Vectors of another model mean nothing to those of the one that was asked for, so nobody else stands in.
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -94,12 +93,8 @@ impl Dispatch {
             last_resort: Vec::new(),
         };
         let own = tiers.iter().flatten().find(|one| one.remote().is_none() && ask.refuses(one).is_none());
-        ask.worker = own.cloned();
-        let outcome = {
-            let embedded = pin!(self.embedded(&mut ask, tiers));
-            terms.within(model, embedded).await
-        };
-        match outcome {
+        ask.worker = own.filter(|one| !one.is_left_alone(&self.health)).cloned();
+        match self.embedded(&mut ask, tiers).await {
             Ok(None) => Err(failed(model, ask.attempts)),
             Ok(Some(embedded)) => Ok(embedded),
             Err(error) => Err(error),

@@ -103,7 +103,8 @@ pub async fn open<T, F: Future<Output = Result<T, Error>>>(
                 drop(running);
                 // Those who were asked after it had no time.
                 let late = asked[..index].iter().filter(|one| !one.has_failed);
-                let late = late.filter_map(|one| Some((one.candidate.clone(), is_late(dispatch, one)?))).collect();
+                let late =
+                    late.filter_map(|one| Some((one.candidate.clone(), is_late(dispatch, one, work)?))).collect();
                 return Hedged { by, opened: Ok(opened), failed, late };
             }
             Err(error) => error,
@@ -180,7 +181,7 @@ async fn host_with_place(dispatch: &Dispatch, hosts: &[&Candidate], lane: Lane) 
 }
 
 /// Why somebody has not answered while another one has; its health is told.
-fn is_late(dispatch: &Dispatch, one: &Asked) -> Option<Error> {
+fn is_late(dispatch: &Dispatch, one: &Asked, work: &Work<'_>) -> Option<Error> {
     let remote: &Remote = one.candidate.remote()?;
     // How long the others then took is not its matter.
     let cause = RemoteCause::Late { seconds: one.late.as_secs() };
@@ -189,7 +190,7 @@ fn is_late(dispatch: &Dispatch, one: &Asked) -> Option<Error> {
     if one.may_load || dispatch.health.of(remote).loads() {
         // A host that loads takes its time, and gives it up with the request: it is to have the model for the next one.
         dispatch.health.load_aside(remote, &one.candidate.model.deadlines);
-    } else {
+    } else if remote.makes_vectors || !work.is_of_vectors {
         dispatch.health.failed(remote, &error);
     }
     Some(error)

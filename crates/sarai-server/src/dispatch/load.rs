@@ -1,6 +1,6 @@
 //! A model at its places: loaded, let go of, and shown.
 
-use sarai_core::{Attempt, Error, KeepAlive, Lane, Phase, Residence};
+use sarai_core::{Api, Attempt, Error, KeepAlive, Lane, Phase, Residence};
 use sarai_plan::{EngineId, Want};
 use serde_json::{Map, Value};
 use tokio::time::timeout;
@@ -65,6 +65,13 @@ impl Dispatch {
     /// # Errors
     /// It cannot be told in time.
     pub async fn unload_at(&self, model: &Model, remote: &Remote) -> Result<(), Error> {
+        if remote.api == Api::OpenAi {
+            let message = format!(
+                "`{}` cannot be unloaded: its host speaks OpenAI's API, which has no word for that",
+                model.name
+            );
+            return Err(Error::invalid("keep_alive", message));
+        }
         let deadlines = &model.deadlines;
         let place = remote::Place { remote, context_tokens: None, connect: deadlines.connect };
         let told = timeout(deadlines.load, self.hosts.load(&place, Some(KeepAlive::For(0)))).await;

@@ -64,7 +64,7 @@ impl Terms {
     ///
     /// # Errors
     /// It does not.
-    async fn within<T>(
+    pub async fn within<T>(
         self,
         model: &Model,
         coming: Pin<&mut impl Future<Output = Result<T, Error>>>,
@@ -83,6 +83,15 @@ pub struct Manner {
     pub whole: bool,
     /// What else it says.
     pub terms: Terms,
+}
+
+/// What is wanted of those who are tried.
+struct Wants {
+    manner: Manner,
+    /// Nobody else is asked.
+    only: Option<Vec<String>>,
+    /// For whom the prompt was too long, when nobody could answer.
+    too_long_for: Vec<String>,
 }
 
 /// What came of waiting for a place: who has one, or nobody within the deadline; or the worker was faster.
@@ -143,6 +152,11 @@ impl Ask<'_> {
         self.failed.iter().any(|one| one.is(candidate))
     }
 
+    /// Whether a worker, or a command, may be asked while a host is late.
+    fn may_stand_in(&self, worker: &Candidate, health: &Health) -> bool {
+        is_allowed(worker, self.manner.terms.strict) && !self.has_failed(worker) && !worker.is_left_alone(health)
+    }
+
     fn begun(&self, candidate: &Candidate, events: EventStream) -> Answer {
         let failed = self.attempts.iter().filter(|attempt| attempt.deployment != candidate.label());
         let reasons: Vec<_> = failed.map(|attempt| format!("{}: {}", attempt.deployment, attempt.error)).collect();
@@ -169,21 +183,19 @@ impl Dispatch {
         ticket: &Ticket,
     ) -> Result<Answer, Error> {
         let may_cut = std::mem::take(&mut request.truncate) && !manner.terms.strict;
+        let mut wants = Wants { manner, only: None, too_long_for: Vec::new() };
         if !may_cut {
-            let answered = pin!(self.tried(model, request, manner, ticket));
-            return manner.terms.within(model, answered).await;
+            return self.tried(model, request, &mut wants, ticket).await;
         }
-        let mut answered = Box::pin(async {
-            match self.tried(model, request.clone(), manner, ticket).await {
-                // Nobody has room for all of it.
-                Err(error) if is_about_length(&error) => {
-                    request.truncate = true;
-                    self.tried(model, request, manner, ticket).await
-                }
-                outcome => outcome,
+        match Box::pin(self.tried(model, request.clone(), &mut wants, ticket)).await {
+            // Nobody has room for all of it; who had another reason has had its turn.
+            Err(error) if is_about_length(&error) => {
+                request.truncate = true;
+                wants.only = Some(std::mem::take(&mut wants.too_long_for));
+                Box::pin(self.tried(model, request, &mut wants, ticket)).await
             }
-        });
-        manner.terms.within(model, answered.as_mut()).await
+            outcome => outcome,
+        }
     }
 
     /// Tries whoever may answer, in order.
@@ -191,15 +203,19 @@ impl Dispatch {
         &self,
         model: &Arc<Model>,
         request: GenerateRequest,
-        manner: Manner,
+        wants: &mut Wants,
         ticket: &Ticket,
     ) -> Result<Answer, Error> {
-        let request = Arc::new(request);
+        let (request, manner) = (Arc::new(request), wants.manner);
         self.read_files(model).await;
         if request.media().next().is_some() {
             self.read_capabilities(model).await;
         }
-        let tiers = tiers(&self.catalogs.now(), &self.health, model, &request)?;
+        let mut tiers = tiers(&self.catalogs.now(), &self.health, model, &request)?;
+        if let Some(only) = &wants.only {
+            tiers.iter_mut().for_each(|tier| tier.retain(|one| only.contains(&one.label())));
+            tiers.retain(|tier| !tier.is_empty());
+        }
         self.health.get_to_know(tiers.iter().flatten().filter_map(Candidate::remote)).await;
         let mut tiers = near_first(tiers, &self.health);
         let has_worker = tiers.iter().flatten().any(Candidate::is_worker);
@@ -231,7 +247,11 @@ impl Dispatch {
         };
         match self.ask_all(&mut ask, tiers).await? {
             Some(answer) => Ok(answer),
-            None => Err(failed(model, ask.attempts)),
+            None => {
+                let too_long = ask.attempts.iter().filter(|attempt| is_about_length(&attempt.error));
+                wants.too_long_for = too_long.map(|attempt| attempt.deployment.clone()).collect();
+                Err(failed(model, ask.attempts))
+            }
         }
     }
 
@@ -393,6 +413,11 @@ impl Dispatch {
                     let (model, reason) = (candidate.model.name.clone(), reason.clone());
                     ask.note(candidate, Error::Unavailable { model, reason });
                 }
+                for candidate in left.iter().filter(|one| one.is_left_alone(&self.health)) {
+                    if let Some(last) = candidate.last_failure(&self.health) {
+                        ask.note(candidate, last);
+                    }
+                }
                 Ok(Some(ask.begun(&answering, events)))
             }
             Err(error) if error.may_succeed_elsewhere() => {
@@ -412,8 +437,7 @@ impl Dispatch {
         if let Some(found) = place.as_mut().now_or_never() {
             return Waited::Place(found);
         }
-        let worker =
-            ask.worker.as_ref().filter(|worker| is_allowed(worker, ask.manner.terms.strict) && !ask.has_failed(worker));
+        let worker = ask.worker.as_ref().filter(|worker| ask.may_stand_in(worker, &self.health));
         let Some(worker) = worker else { return Waited::Place(place.await) };
         let late = left.iter().filter(|one| !one.is_left_alone(&self.health)).filter_map(|one| {
             let (expected, known) = Work::of(&ask.request).expected(&self.health, one.remote()?);
@@ -521,7 +545,7 @@ impl Dispatch {
         place: health::Place,
         others: &[Candidate],
     ) -> (Candidate, Result<EventStream, Error>) {
-        let allowed = |worker: &&Candidate| is_allowed(worker, ask.manner.terms.strict) && !ask.has_failed(worker);
+        let allowed = |worker: &&Candidate| ask.may_stand_in(worker, &self.health);
         let own = ask.worker.as_ref().filter(allowed);
         let worker = own.or_else(|| ask.fallback.as_ref().filter(allowed));
         let (mut asked, opened) = match candidate.remote() {

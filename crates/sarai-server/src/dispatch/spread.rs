@@ -24,6 +24,8 @@ pub struct Work<'a> {
     pub residence: Residence,
     /// Whether it may take its time.
     pub lane: Lane,
+    /// Whether it is vectors that are wanted.
+    pub is_of_vectors: bool,
 }
 
 impl<'a> Work<'a> {
@@ -40,6 +42,7 @@ impl<'a> Work<'a> {
             begins,
             residence: request.residence,
             lane: request.lane,
+            is_of_vectors: false,
         }
     }
 
@@ -60,6 +63,7 @@ impl<'a> Work<'a> {
             begins: begins.collect(),
             residence: Residence { context_tokens: None, keep_alive: parsed.keep_alive },
             lane: parsed.request.lane,
+            is_of_vectors: true,
         }
     }
 

@@ -65,7 +65,9 @@ fn with_key(router: Router, access: &Access) -> Router {
 }
 
 fn with_origins(router: Router, access: &Access) -> Router {
-    let origins = access.origins.clone();
+    let origins: Arc<[String]> = access.origins.clone().into();
+    let known = Arc::clone(&origins);
+    let router = router.layer(from_fn(move |request, next| refuse_foreign(Arc::clone(&known), request, next)));
     let is_allowed =
         move |origin: &HeaderValue, _: &request::Parts| origin.to_str().is_ok_and(|origin| is_of(&origins, origin));
     let told = ["x-sarai-served-by", "x-sarai-fallback-reason", "x-sarai-degraded"].map(HeaderName::from_static);
@@ -90,13 +92,33 @@ fn is_of(origins: &[String], origin: &str) -> bool {
         || origins.iter().any(|one| one == "*" || one.trim_end_matches('/') == origin)
 }
 
+/// A browser asks for its pages before anybody says whether they may, and keeps from them but the answer.
+async fn refuse_foreign(origins: Arc<[String]>, request: extract::Request, next: Next) -> Response {
+    match foreign(&origins, request.headers()) {
+        None => next.run(request).await,
+        Some(origin) => api_of(request.uri().path())(Error::ForeignOrigin { origin }).into_response(),
+    }
+}
+
+/// Where a page is from that may not ask. Those of the server itself may.
+fn foreign(origins: &[String], headers: &HeaderMap) -> Option<String> {
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    let origin = text(header::ORIGIN).unwrap_or_default();
+    let is_own = text(header::HOST).is_some_and(|host| origin.split_once("://").is_some_and(|(_, of)| of == host));
+    (!is_own && !is_of(origins, origin)).then(|| origin.chars().take(200).collect())
+}
+
+/// In whose words a path's errors are told.
+fn api_of(path: &str) -> fn(Error) -> Failure {
+    if path.starts_with("/api") { Failure::Ollama } else { Failure::OpenAi }
+}
+
 async fn check(keys: Arc<[String]>, request: extract::Request, next: Next) -> Response {
     let path = request.uri().path();
     if OPEN.contains(&path) || has_key(&keys, request.headers()) {
         return next.run(request).await;
     }
-    let api = if path.starts_with("/api") { Failure::Ollama } else { Failure::OpenAi };
-    api(Error::WrongKey).into_response()
+    api_of(path)(Error::WrongKey).into_response()
 }
 
 /// Whether one of the keys came, as OpenAI's clients send it, or Anthropic's.

@@ -34,6 +34,8 @@ fn row(error: &Error) -> Row {
             row(StatusCode::BAD_REQUEST, "invalid_request_error", "context_length_exceeded")
         }
         Error::UnknownModel { .. } => row(StatusCode::NOT_FOUND, "invalid_request_error", "model_not_found"),
+        Error::Unsupported { .. } => row(StatusCode::BAD_REQUEST, "invalid_request_error", "unsupported"),
+        Error::ForeignOrigin { .. } => row(StatusCode::FORBIDDEN, "permission_error", "foreign_origin"),
         Error::WrongKey => row(StatusCode::UNAUTHORIZED, "authentication_error", "invalid_api_key"),
         Error::BodyTooLarge { .. } => row(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", "body_too_large"),
         Error::Overloaded { .. } => row(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "overloaded"),

@@ -85,6 +85,14 @@ async fn who_has_no_key_is_refused_and_pages_of_other_machines_are_not_let_in() 
     assert_eq!(allowed("https://chat.example.org").await.as_deref(), Some("authorization, content-type"));
     assert!(allowed("http://localhost:3000").await.is_some());
     assert_eq!(allowed("https://evil.example.org").await, None);
+    let simple = async |origin: &str| {
+        let url = format!("{}/models/unload", sarai.url);
+        let asks =
+            sarai.client.post(url).bearer_auth("very-secret").header("origin", origin).body(r#"{"model":"coder"}"#);
+        asks.send().await.unwrap().status().as_u16()
+    };
+    assert_eq!((simple("https://evil.example.org").await, simple("null").await), (403, 403), "not even unread");
+    assert_eq!((simple("https://chat.example.org").await, simple(&sarai.url).await), (200, 200));
 }
 
 /// All attempts share it: the host that hangs, and whoever would be next.
@@ -140,6 +148,8 @@ async fn the_oldest_messages_of_a_long_chat_make_room_in_ollamas_api() {
     let strict = sarai.client.post(&url).header("x-sarai-strict", "true").body(body(json!({}))).send().await.unwrap();
     assert_eq!(strict.status(), 400);
     let long = "word ".repeat(3000);
+    let tiny = json!({ "model": "coder", "prompt": "one two three", "options": { "num_ctx": 1 } });
+    assert_eq!(sarai.post("/api/generate", tiny.to_string()).await.status, 400, "there is no room for anything");
     let single = json!({ "model": "coder", "stream": false, "prompt": long, "options": { "num_predict": 4 } });
     let single = sarai.post("/api/generate", single.to_string()).await;
     assert_eq!((single.status, single.header("x-sarai-degraded")), (200, Some("prompt:truncated")), "{}", single.text);
@@ -167,7 +177,13 @@ async fn what_follows_a_gap_is_taken_into_account_where_the_model_can_fill_in() 
     assert_eq!(completion["choices"][0]["text"], filled["response"]);
     let plain = json!({ "model": "plain", "prompt": before, "suffix": behind });
     let refused = sarai.post("/api/generate", plain.to_string()).await;
-    assert!(refused.status == 400 && refused.text.contains("does not support insert"), "{}", refused.text);
+    let says = refused.json()["error"].as_str().unwrap().to_owned();
+    assert!(refused.status == 400 && says.starts_with("\"plain\" does not support insert"), "{says}");
+    let more = format!("  either: {{ backend: gguf_native, gguf_path: {}, fallback_models: [coder] }}\n", smollm2());
+    let sarai = Sarai::start(&format!("{}{more}", one_model()));
+    let either = json!({ "model": "either", "prompt": before, "suffix": behind, "stream": false, "options": { "temperature": 0, "num_predict": 12 } });
+    let answer = sarai.post("/api/generate", either.to_string()).await;
+    assert_eq!((answer.status, answer.header("x-sarai-degraded")), (200, Some("model:coder")), "{}", answer.text);
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::support::host::{Host, Step, last_line, line, ok, ollama, served_by};
+use crate::support::host::{Host, Step, last_line, line, ok, ollama, on_host, served_by, with_worker};
 use crate::support::{Answer, Ollama, Sarai, chat, minilm, qwen, smollm2};
 use serde_json::{Value, json};
 
@@ -305,4 +305,44 @@ async fn strictly_nobody_else_goes_on_and_a_cluster_is_not_asked_again() {
     assert_eq!(end["sarai"]["resumed"][0]["by"], WORKER, "{end}");
     assert!(answer.said().starts_with("The answer") && answer.text.ends_with("data: [DONE]\n\n"), "{}", answer.text);
     assert_eq!(cluster.asked().len(), 1, "its own balancer has had its try");
+}
+
+/// Ollama says of schemas and pictures that it cannot read that it has failed itself.
+#[tokio::test]
+async fn what_a_host_cannot_read_of_a_request_does_not_count_against_it() {
+    let refuses = |body: &Value| !body["format"].is_null();
+    let host = Host::start(move |_, body| match refuses(body) {
+        true => {
+            let error = json!({ "error": "invalid JSON schema in format" }).to_string();
+            vec![Step::Send(format!(
+                "HTTP/1.1 500 Internal Server Error\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{error}",
+                error.len()
+            ))]
+        }
+        false => ollama(&["yes"]),
+    });
+    let sarai = Sarai::start(&on_host(&host.url, ""));
+    let form = json!({ "model": "solar", "messages": [{ "role": "user", "content": "Hi" }], "format": { "type": "string", "pattern": "[a-z]+" } });
+    for _ in 0..3 {
+        let refused = sarai.post("/api/chat", form.to_string()).await;
+        assert!(refused.status == 400 && refused.text.contains("invalid JSON schema"), "{}", refused.text);
+    }
+    let asked = host.asked().len();
+    let answer = sarai.post("/v1/chat/completions", chat("solar", "Hi", json!({}))).await;
+    assert_eq!((answer.status, host.asked().len()), (200, asked + 1), "it is asked as before: {}", answer.text);
+    assert_eq!(answer.header("x-sarai-fallback-reason"), None);
+}
+
+/// A host that failed for another reason is not asked once more when the prompt is cut for those who have no room.
+#[tokio::test]
+async fn a_prompt_is_cut_only_for_those_who_have_no_room_for_it() {
+    let host = Host::start(|_, _| {
+        vec![Step::Send("HTTP/1.1 500 Broken\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".into())]
+    });
+    let sarai = Sarai::start(&on_host(&host.url, &with_worker("")));
+    let body =
+        json!({ "model": "solar", "stream": false, "prompt": "word ".repeat(2000), "options": { "num_predict": 2 } });
+    let answer = sarai.post("/api/generate", body.to_string()).await;
+    assert_eq!((answer.status, answer.header("x-sarai-degraded")), (200, Some("prompt:truncated")), "{}", answer.text);
+    assert_eq!(host.asked().len(), 1, "once");
 }
