@@ -282,7 +282,7 @@ impl Guarded {
 }
 
 fn is_call_in_one_piece(event: &Event) -> bool {
-    matches!(event, Event::ToolCall(part) if !part.call.name.is_empty() && is_json(&part.call.arguments))
+    matches!(event, Event::ToolCall(part) if !part.call.name.is_empty() && part.call.is_whole())
 }
 
 fn is_json(text: &str) -> bool {

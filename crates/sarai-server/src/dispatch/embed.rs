@@ -7,14 +7,14 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use sarai_api::Served;
 use sarai_api::embed::{Embedded, Parsed};
-use sarai_core::{Api, Attempt, Error, Input, Phase, Purpose, RemoteCause, Residence};
-use tokio::time::{Instant, timeout, timeout_at};
+use sarai_core::{Api, Error, Input, Phase, Purpose, RemoteCause, Residence};
+use tokio::time::{Instant, timeout};
 
 use super::attempt::FirstLimit;
 use super::candidates::{Candidate, Tier, embedders, near_first};
 use super::hedge::{self, Hedged, Others};
 use super::spread::{Work, spread};
-use super::{Dispatch, Terms, failed, is_allowed, refuses_degraded, was_hardly_asked};
+use super::{Attempts, Dispatch, Terms, failed, is_allowed, refuses_degraded, was_hardly_asked};
 use crate::admission::Ticket;
 use crate::backend::{local, remote};
 use crate::config::{Deployment, Model, Remote};
@@ -29,25 +29,12 @@ struct Ask<'a> {
     arrived: Instant,
     /// The model's own worker, which may be asked while a host is late.
     worker: Option<Candidate>,
-    attempts: Vec<Attempt>,
+    attempts: Attempts,
     /// Whose breaker is open: asked only when nobody else could.
     last_resort: Vec<Candidate>,
 }
 
 impl Ask<'_> {
-    fn note(&mut self, candidate: &Candidate, error: Error) {
-        let deployment = candidate.label();
-        self.attempts.retain(|attempt| attempt.deployment != deployment);
-        self.attempts.push(Attempt { deployment, error: Box::new(error) });
-    }
-
-    fn served(&self, by: &Candidate) -> Served {
-        let failed = self.attempts.iter().filter(|attempt| attempt.deployment != by.label());
-        let reasons: Vec<_> = failed.map(|attempt| format!("{}: {}", attempt.deployment, attempt.error)).collect();
-        let fallback_reason = (!reasons.is_empty()).then(|| reasons.join("; "));
-        Served { by: by.label(), fallback_reason, degraded: by.degraded.clone(), ..Served::default() }
-    }
-
     /// Why a candidate is not asked for this.
     fn refuses(&self, candidate: &Candidate) -> Option<Error> {
         let unavailable =
@@ -89,13 +76,13 @@ impl Dispatch {
             ticket,
             arrived: Instant::now(),
             worker: None,
-            attempts: Vec::new(),
+            attempts: Attempts::default(),
             last_resort: Vec::new(),
         };
         let own = tiers.iter().flatten().find(|one| one.remote().is_none() && ask.refuses(one).is_none());
         ask.worker = own.filter(|one| !one.is_left_alone(&self.health)).cloned();
         match self.embedded(&mut ask, tiers).await {
-            Ok(None) => Err(failed(model, ask.attempts)),
+            Ok(None) => Err(failed(model, ask.attempts.0)),
             Ok(Some(embedded)) => Ok(embedded),
             Err(error) => Err(error),
         }
@@ -108,16 +95,8 @@ impl Dispatch {
             }
         }
         for candidate in std::mem::take(&mut ask.last_resort) {
-            let place = match candidate.remote() {
-                None => None,
-                Some(host) => {
-                    let until = ask.arrived + ask.model.deadlines.queue;
-                    let place =
-                        ask.ticket.aside(timeout_at(until, self.health.place(&[host], ask.parsed.request.lane))).await;
-                    let Ok((_, place)) = place else { continue };
-                    place
-                }
-            };
+            let place = self.place_at(&candidate, ask.arrived, ask.parsed.request.lane, ask.ticket).await;
+            let Some(place) = place else { continue };
             if let Some(embedded) = self.asked_for_vectors(ask, &candidate, place, &[]).await? {
                 return Ok(Some(embedded));
             }
@@ -131,7 +110,7 @@ impl Dispatch {
         let mut left = Tier::new();
         for candidate in tier {
             match ask.refuses(&candidate).or_else(|| candidate.is_too_far(&self.health)) {
-                Some(error) => ask.note(&candidate, error),
+                Some(error) => ask.attempts.note(&candidate, error),
                 None => left.push(candidate),
             }
         }
@@ -143,7 +122,7 @@ impl Dispatch {
                 let (model, seconds) = (ask.model.name.clone(), deadline.as_secs());
                 let late = Error::Deadline { model, phase: Phase::Queue, seconds };
                 let (open, full): (Tier, Tier) = left.into_iter().partition(|one| one.is_left_alone(&self.health));
-                full.iter().for_each(|candidate| ask.note(candidate, late.clone()));
+                full.iter().for_each(|candidate| ask.attempts.note(candidate, late.clone()));
                 left = open;
                 break;
             };
@@ -151,11 +130,11 @@ impl Dispatch {
             if let Some(embedded) = self.asked_for_vectors(ask, &candidate, place, &left).await? {
                 return Ok(Some(embedded));
             }
-            left.retain(|one| ask.attempts.iter().all(|attempt| attempt.deployment != one.label()));
+            left.retain(|one| ask.attempts.0.iter().all(|attempt| attempt.deployment != one.label()));
         }
         for candidate in left {
             if let Some(last) = candidate.last_failure(&self.health) {
-                ask.note(&candidate, last);
+                ask.attempts.note(&candidate, last);
             }
             ask.last_resort.push(candidate);
         }
@@ -180,14 +159,14 @@ impl Dispatch {
                 let work = Work::of_vectors(parsed);
                 let Hedged { by, opened, failed, late } =
                     hedge::open(self, (candidate, place), others, &work, at).await;
-                failed.into_iter().chain(late).for_each(|(one, error)| ask.note(&one, error));
+                failed.into_iter().chain(late).for_each(|(one, error)| ask.attempts.note(&one, error));
                 (by, opened)
             }
         };
         match outcome {
-            Ok(embedded) => Ok(Some((ask.served(&by), embedded))),
+            Ok(embedded) => Ok(Some((ask.attempts.served(&by), embedded))),
             Err(error) if error.may_succeed_elsewhere() => {
-                ask.note(&by, error);
+                ask.attempts.note(&by, error);
                 Ok(None)
             }
             Err(error) => Err(error),

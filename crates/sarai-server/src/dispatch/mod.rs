@@ -124,7 +124,7 @@ struct Ask<'a> {
     manner: Manner,
     /// Lets it be answered.
     ticket: &'a Ticket,
-    attempts: Vec<Attempt>,
+    attempts: Attempts,
     /// Who has failed: nobody is asked twice, but for what is said otherwise.
     failed: Vec<Candidate>,
     /// The model's hosts, in order.
@@ -141,11 +141,33 @@ struct Ask<'a> {
     arrived: Instant,
 }
 
-impl Ask<'_> {
+/// Who was tried in vain, and why: the last reason of each.
+#[derive(Default)]
+struct Attempts(Vec<Attempt>);
+
+impl Attempts {
     fn note(&mut self, candidate: &Candidate, error: Error) {
         let deployment = candidate.label();
-        self.attempts.retain(|attempt| attempt.deployment != deployment);
-        self.attempts.push(Attempt { deployment, error: Box::new(error) });
+        self.0.retain(|attempt| attempt.deployment != deployment);
+        self.0.push(Attempt { deployment, error: Box::new(error) });
+    }
+
+    /// Who has answered instead.
+    fn served(&self, by: &Candidate) -> Served {
+        let failed = self.0.iter().filter(|attempt| attempt.deployment != by.label());
+        let reasons: Vec<_> = failed.map(|attempt| format!("{}: {}", attempt.deployment, attempt.error)).collect();
+        Served {
+            by: by.label(),
+            fallback_reason: (!reasons.is_empty()).then(|| reasons.join("; ")),
+            degraded: by.degraded.clone(),
+            resumed: Vec::new(),
+        }
+    }
+}
+
+impl Ask<'_> {
+    fn note(&mut self, candidate: &Candidate, error: Error) {
+        self.attempts.note(candidate, error);
     }
 
     fn has_failed(&self, candidate: &Candidate) -> bool {
@@ -158,15 +180,7 @@ impl Ask<'_> {
     }
 
     fn begun(&self, candidate: &Candidate, events: EventStream) -> Answer {
-        let failed = self.attempts.iter().filter(|attempt| attempt.deployment != candidate.label());
-        let reasons: Vec<_> = failed.map(|attempt| format!("{}: {}", attempt.deployment, attempt.error)).collect();
-        let served = Served {
-            by: candidate.label(),
-            fallback_reason: (!reasons.is_empty()).then(|| reasons.join("; ")),
-            degraded: candidate.degraded.clone(),
-            resumed: Vec::new(),
-        };
-        Answer { served, events }
+        Answer { served: self.attempts.served(candidate), events }
     }
 }
 
@@ -236,7 +250,7 @@ impl Dispatch {
             request,
             manner,
             ticket,
-            attempts: Vec::new(),
+            attempts: Attempts::default(),
             failed: Vec::new(),
             hosts,
             checks,
@@ -248,9 +262,9 @@ impl Dispatch {
         match self.ask_all(&mut ask, tiers).await? {
             Some(answer) => Ok(answer),
             None => {
-                let too_long = ask.attempts.iter().filter(|attempt| is_about_length(&attempt.error));
+                let too_long = ask.attempts.0.iter().filter(|attempt| is_about_length(&attempt.error));
                 wants.too_long_for = too_long.map(|attempt| attempt.deployment.clone()).collect();
-                Err(failed(model, ask.attempts))
+                Err(failed(model, ask.attempts.0))
             }
         }
     }
@@ -262,22 +276,28 @@ impl Dispatch {
             }
         }
         for candidate in std::mem::take(&mut ask.last_resort) {
-            let place = match candidate.remote() {
-                None => None,
-                Some(remote) => {
-                    let until = ask.arrived + candidate.model.deadlines.queue;
-                    // Who waits in vain keeps the reason for which the breaker is open.
-                    let place =
-                        ask.ticket.aside(timeout_at(until, self.health.place(&[remote], ask.request.lane))).await;
-                    let Ok((_, place)) = place else { continue };
-                    place
-                }
-            };
+            // Who waits in vain keeps the reason for which the breaker is open.
+            let place = self.place_at(&candidate, ask.arrived, ask.request.lane, ask.ticket).await;
+            let Some(place) = place else { continue };
             if let Some(answer) = self.ask_one(ask, &candidate, place, &[]).await? {
                 return Ok(Some(answer));
             }
         }
         Ok(None)
+    }
+
+    /// Waits for a place at a candidate, within the deadline of its queue; workers have their own.
+    async fn place_at(
+        &self,
+        candidate: &Candidate,
+        arrived: Instant,
+        lane: Lane,
+        ticket: &Ticket,
+    ) -> Option<health::Place> {
+        let Some(remote) = candidate.remote() else { return Some(None) };
+        let until = arrived + candidate.model.deadlines.queue;
+        let place = ticket.aside(timeout_at(until, self.health.place(&[remote], lane))).await;
+        place.ok().map(|(_, place)| place)
     }
 
     /// Has hosts asked what their models can sense.
@@ -503,16 +523,7 @@ impl Dispatch {
         let is_it = asked.is(candidate) && !ask.has_failed(candidate);
         if may_repeat && is_it && outcome.as_ref().is_err_and(was_hardly_asked) {
             // Nothing was sent of it: it may be replayed, once, in its turn.
-            let place = match candidate.remote() {
-                None => Some(None),
-                Some(remote) => {
-                    let until = ask.arrived + candidate.model.deadlines.queue;
-                    let place =
-                        ask.ticket.aside(timeout_at(until, self.health.place(&[remote], ask.request.lane))).await;
-                    place.ok().map(|(_, place)| place)
-                }
-            };
-            if let Some(place) = place {
+            if let Some(place) = self.place_at(candidate, ask.arrived, ask.request.lane, ask.ticket).await {
                 match Box::pin(self.ask_once(ask, candidate, place, others)).await {
                     // It was there, and went while it was asked: that is the reason.
                     (_, Err(Error::Remote { cause: RemoteCause::Unreachable(_), .. })) => {}
