@@ -34,7 +34,7 @@ const USAGE: Usage = Usage { prompt_tokens: 12, cached_tokens: 4, completion_tok
 
 fn timings() -> Timings {
     let ms = Duration::from_millis;
-    Timings { queue: ms(1), load: ms(20), encode: ms(0), prefill: ms(300), decode: ms(4000) }
+    Timings { queue: ms(1), load: ms(20), encode: ms(0), prefill: ms(300), decode: ms(4000), ..Timings::default() }
 }
 
 fn whole_answer(extra: Option<Extra>) -> Whole {

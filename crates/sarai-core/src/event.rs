@@ -208,6 +208,12 @@ pub struct Timings {
     /// Generating the answer.
     #[serde(with = "micros")]
     pub decode: Duration,
+    /// Tokens that were drafted for it.
+    #[serde(default)]
+    pub drafted: u32,
+    /// Of which so many were accepted.
+    #[serde(default)]
+    pub accepted: u32,
 }
 
 /// Base64 of little-endian bytes: a tenth of the time that decimal digits take.

@@ -53,7 +53,10 @@ pub struct LoadSpec {
     pub shared_context: bool,
     /// Tokens of a prompt that one step computes at most.
     pub ubatch_tokens: u32,
-    /// Tokens of an answer that are guessed in advance at most, where its text repeats.
+    /// A smaller model of the same vocabulary, which guesses what an answer goes on with.
+    #[serde(default)]
+    pub draft: Option<PathBuf>,
+    /// Tokens of an answer that are guessed in advance at most, where its text repeats, or by the draft model.
     #[serde(default)]
     pub draft_tokens: u32,
     /// Threads when the worker is alone.

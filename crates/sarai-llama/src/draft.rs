@@ -44,6 +44,11 @@ impl Acceptance {
         }
     }
 
+    /// Whether nothing is drafted for now.
+    pub fn is_paused(&self) -> bool {
+        self.pause > 0
+    }
+
     /// Guesses what follows, at most so many tokens; nothing if they did not stand there before.
     pub fn draft(&mut self, before: &[Unit], next: LlamaToken, most: usize) -> Vec<LlamaToken> {
         self.pause = self.pause.saturating_sub(1);

@@ -9,6 +9,7 @@ mod cells;
 mod channel;
 mod chat;
 mod draft;
+mod drafter;
 mod embed;
 mod engine;
 mod log;

@@ -24,6 +24,8 @@ use crate::reference;
 pub enum Allocation {
     /// Tensors are mapped, or copied where they are repacked.
     Real,
+    /// All tensors are copied: pages of the file are nobody's then.
+    Copied,
     /// Only sizes are computed; such a model computes nothing.
     DryRun,
 }
@@ -43,7 +45,10 @@ pub fn load(spec: &LoadSpec, allocation: Allocation, mut tell: impl FnMut(u8)) -
     let mut params = unsafe { llama_cpp_sys_4::llama_model_default_params() };
     let dry = dry_run(allocation);
     params.no_alloc = dry;
-    params.load_mode = if dry { llama_cpp_sys_4::LLAMA_LOAD_MODE_NONE } else { llama_cpp_sys_4::LLAMA_LOAD_MODE_MMAP };
+    params.load_mode = match allocation {
+        Allocation::Real => llama_cpp_sys_4::LLAMA_LOAD_MODE_MMAP,
+        Allocation::Copied | Allocation::DryRun => llama_cpp_sys_4::LLAMA_LOAD_MODE_NONE,
+    };
     params.use_extra_bufts = spec.repack;
     if spec.deterministic {
         reference::use_it()?;

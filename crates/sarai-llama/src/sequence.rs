@@ -64,6 +64,8 @@ pub struct Generation<W> {
     pub drafted: usize,
     /// How much of its drafts was accepted.
     pub acceptance: Acceptance,
+    /// The same of all of them, in tokens: drafted, accepted.
+    drafts: (u32, u32),
     /// When the first token was there.
     pub first_token: Option<Instant>,
 }
@@ -80,8 +82,15 @@ impl<W> Generation<W> {
             output_row: None,
             drafted: 0,
             acceptance: Acceptance::default(),
+            drafts: (0, 0),
             first_token: None,
         }
+    }
+
+    /// Counts a draft that was computed.
+    pub fn count_draft(&mut self, accepted: usize, drafted: usize) {
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        self.drafts = (self.drafts.0.saturating_add(count(drafted)), self.drafts.1.saturating_add(count(accepted)));
     }
 
     /// What it took in tokens.
@@ -100,7 +109,8 @@ impl<W> Generation<W> {
         let first = self.first_token.unwrap_or_else(Instant::now);
         let Waiting { since, encode, .. } = self.asked;
         let prefill = (first - since).saturating_sub(encode);
-        Timings { encode, prefill, decode: first.elapsed(), ..Timings::default() }
+        let (drafted, accepted) = self.drafts;
+        Timings { encode, prefill, decode: first.elapsed(), drafted, accepted, ..Timings::default() }
     }
 
     /// Why it must end now, if it must.

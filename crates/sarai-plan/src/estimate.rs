@@ -7,6 +7,7 @@
 use sarai_core::frame::Purpose;
 use sarai_core::{Bytes, KvType, MOST_INPUTS, Part};
 
+use crate::draft;
 use crate::gguf::Header;
 use crate::layers::{self, Layers};
 use crate::projector;
@@ -23,6 +24,9 @@ const CELLS: u64 = 256;
 
 /// Texts that a model that makes vectors reads side by side.
 const TEXTS_AT_ONCE: u32 = 16;
+
+/// Tokens that a draft model guesses at most, where nothing else is said.
+pub const DRAFT_TOKENS: u32 = 8;
 
 /// What decides the size besides the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -98,6 +102,21 @@ impl Settings {
     }
 }
 
+/// What a model is loaded with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Companions<T> {
+    /// What it sees or hears through.
+    pub projector: Option<T>,
+    /// A smaller model of the same vocabulary, which guesses what an answer goes on with.
+    pub draft: Option<T>,
+}
+
+impl<T> Default for Companions<T> {
+    fn default() -> Self {
+        Self { projector: None, draft: None }
+    }
+}
+
 /// The parts of a plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
@@ -116,7 +135,7 @@ pub const LEARNED: &str = "learned";
 /// What somebody has said that it takes, of whatever kind.
 pub const DECLARED: &str = "declared";
 /// All parts, in the order in which tables show them.
-pub const PARTS: [&str; 15] = [
+pub const PARTS: [&str; 16] = [
     WEIGHTS,
     "weights repacked",
     "kv",
@@ -125,6 +144,7 @@ pub const PARTS: [&str; 15] = [
     "output",
     "texts and vectors",
     "vocabulary",
+    "draft model",
     "projector weights",
     "projector compute",
     "pictures and sound",
@@ -141,9 +161,9 @@ impl Plan {
         Self { parts: vec![Part { name: DECLARED.to_owned(), bytes }], notes: Vec::new() }
     }
 
-    /// Plans a model, with the projector that it sees or hears through, if it has one.
+    /// Plans a model, with what it is loaded with.
     #[must_use]
-    pub fn of(header: &Header, settings: Settings, projector: Option<&Header>) -> Self {
+    pub fn of(header: &Header, settings: Settings, with: Companions<&Header>) -> Self {
         let settings = settings.fitted(header);
         let layers = Layers::of(header);
         let part = |name: &str, bytes| Part { name: name.to_owned(), bytes };
@@ -170,7 +190,10 @@ impl Plan {
         }
         parts.retain(|part| part.bytes > Bytes::ZERO);
         let mut plan = Self { parts, notes };
-        if let Some(projector) = projector {
+        if let Some(draft) = with.draft {
+            plan.parts.push(part("draft model", draft::memory(draft, settings)));
+        }
+        if let Some(projector) = with.projector {
             plan.add_projector(projector, header, settings);
         }
         plan
@@ -216,11 +239,11 @@ impl Plan {
 /// The longest context per sequence, up to what the model was trained for, whose plan fits in `free`; `None` if
 /// not even the shortest does.
 #[must_use]
-pub fn largest_context(header: &Header, settings: Settings, projector: Option<&Header>, free: Bytes) -> Option<u32> {
+pub fn largest_context(header: &Header, settings: Settings, with: Companions<&Header>, free: Bytes) -> Option<u32> {
     let trained = header.arch_size("context_length").filter(|&n| n > 0).unwrap_or(1 << 17);
     let fits = |blocks: u64| {
         let context_tokens = u32::try_from(blocks * CELLS).unwrap_or(u32::MAX);
-        Plan::of(header, Settings { context_tokens, ..settings }, projector).total() <= free
+        Plan::of(header, Settings { context_tokens, ..settings }, with).total() <= free
     };
     let (mut fitting, mut beyond) = (0, trained / CELLS + 1);
     while beyond - fitting > 1 {
@@ -232,7 +255,7 @@ pub fn largest_context(header: &Header, settings: Settings, projector: Option<&H
 
 /// Keys and values: cells x (row of keys + row of values) per layer and sequence. A windowed layer holds the window
 /// and one step. Quantised ones are rotated first, by one matrix per layer.
-fn kv_cache(layers: &Layers, settings: Settings) -> Bytes {
+pub(crate) fn kv_cache(layers: &Layers, settings: Settings) -> Bytes {
     let mut total = 0_u128;
     for layer in &layers.layers {
         let cells = layer.window.map_or(settings.cells(), |window| windowed_cells(window, settings));
@@ -273,7 +296,7 @@ fn states(layers: &Layers, settings: Settings) -> Bytes {
 }
 
 /// Logits of one row per sequence, and what the samplers keep of them.
-fn output(header: &Header, settings: Settings) -> Bytes {
+pub(crate) fn output(header: &Header, settings: Settings) -> Bytes {
     if layers::purpose(header) != Purpose::Answers {
         // A row of each token, and one of each text.
         let width = header.arch_size("embedding_length").unwrap_or(0);
@@ -293,14 +316,14 @@ fn batch(header: &Header) -> Bytes {
 }
 
 /// Tables of the tokenizer: about 144 bytes a token and, for byte pairs, 104 a merge, and the longer strings.
-fn vocabulary(header: &Header) -> Bytes {
+pub(crate) fn vocabulary(header: &Header) -> Bytes {
     let merges = header.tokenizer_length("merges");
     let strings = if merges > 0 { 40 } else { 12 };
     Bytes(148 + strings) * header.vocabulary() + Bytes(112) * merges
 }
 
 /// What is neither of the model nor of its context: the process, graphs, bookkeeping per cell, work buffers.
-fn process(header: &Header, layers: &Layers, settings: Settings) -> Bytes {
+pub(crate) fn process(header: &Header, layers: &Layers, settings: Settings) -> Bytes {
     let nodes = (8 * header.tensors.len() as u64).max(1024);
     let graphs = Bytes(3 * 420 + 20) * nodes;
     let attends = layers.layers.iter().any(|layer| layer.keys > 0);
@@ -342,7 +365,7 @@ mod tests {
     }
 
     fn plan(header: &Header, settings: Settings) -> Plan {
-        Plan::of(header, settings, None)
+        Plan::of(header, settings, Companions::default())
     }
 
     #[test]
@@ -371,7 +394,7 @@ mod tests {
     fn the_largest_context_is_the_last_that_fits() {
         let header = llama(30, Value::Int(3));
         let at = |context_tokens| plan(&header, Settings { context_tokens, ..Settings::default() }).total();
-        let fits = |free| largest_context(&header, Settings::default(), None, free);
+        let fits = |free| largest_context(&header, Settings::default(), Companions::default(), free);
         assert_eq!(fits(at(4096)), Some(4096));
         assert_eq!(fits(at(4096).less(Bytes(1))), Some(4096 - 256));
         assert_eq!(fits(Bytes::gib(100.0)), Some(8192), "no longer than it was trained for");

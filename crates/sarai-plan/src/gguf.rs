@@ -27,6 +27,11 @@ pub enum GgufError {
     /// It is a model, where the projector of one is wanted.
     #[error("its architecture is `{0}` and not `clip`: name the model's mmproj file")]
     NotAProjector(String),
+    /// It cannot draft for a model: its tokens are others.
+    #[error(
+        "it cannot draft for this model ({0}): name a smaller model of the same family and vocabulary as `draft_path`"
+    )]
+    NotADraft(String),
     /// The header says what cannot be.
     #[error("its header is malformed ({0}): fetch the file again")]
     Malformed(String),

@@ -3,6 +3,7 @@
 //! Pure: it reads what it is handed, spawns nothing and knows no clock. `sarai-server` reads the files,
 //! measures the processes and carries out the effects.
 
+pub mod draft;
 pub mod estimate;
 pub mod gguf;
 pub mod layers;
@@ -12,6 +13,6 @@ mod scratch;
 pub mod system;
 mod weights;
 
-pub use estimate::{Plan, Repack, Settings, largest_context};
+pub use estimate::{Companions, Plan, Repack, Settings, largest_context};
 pub use gguf::{GgufError, Header};
 pub use ledger::{Effect, EngineId, Ledger, Measured, Observation, PoolEvent, Size, Strategy, Ticket, Want};

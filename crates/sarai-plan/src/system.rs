@@ -4,7 +4,7 @@
 
 use sarai_core::{Bytes, KeepAlive, KvType, Lane, Refusal};
 
-use crate::estimate::{Plan, Settings};
+use crate::estimate::{Companions, Plan, Settings};
 use crate::gguf::Header;
 use crate::ledger::{EngineId, EngineSpec, Ledger, Limits, Observation, PoolEvent, Row, Size, State, Ticket, Want};
 use crate::{Effect, largest_context};
@@ -16,8 +16,8 @@ pub struct Component<'a> {
     pub label: String,
     /// Its header, if its file is there.
     pub header: Option<&'a Header>,
-    /// Its projector's, if it has one.
-    pub projector: Option<&'a Header>,
+    /// Those of what it is loaded with.
+    pub with: Companions<&'a Header>,
     /// How it is loaded.
     pub settings: Settings,
     /// What that takes.
@@ -171,7 +171,7 @@ impl System<'_> {
         let component = &self.components[id.0];
         let Some(header) = component.header else { return Vec::new() };
         let total = component.plan.total();
-        let saves = |settings: Settings| total.less(Plan::of(header, settings, component.projector).total());
+        let saves = |settings: Settings| total.less(Plan::of(header, settings, component.with).total());
         let mut found = Vec::new();
         let mut suggest = |change: String, saves: Bytes| {
             if saves > Bytes::mib(1) {
@@ -185,7 +185,7 @@ impl System<'_> {
         }
         let free = self.limits.budget.less(self.server);
         if total > free
-            && let Some(context_tokens) = largest_context(header, settings, component.projector, free)
+            && let Some(context_tokens) = largest_context(header, settings, component.with, free)
         {
             suggest(
                 format!("context_length: {context_tokens}, the longest that fits alone"),

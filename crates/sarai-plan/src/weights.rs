@@ -41,14 +41,23 @@ pub(crate) fn repacked(header: &Header, repack: Repack) -> (Bytes, Bytes) {
     let looked_up = is_looked_up;
     let copied: Bytes =
         header.tensors.iter().filter(|tensor| takes(tensor) && !looked_up(tensor)).map(|tensor| tensor.bytes).sum();
-    let has_output = header.tensors.iter().any(|tensor| tensor.name == "output.weight");
-    let answers = !Layers::of(header).encoder;
-    let tied = header.tensors.iter().find(|tensor| tensor.name == "token_embd.weight" && takes(tensor));
-    let tied = tied.filter(|_| answers && !has_output).map_or(Bytes::ZERO, |tensor| tensor.bytes);
     // A split file is never given back in part, but the kernel is free to take what is idle of it.
     let idle = idle_ranges(header, takes, looked_up);
     let idle = idle.iter().map(|(from, to)| Bytes(to - from)).sum();
-    (copied + tied, idle)
+    (copied + tied(header, repack), idle)
+}
+
+/// Bytes of weights that are not mapped: each is kept in one layout, but for embeddings that are the output as well and repacked.
+pub(crate) fn unmapped(header: &Header, repack: Repack) -> Bytes {
+    header.weights() + tied(header, repack)
+}
+
+/// Bytes of embeddings that are looked up in as they are, and are repacked as the output.
+fn tied(header: &Header, repack: Repack) -> Bytes {
+    let has_output = header.tensors.iter().any(|tensor| tensor.name == "output.weight");
+    let answers = !Layers::of(header).encoder;
+    let tied = header.tensors.iter().find(|tensor| tensor.name == "token_embd.weight" && is_repacked(tensor, repack));
+    tied.filter(|_| answers && !has_output).map_or(Bytes::ZERO, |tensor| tensor.bytes)
 }
 
 /// Bytes of the file that nothing reads once its repacked tensors are copied, in whole pieces of what the kernel maps

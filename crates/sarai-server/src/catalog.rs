@@ -127,7 +127,7 @@ impl Catalog {
         if let Some(file) = cached.filter(|file| file.is_unchanged()) {
             return Ok(file);
         }
-        let file = ModelFile::read_with(&engine.path, engine.projector.as_deref());
+        let file = ModelFile::read_with(&engine.path, engine.with());
         let file = Arc::new(file.map_err(|error| unavailable(error.to_string()))?);
         self.files.lock().unwrap_or_else(PoisonError::into_inner).insert(id, Arc::clone(&file));
         Ok(file)

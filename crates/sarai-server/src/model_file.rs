@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use sarai_core::{MediaKind, Purpose};
-use sarai_plan::{GgufError, Header, projector};
+use sarai_plan::{Companions, GgufError, Header, projector};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
@@ -44,8 +44,8 @@ pub struct ModelFile {
     pub modified: SystemTime,
     /// Of path, size, time and shape.
     pub identity: String,
-    /// What it sees and hears through.
-    pub projector: Option<Arc<ModelFile>>,
+    /// What it is loaded with.
+    pub companions: Companions<Arc<ModelFile>>,
     first_size: u64,
 }
 
@@ -74,34 +74,60 @@ impl ModelFile {
         let since = modified.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let identity = format!("{} {size} {} {}", path.display(), since.as_nanos(), header.tensors.len());
         let identity = hex(&Sha256::digest(identity));
-        Ok(Self { path: path.to_owned(), header, size, modified, identity, projector: None, first_size })
+        Ok(Self {
+            path: path.to_owned(),
+            header,
+            size,
+            modified,
+            identity,
+            companions: Companions::default(),
+            first_size,
+        })
     }
 
-    /// Reads a model with the projector that it sees and hears through, if it has one; what is learned of both together is
-    /// kept apart from what is learned of the model alone.
+    /// Reads a model and what it is loaded with; what is learned of all together is kept apart from what is learned of the model
+    /// alone.
     ///
     /// # Errors
-    /// One of them cannot be read, or the projector is none.
-    pub fn read_with(path: &Path, projector: Option<&Path>) -> Result<Self, FileError> {
-        let file = Self::read(path)?;
-        let Some(path) = projector else { return Ok(file) };
-        let projector = Self::read(path)?;
-        if projector.header.architecture() != "clip" {
-            let source = GgufError::NotAProjector(projector.header.architecture().to_owned());
-            return Err(FileError::Broken { path: path.to_owned(), source });
+    /// One of them cannot be read, or is not what it is named as.
+    pub fn read_with(path: &Path, with: Companions<&Path>) -> Result<Self, FileError> {
+        let mut file = Self::read(path)?;
+        if let Some(path) = with.projector {
+            let projector = Self::read(path)?;
+            if projector.header.architecture() != "clip" {
+                let source = GgufError::NotAProjector(projector.header.architecture().to_owned());
+                return Err(FileError::Broken { path: path.to_owned(), source });
+            }
+            file.identity = hex(&Sha256::digest(format!("{} {}", file.identity, projector.identity)));
+            file.companions.projector = Some(Arc::new(projector));
         }
-        let identity = hex(&Sha256::digest(format!("{} {}", file.identity, projector.identity)));
-        Ok(Self { identity, projector: Some(Arc::new(projector)), ..file })
+        if let Some(path) = with.draft {
+            let draft = Self::read(path)?;
+            let broken = |source| FileError::Broken { path: path.to_owned(), source };
+            sarai_plan::draft::check(&draft.header, &file.header).map_err(broken)?;
+            file.identity = hex(&Sha256::digest(format!("{} drafted by {}", file.identity, draft.identity)));
+            file.companions.draft = Some(Arc::new(draft));
+        }
+        Ok(file)
     }
 
     /// Whether it can see, or hear: what its projector says of itself.
     pub fn senses(&self, kind: MediaKind) -> bool {
-        self.projector.as_ref().is_some_and(|projector| projector::senses(&projector.header, kind))
+        self.projector_header().is_some_and(|projector| projector::senses(projector, kind))
     }
 
     /// The projector's header.
     pub fn projector_header(&self) -> Option<&Header> {
-        self.projector.as_ref().map(|projector| &projector.header)
+        self.with().projector
+    }
+
+    /// The headers of what it is loaded with.
+    pub fn with(&self) -> Companions<&Header> {
+        let Companions { projector, draft } = &self.companions;
+        Companions {
+            projector: projector.as_ref().map(|file| &file.header),
+            draft: draft.as_ref().map(|file| &file.header),
+        }
     }
 
     /// What it is made for.
@@ -126,7 +152,8 @@ impl ModelFile {
         let meta = std::fs::metadata(&self.path);
         let is_same = meta
             .is_ok_and(|meta| meta.len() == self.first_size && meta.modified().is_ok_and(|time| time == self.modified));
-        is_same && self.projector.as_ref().is_none_or(|projector| projector.is_unchanged())
+        let mut with = self.companions.projector.iter().chain(&self.companions.draft);
+        is_same && with.all(|file| file.is_unchanged())
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use sarai_core::{Bytes, Purpose};
 use sarai_plan::Header;
-use sarai_plan::estimate::{Plan, Settings};
+use sarai_plan::estimate::{Companions, Plan, Settings};
 use sarai_plan::ledger::{Measured, Millis};
 use sha2::{Digest, Sha256};
 
@@ -35,7 +35,7 @@ impl Source {
     /// The formula's plan, or what was declared.
     pub fn plan(&self, settings: Settings) -> Plan {
         match self {
-            Self::File(file) => Plan::of(&file.header, settings, file.projector_header()),
+            Self::File(file) => Plan::of(&file.header, settings, file.with()),
             Self::Process(process) => Plan::declared(process.memory),
         }
     }
@@ -83,11 +83,11 @@ impl Source {
         }
     }
 
-    /// The header of what a file sees and hears through.
-    pub fn projector(&self) -> Option<&Header> {
+    /// The headers of what a file is loaded with.
+    pub fn with(&self) -> Companions<&Header> {
         match self {
-            Self::File(file) => file.projector_header(),
-            Self::Process(_) => None,
+            Self::File(file) => file.with(),
+            Self::Process(_) => Companions::default(),
         }
     }
 
@@ -103,7 +103,8 @@ impl Source {
     pub fn reload(&self) -> Millis {
         match self {
             Self::File(file) => {
-                300 + (file.size + file.projector.as_ref().map_or(0, |projector| projector.size)) / 500_000
+                let with = file.companions.projector.iter().chain(&file.companions.draft);
+                300 + (file.size + with.map(|file| file.size).sum::<u64>()) / 500_000
             }
             Self::Process(_) => START,
         }

@@ -156,6 +156,9 @@ pub struct PlanArgs {
     /// The projector that the model sees or hears through
     #[arg(long, value_name = "FILE")]
     pub mmproj: Option<PathBuf>,
+    /// A smaller model of the same vocabulary that drafts for it
+    #[arg(long, value_name = "FILE")]
+    pub draft: Option<PathBuf>,
     /// Copy eligible weights into the layout that computes fastest
     #[arg(long, value_name = "on|off", default_value = "on", value_parser = parse_switch, action = clap::ArgAction::Set)]
     pub repack: bool,

@@ -156,6 +156,7 @@ pub fn parse_line(line: &[u8]) -> Result<RemoteLine, RemoteCause> {
             encode: Duration::ZERO,
             prefill: ns(line.prompt_eval_duration),
             decode: ns(line.eval_duration),
+            ..Timings::default()
         },
     };
     Ok(RemoteLine { step, end: Some(end) })

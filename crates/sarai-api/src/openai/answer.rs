@@ -285,6 +285,10 @@ fn add_timings(answer: &mut Value, usage: &Usage, timings: &Timings) {
         fields[format!("{what}_per_token_ms")] = per(ms, tokens).into();
         fields[format!("{what}_per_second")] = per(tokens * 1e3, ms).into();
     }
+    if timings.drafted > 0 {
+        fields["draft_n"] = timings.drafted.into();
+        fields["draft_n_accepted"] = timings.accepted.into();
+    }
     answer["timings"] = fields;
 }
 

@@ -26,6 +26,7 @@ use crate::answer::AnswerText;
 use crate::cells::{Cells, ContextCells, Sharing};
 use crate::channel::{FrameWriter, Inbox, Incoming};
 use crate::chat::Parts;
+use crate::drafter::{self, Drafter};
 use crate::media::{Encoded, Job, Part, Senses, Source};
 use crate::model::{self, Allocation};
 use crate::park::Parking;
@@ -56,47 +57,71 @@ pub fn run(spec: &LoadSpec, inbox: &Inbox, frames: &mut FrameWriter) -> Result<(
     };
     let loaded = model::load(spec, Allocation::Real, tell)?;
     let templates = ChatTemplates::from_model(&loaded, None).map_err(|error| error.to_string())?;
+    let draft = spec.draft.as_ref().map(|path| drafter::load(spec, path, &loaded)).transpose()?;
     // What sees and hears reads the model, on a thread of its own.
     std::thread::scope(|scope| {
         let open = |projector| Senses::open(projector, spec, &loaded, scope, inbox.sender.clone());
         let senses = spec.projector.as_ref().map(open).transpose()?;
-        serve(spec, &backend, &loaded, &templates, senses.as_ref(), inbox, frames)
+        let models = Models { model: &loaded, templates: &templates, senses: senses.as_ref(), draft: draft.as_ref() };
+        serve(spec, &backend, models, inbox, frames)
     })
+}
+
+/// What is loaded once, and outlives contexts.
+#[derive(Clone, Copy)]
+struct Models<'model> {
+    model: &'model LlamaModel,
+    templates: &'model ChatTemplates,
+    senses: Option<&'model Senses>,
+    draft: Option<&'model LlamaModel>,
+}
+
+impl<'model> Models<'model> {
+    /// The context of the model, and who follows its answers.
+    fn contexts(&self, spec: &LoadSpec, backend: &LlamaBackend) -> Result<Contexts<'model>, String> {
+        let context = model::context(spec, backend, self.model)?;
+        let drafter = self.draft.map(|draft| Drafter::new(spec, backend, draft, self.model)).transpose()?;
+        Ok(Contexts { context, drafter })
+    }
+}
+
+/// What is made anew when another length is wanted.
+struct Contexts<'model> {
+    context: LlamaContext<'model>,
+    drafter: Option<Drafter<'model>>,
 }
 
 fn serve(
     spec: &LoadSpec,
     backend: &LlamaBackend,
-    loaded: &LlamaModel,
-    templates: &ChatTemplates,
-    senses: Option<&Senses>,
+    models: Models<'_>,
     inbox: &Inbox,
     frames: &mut FrameWriter,
 ) -> Result<(), String> {
     let mut spec = spec.clone();
-    let mut context = model::context(&spec, backend, loaded)?;
+    let mut contexts = models.contexts(&spec, backend)?;
     pages::release_idle(&spec);
-    send(frames, &FromWorker::Loaded(model::info(&spec, &context)))?;
+    send(frames, &FromWorker::Loaded(model::info(&spec, &contexts.context)))?;
     if spec.purpose != Purpose::Answers {
-        embed::serve(&spec, loaded, context, &inbox.receiver, frames);
+        embed::serve(&spec, models.model, contexts.context, &inbox.receiver, frames);
         return Ok(());
     }
     loop {
-        let mut engine = Engine::new(&spec, loaded, templates, senses, context, &inbox.sender);
+        let mut engine = Engine::new(&spec, models, contexts, &inbox.sender);
         let Outcome::Resize(context_tokens) = engine.serve(&inbox.receiver, frames) else { return Ok(()) };
         // The old context goes first: both at once were never planned.
         drop(engine);
         let wanted = LoadSpec { context_tokens, ..spec.clone() };
-        let (made, failure) = match model::context(&wanted, backend, loaded) {
+        let (made, failure) = match models.contexts(&wanted, backend) {
             Ok(made) => {
                 spec = wanted;
                 (made, None)
             }
-            Err(failure) => (model::context(&spec, backend, loaded)?, Some(failure)),
+            Err(failure) => (models.contexts(&spec, backend)?, Some(failure)),
         };
-        context = made;
+        contexts = made;
         pages::trim_heap();
-        send(frames, &FromWorker::Resized(model::info(&spec, &context), failure))?;
+        send(frames, &FromWorker::Resized(model::info(&spec, &contexts.context), failure))?;
     }
 }
 
@@ -131,6 +156,7 @@ struct Engine<'model> {
     model: &'model LlamaModel,
     templates: &'model ChatTemplates,
     context: LlamaContext<'model>,
+    drafter: Option<Drafter<'model>>,
     context_tokens: usize,
     batch: LlamaBatch,
     /// For steps with pictures or sound.
@@ -158,14 +184,8 @@ fn cells<'a, 'model>(
 }
 
 impl<'model> Engine<'model> {
-    fn new(
-        spec: &LoadSpec,
-        model: &'model LlamaModel,
-        templates: &'model ChatTemplates,
-        senses: Option<&'model Senses>,
-        context: LlamaContext<'model>,
-        inbox: &SyncSender<Incoming>,
-    ) -> Self {
+    fn new(spec: &LoadSpec, models: Models<'model>, contexts: Contexts<'model>, inbox: &SyncSender<Incoming>) -> Self {
+        let (Models { model, templates, senses, .. }, Contexts { context, drafter }) = (models, contexts);
         let limits = Limits {
             parallel: spec.parallel as usize,
             cells: context.n_ctx() as usize,
@@ -181,6 +201,7 @@ impl<'model> Engine<'model> {
             templates,
             context_tokens: model::sequence_tokens(spec) as usize,
             context,
+            drafter,
             batch: LlamaBatch::new(limits.step_tokens, 1),
             mixed: None,
             senses,
@@ -265,6 +286,7 @@ impl<'model> Engine<'model> {
             ToWorker::Share { threads, rests } => {
                 let threads = i32::try_from(threads.max(1)).unwrap_or(1);
                 self.context.set_n_threads(threads, threads);
+                self.drafter.iter_mut().for_each(|drafter| drafter.set_threads(threads));
                 self.rest.set(rests);
                 Ok(())
             }

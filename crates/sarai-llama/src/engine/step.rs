@@ -13,10 +13,14 @@ use super::{Engine, cells};
 use crate::answer::{AnswerText, Pushed};
 use crate::channel::FrameWriter;
 use crate::chat::Parts;
+use crate::drafter::Followed;
 use crate::logprobs;
 use crate::media::Pieces;
 use crate::schedule::{Row, Step};
 use crate::unit::Unit;
+
+/// A draft model follows by so many tokens in each step at least, and else by as many as the step had.
+const LEAST_FOLLOWED: usize = 32;
 
 impl Engine<'_> {
     pub(super) fn step(&mut self, frames: &mut FrameWriter) -> anyhow::Result<()> {
@@ -39,7 +43,33 @@ impl Engine<'_> {
         for index in 0..self.scheduler.sequences.len() {
             self.advance(index, frames)?;
         }
+        self.draft(step.rows.len());
         Ok(())
+    }
+
+    /// Has the draft model follow what this step has computed, and guess what answers go on with whose text does not repeat.
+    fn draft(&mut self, computed: usize) {
+        let Some(drafter) = &mut self.drafter else { return };
+        let mut followed = Vec::new();
+        for (place, sequence) in self.scheduler.sequences.iter().enumerate() {
+            let Some(generation) = &sequence.generation else { continue };
+            let most = match generation.next {
+                Some(_) if generation.acceptance.is_paused() || !generation.draft.is_empty() => continue,
+                Some(_) => self.scheduler.draft_room(place),
+                None => 0,
+            };
+            let text = sequence.cached.iter().map(|unit| unit.text());
+            let Some(tokens) = text.chain(generation.next.map(Some)).collect() else { continue };
+            if most > 0 || generation.next.is_none() {
+                followed.push(Followed { place, tokens, most });
+            }
+        }
+        let drafts = drafter.draft(&followed, computed.max(LEAST_FOLLOWED));
+        for (Followed { place, .. }, draft) in followed.into_iter().zip(drafts) {
+            if let Some(generation) = &mut self.scheduler.sequences[place].generation {
+                generation.draft = draft;
+            }
+        }
     }
 
     /// Computes a step; what is kept of ended generations makes room for it, where there is no other.
@@ -136,6 +166,7 @@ impl Engine<'_> {
             && let Some(next) = generation.next
         {
             generation.acceptance.learn(accepted, drafted);
+            generation.count_draft(accepted, drafted);
             generation.draft = generation.acceptance.draft(&sequence.cached, next, most);
         }
         Ok(())

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use sarai_core::KeepAlive;
 use sarai_core::frame::Park;
-use sarai_plan::Settings;
+use sarai_plan::{Companions, Settings};
 
 use super::process::Process;
 
@@ -22,6 +22,8 @@ pub struct Engine {
     pub process: Option<Arc<Process>>,
     /// The projector that the model sees or hears through.
     pub projector: Option<PathBuf>,
+    /// A smaller model that drafts for it.
+    pub draft: Option<PathBuf>,
     /// Sizes; sequences of sharing models add up, the longest context counts.
     pub settings: Settings,
     /// Threads at most; all cores if not set.
@@ -51,22 +53,30 @@ impl Engine {
         }
     }
 
-    /// Whether a model of this file can be served by it: one without a projector can by any, the others need their own.
+    /// What its file is loaded with.
     #[must_use]
-    pub fn may_share(&self, path: &Path, projector: Option<&Path>, deterministic: bool) -> bool {
-        let is_same_projector = match (&self.projector, projector) {
+    pub fn with(&self) -> Companions<&Path> {
+        Companions { projector: self.projector.as_deref(), draft: self.draft.as_deref() }
+    }
+
+    /// Whether a model of this file can be served by it: one without a projector, or a draft model, can by any, the others need their
+    /// own.
+    #[must_use]
+    pub fn may_share(&self, path: &Path, with: Companions<&Path>, deterministic: bool) -> bool {
+        let is_same = |own: &Option<PathBuf>, other: Option<&Path>| match (own, other) {
             (Some(own), Some(other)) => is_same_file(own, other),
             _ => true,
         };
+        let is_same_with = is_same(&self.projector, with.projector) && is_same(&self.draft, with.draft);
         let is_same_way = self.settings.deterministic == deterministic;
-        self.process.is_none() && is_same_file(&self.path, path) && is_same_projector && is_same_way
+        self.process.is_none() && is_same_file(&self.path, path) && is_same_with && is_same_way
     }
 
     /// Whether a worker that was loaded by the one serves the other as well.
     #[must_use]
     pub fn loads_like(&self, other: &Self) -> bool {
-        (&self.path, &self.projector, self.settings, self.threads, &self.process)
-            == (&other.path, &other.projector, other.settings, other.threads, &other.process)
+        (&self.path, self.with(), self.settings, self.threads, &self.process)
+            == (&other.path, other.with(), other.settings, other.threads, &other.process)
             && self.evictable >= other.evictable
     }
 

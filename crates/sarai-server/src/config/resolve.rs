@@ -9,8 +9,9 @@ use std::time::Duration;
 use sarai_api::ollama::keep_alive;
 use sarai_core::frame::Park;
 use sarai_core::{Api, Bytes, Deadlines, KeepAlive, KvType};
+use sarai_plan::estimate::DRAFT_TOKENS;
 use sarai_plan::ledger::EngineId;
-use sarai_plan::{Repack, Settings, Strategy};
+use sarai_plan::{Companions, Repack, Settings, Strategy};
 
 use super::Mistake;
 use super::access::Access;
@@ -403,6 +404,7 @@ impl Resolver<'_> {
             label: written.name.clone(),
             path: PathBuf::from(&process.command[0]),
             projector: None,
+            draft: None,
             settings: Settings { context_tokens, ..Settings::default() },
             threads: None,
             is_llm: self.role() == ModelRole::Chat,
@@ -447,7 +449,10 @@ impl Resolver<'_> {
                 Some(_) => defaults.ubatch_tokens.max(PICTURE_STEP),
                 None => defaults.ubatch_tokens,
             }),
-            draft_tokens: written.draft_tokens.unwrap_or(defaults.draft_tokens),
+            draft_tokens: written.draft_tokens.unwrap_or(match written.draft_path {
+                Some(_) => DRAFT_TOKENS,
+                None => defaults.draft_tokens,
+            }),
             kv: written.kv.unwrap_or(defaults.kv),
             flash_attention: written.flash_attention.unwrap_or(defaults.flash_attention),
             // Repacked matrices are multiplied in another way for one row than for several.
@@ -468,9 +473,12 @@ impl Resolver<'_> {
         let evictable = !written.pinned && !written.resident;
         let keep_alive = self.keep_alive(mistakes);
         let projector = written.mmproj_path.as_ref().map(|path| self.folder.join(path));
-        if let Some(index) =
-            engines.iter().position(|engine| engine.may_share(&path, projector.as_deref(), deterministic))
-        {
+        let draft = written.draft_path.as_ref().map(|path| self.folder.join(path));
+        if draft.is_some() && written.draft_tokens == Some(0) {
+            mistakes.push(self.mistake("draft_tokens", "is 0 beside a `draft_path`: remove one of them"));
+        }
+        let with = Companions { projector: projector.as_deref(), draft: draft.as_deref() };
+        if let Some(index) = engines.iter().position(|engine| engine.may_share(&path, with, deterministic)) {
             let engine = &mut engines[index];
             engine.label = format!("{}+{}", engine.label, written.name);
             engine.settings.context_tokens = engine.settings.context_tokens.max(settings.context_tokens);
@@ -486,7 +494,8 @@ impl Resolver<'_> {
             }
             engine.threads = engine.threads.max(written.threads);
             engine.is_llm |= is_llm;
-            engine.projector = engine.projector.take().or_else(|| projector.clone());
+            engine.projector = engine.projector.take().or(projector);
+            engine.draft = engine.draft.take().or(draft);
             engine.evictable &= evictable;
             engine.resident |= written.resident;
             engine.keep_alive = longer(engine.keep_alive, keep_alive);
@@ -498,6 +507,7 @@ impl Resolver<'_> {
             path,
             process: None,
             projector,
+            draft,
             settings,
             threads: written.threads,
             is_llm,

@@ -99,13 +99,8 @@ async fn at_process(
     let seconds = deadlines.first_token.as_secs();
     let late = |_| Error::Deadline { model: model.name.clone(), phase: Phase::FirstToken, seconds };
     let until = Instant::now() + deadlines.first_token;
-    let opened = timeout_at(until, dispatch.hosts.open(&place, request)).await;
-    let events = match opened.map_err(late)? {
-        Err(Error::Remote { cause: cause @ (RemoteCause::Unreachable(_) | RemoteCause::Unanswered), .. }) => {
-            return Err(died(&lease, &model.name, &cause).await);
-        }
-        opened => opened?,
-    };
+    let opened = timeout_at(until, dispatch.hosts.open(&place, request)).await.map_err(late)?;
+    let events = unless_ending(&lease, &model.name, opened).await?;
     // The lease ends with the events.
     let held = stream::unfold((events, lease), |(mut events, lease)| async {
         let event = events.next().await?;
@@ -114,18 +109,22 @@ async fn at_process(
     within_deadlines(candidate, Box::pin(held), until).await
 }
 
-/// What to make of a command that does not answer. If it is ending, that is waited for: only then can it be started again.
-async fn died(lease: &Lease, model: &str, cause: &RemoteCause) -> Error {
-    let limit = match cause {
-        RemoteCause::Unreachable(_) => PROCESS_ENDS,
-        _ => CONNECTION_ENDS,
+/// What a command said. If it did not answer since it is ending, that is waited for: only then can it be started again.
+///
+/// # Errors
+/// It did not answer, or with an error.
+pub async fn unless_ending<T>(lease: &Lease, model: &str, said: Result<T, Error>) -> Result<T, Error> {
+    let (limit, cause) = match said {
+        Err(Error::Remote { cause: cause @ RemoteCause::Unreachable(_), .. }) => (PROCESS_ENDS, cause),
+        Err(Error::Remote { cause: cause @ RemoteCause::Unanswered, .. }) => (CONNECTION_ENDS, cause),
+        said => return said,
     };
     let id = lease.worker.next_id();
     if let Some(mut ended) = lease.worker.routes.enter(id, 1) {
         let _ = timeout(limit, ended.recv()).await;
         lease.worker.routes.leave(id);
     }
-    Error::WorkerDied { model: model.to_owned(), detail: format!("its command {cause}") }
+    Err(Error::WorkerDied { model: model.to_owned(), detail: format!("its command {cause}") })
 }
 
 /// The events of what runs here; one that is late, or a gap that is too long, ends them with an error.

@@ -10,7 +10,7 @@ use sarai_api::embed::{Embedded, Parsed};
 use sarai_core::{Api, Error, Input, Phase, Purpose, RemoteCause, Residence};
 use tokio::time::{Instant, timeout};
 
-use super::attempt::FirstLimit;
+use super::attempt::{FirstLimit, unless_ending};
 use super::candidates::{Candidate, Tier, embedders, near_first};
 use super::hedge::{self, Hedged, Others};
 use super::spread::{Work, spread};
@@ -214,10 +214,11 @@ impl Dispatch {
                 let url = lease.worker.url.as_ref().map(ToString::to_string).unwrap_or_default();
                 let (remote, within) = (Remote { url, ..remote.clone() }, deadlines.first_token);
                 let place = remote::Place { remote: &remote, context_tokens: None, connect: deadlines.connect };
-                timeout(within, self.hosts.embed(&place, parsed)).await.unwrap_or_else(|_| {
+                let embedded = timeout(within, self.hosts.embed(&place, parsed)).await.unwrap_or_else(|_| {
                     let cause = RemoteCause::Silent { phase: Phase::FirstToken, seconds: within.as_secs() };
                     Err(Error::Remote { host: remote.url.clone(), cause })
-                })
+                });
+                unless_ending(&lease, &model.name, embedded).await
             }
             Deployment::Remote(host) => {
                 let place = remote::Place { remote: host, context_tokens: None, connect: deadlines.connect };

@@ -1,6 +1,6 @@
 //! An answer that broke off after its first token goes on elsewhere, from the same character.
 //!
-//! A worker goes on from the exact text. So does an Ollama host with a raw prompt. A host that is asked for a chat is asked
+//! A worker goes on from the exact text. So does an Ollama host with a raw prompt, once it has proven that it does. A host that is asked for a chat is asked
 //! again, where the answer is determined (temperature 0, or a seed), and nothing is passed on before it has said once
 //! more, letter for letter, what is out already. What cannot be resumed ends with an error.
 
@@ -253,12 +253,16 @@ impl Given<'_> {
                         Ok(Begun::Further(Box::pin(stream::iter([Ok(end)]))))
                     }
                     Prompt::Raw(text) if remote.api == Api::Ollama && !is_sent_as_written(request) => {
+                        let (place, deadlines) = (place().await?, &candidate.model.deadlines);
+                        if !self.dispatch.health.goes_on_with_prompts(remote, deadlines).await {
+                            return self.asked_again(candidate, place).await;
+                        }
                         let request = GenerateRequest {
                             prompt: Prompt::Raw(format!("{text}{}", self.text)),
                             max_tokens: request.max_tokens.map(|most| most - self.pieces),
                             ..request.clone()
                         };
-                        let events = attempt::open(self.dispatch, candidate, &request, place().await?).await?;
+                        let events = attempt::open(self.dispatch, candidate, &request, place).await?;
                         Ok(Begun::Further(with_given_counted(events, self.pieces)))
                     }
                     // A place is not waited for in vain.

@@ -14,6 +14,8 @@ use sarai_core::{
 };
 use tokio::time::Instant;
 
+use super::candidates::tiers;
+use super::spread::{Work, spread};
 use super::{Dispatch, Manner, Terms};
 use crate::admission::Admission;
 use crate::backend::EventStream;
@@ -414,6 +416,31 @@ proptest! {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
         runtime.block_on(play(hosts, fates, clients));
     }
+}
+
+/// The host that each beginning of a conversation goes to first, of so many.
+fn preferred(hosts: usize, tags: usize) -> Vec<String> {
+    let folder = tempfile::tempdir().unwrap();
+    let dispatch = dispatch(hosts, SHORT, by_turns(&[Does::Answers]), folder.path());
+    let catalog = dispatch.catalogs.now();
+    let first = |n: usize| {
+        let request = request(&format!("conversation {n}"));
+        let mut tier = tiers(&catalog, &dispatch.health, catalog.find("m").unwrap(), &request).unwrap().remove(0);
+        assert_eq!(tier.len(), hosts);
+        spread(&mut tier, &Work::of(&request), &dispatch.health);
+        tier[0].remote().unwrap().url.clone()
+    };
+    (0..tags).map(first).collect()
+}
+
+#[tokio::test]
+async fn few_conversations_move_when_a_host_comes_or_goes() {
+    const MANY: usize = 400;
+    let (of_three, of_four) = (preferred(3, MANY), preferred(4, MANY));
+    let moved: Vec<_> = of_three.iter().zip(&of_four).filter(|(before, after)| before != after).collect();
+    assert!(moved.iter().all(|(_, after)| after.contains("host3")), "only to the new one: {moved:?}");
+    // A quarter of them, give or take four deviations.
+    assert!((65..=135).contains(&moved.len()), "{} of {MANY}", moved.len());
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sarai_core::Residence;
+use sarai_core::{Lane, Residence};
 use sarai_plan::{Effect, EngineId, Want};
 use tokio::sync::mpsc;
 use tokio::time::sleep;
@@ -35,6 +35,8 @@ async fn warm(dispatch: &Dispatch, model: &Model, engine: EngineId, context_toke
     let Ok(want) = dispatch.want(engine, context_tokens, Residence::default()).await else {
         return;
     };
+    // Whoever waits for an answer comes first.
+    let want = want.in_lane(Lane::Bulk);
     if !is_loaded_for_nothing(dispatch, engine, want.clone()).await {
         return;
     }

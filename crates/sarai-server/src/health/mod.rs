@@ -2,6 +2,7 @@
 
 mod breaker;
 mod commands;
+mod going_on;
 mod host;
 mod pace;
 
@@ -108,6 +109,8 @@ struct Entries {
     left: HashMap<Key, Breaker>,
     /// What models can do on hosts, and when that was asked.
     capabilities: HashMap<Key, (Vec<String>, Instant)>,
+    /// Whether they go on with raw prompts.
+    going_on: HashMap<Key, going_on::Proof>,
 }
 
 /// What is known, and how to find out more. The lock is held for look-ups only.

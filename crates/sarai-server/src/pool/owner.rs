@@ -572,6 +572,7 @@ pub(super) fn load_spec(
         model: config.label.clone(),
         path: config.path.clone(),
         projector: config.projector.as_deref().map(|path| projector_of(path, file)),
+        draft: config.draft.clone(),
         context_tokens: settings.context_tokens,
         parallel: settings.parallel,
         shared_context: settings.shared_context,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use sarai_core::frame::LoadSpec;
 use sarai_core::{Bytes, EngineMemory, Part};
-use sarai_plan::estimate::{PARTS, Plan, Repack, Settings, idle_pieces, largest_context};
+use sarai_plan::estimate::{Companions, DRAFT_TOKENS, PARTS, Plan, Repack, Settings, idle_pieces, largest_context};
 use sarai_plan::layers::purpose;
 use sarai_plan::ledger::Limits;
 use sarai_plan::system::{Answers, Component, Place, Route, Scenario, System};
@@ -66,21 +66,22 @@ struct FilePlan {
 
 impl FilePlan {
     fn of(path: &Path, args: &PlanArgs) -> Result<Self, Failure> {
-        let file = ModelFile::read_with(path, args.mmproj.as_deref()).map_err(Failure::failed)?;
-        let projector = file.projector_header();
+        let with = Companions { projector: args.mmproj.as_deref(), draft: args.draft.as_deref() };
+        let file = ModelFile::read_with(path, with).map_err(Failure::failed)?;
+        let with = file.with();
         let settings = Settings {
             context_tokens: args.ctx,
             parallel: args.parallel,
             shared_context: args.shared_context,
             ubatch_tokens: args.ubatch,
-            draft_tokens: 0,
+            draft_tokens: if args.draft.is_some() { DRAFT_TOKENS } else { 0 },
             kv: args.kv,
             flash_attention: args.flash_attn,
             repack: if args.repack && !args.deterministic { machine_repack() } else { Repack::Off },
             deterministic: args.deterministic,
             threads: machine_threads(),
         };
-        let mut plan = Plan::of(&file.header, settings, projector);
+        let mut plan = Plan::of(&file.header, settings, with);
         let formula = plan.clone();
         let probe = (args.probe || !plan.notes.is_empty()).then(|| dry_run(path, &file.header, settings));
         if let Some(Ok(memory)) = &probe {
@@ -88,7 +89,7 @@ impl FilePlan {
             plan.notes.clear();
         }
         let free = free(args);
-        let largest = largest_context(&file.header, settings, projector, free);
+        let largest = largest_context(&file.header, settings, with, free);
         Ok(Self { file, settings, formula, plan, probe, free, largest })
     }
 
@@ -148,6 +149,7 @@ fn dry_run(path: &Path, header: &Header, settings: Settings) -> Result<EngineMem
         model: "plan".into(),
         path: path.to_owned(),
         projector: None,
+        draft: None,
         context_tokens: settings.context_tokens,
         parallel: settings.parallel,
         shared_context: settings.shared_context,
@@ -187,9 +189,7 @@ fn configuration(args: &PlanArgs) -> Result<ExitCode, Failure> {
 fn source_of(engine: &config::Engine) -> Result<Source, FileError> {
     match &engine.process {
         Some(process) => Ok(Source::Process(Arc::clone(process))),
-        None => {
-            ModelFile::read_with(&engine.path, engine.projector.as_deref()).map(|file| Source::File(Arc::new(file)))
-        }
+        None => ModelFile::read_with(&engine.path, engine.with()).map(|file| Source::File(Arc::new(file))),
     }
 }
 
@@ -197,7 +197,7 @@ fn system<'a>(config: &Config, sources: &[Option<&'a Source>], planner: &Planner
     let component = |(engine, source): (&config::Engine, &Option<&'a Source>)| Component {
         label: engine.label.clone(),
         header: source.and_then(Source::header),
-        projector: source.and_then(Source::projector),
+        with: source.map(Source::with).unwrap_or_default(),
         settings: engine.settings,
         plan: source.map_or_else(Plan::default, |source| planner.plan(source, engine.settings)),
         is_llm: engine.is_llm,

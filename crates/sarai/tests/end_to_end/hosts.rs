@@ -185,6 +185,34 @@ async fn a_managed_cluster_is_neither_queued_for_nor_asked_twice_and_the_worker_
         .collect();
     cluster.until("all five at once", |asked| asked.len() == 9).await;
     held.iter().for_each(tokio::task::JoinHandle::abort);
+    // One that hangs is as late as any: the worker answers.
+    let config =
+        on_host(&cluster.url, &with_worker("    managed_lb: true\n    deadlines: { first_token_seconds: 1 }\n"));
+    let sarai = Sarai::start(&config);
+    let answer = sarai.post("/v1/chat/completions", chat("solar", "hang", json!({ "max_tokens": 2 }))).await;
+    assert_eq!((answer.status, served_by(&answer)), (200, "solar@gguf_native"), "{}", answer.text);
+    assert_eq!(cluster.asked().len(), 10, "asked once");
+}
+
+/// Of two places of a host, bulk leaves one to whoever waits for an answer.
+#[tokio::test]
+async fn bulk_leaves_a_hosts_place_to_others_and_waits_for_its_own() {
+    let host = Host::start(|_, body| match body["messages"][0]["content"].as_str() {
+        Some("bulk") => vec![Step::Hold],
+        _ => ollama(&["here"]),
+    });
+    let sarai = Sarai::start(&on_host(&host.url, "    max_outstanding: 2\n"));
+    let bulk = chat("solar", "bulk", json!({ "service_tier": "flex" }));
+    let url = format!("{}/v1/chat/completions", sarai.url);
+    let waiting: Vec<_> = (0..3).map(|_| tokio::spawn(sarai.client.post(&url).body(bulk.clone()).send())).collect();
+    sarai.until("two wait", |ps| ps["requests"] == json!({ "in_flight": 1, "queued": 2 })).await;
+    for _ in 0..3 {
+        assert_eq!(ask(&sarai, json!({})).await.status, 200);
+    }
+    let bulk_asked = host.asked().iter().filter(|asked| asked.body["messages"][0]["content"] == "bulk").count();
+    assert_eq!(bulk_asked, 1, "the other place was free, and none of it");
+    waiting.iter().for_each(tokio::task::JoinHandle::abort);
+    sarai.until("nobody waits", |ps| ps["requests"] == json!({ "in_flight": 0, "queued": 0 })).await;
 }
 
 #[tokio::test]
@@ -234,6 +262,36 @@ async fn the_one_that_loses_the_race_is_cancelled_at_the_host() {
     assert_eq!((answer.status, served_by(&answer)), (200, "solar@gguf_native"), "{}", answer.text);
     let asked = host.until("it is told", |asked| asked.iter().all(|asked| asked.left.is_some())).await;
     assert_eq!(asked.len(), 1, "asked once");
+}
+
+/// The host's first token comes while the worker still reads a long prompt, which it then gives up.
+#[tokio::test]
+async fn a_worker_that_loses_the_race_is_cancelled() {
+    let late = Duration::from_secs(5);
+    let host = Host::start(move |number, _| match number {
+        0..5 => ollama(&["quick"]),
+        _ => [vec![Step::Wait(late)], ollama(&["late"])].concat(),
+    });
+    let worker = format!("gguf_path: {}, context_length: 8192, parallel: 1", smollm2());
+    let sarai = Sarai::start(&format!(
+        "models:\n  tiny: {{ backend: gguf_native, {worker} }}\n  solar: {{ backend: ollama_http, url: \"{}\", model_name: m, fallback: gguf_native, {worker} }}\n",
+        host.url
+    ));
+    for _ in 0..5 {
+        assert!(served_by(&ask(&sarai, json!({})).await).contains("ollama_http"));
+    }
+    let long = chat("solar", &"All work and no play. ".repeat(1_200), json!({}));
+    let asked = sarai.post("/v1/chat/completions", long);
+    let is_busy = async { sarai.until("the worker is asked", |ps| ps["workers"][0]["busy"] == 1).await };
+    let (answer, ()) = tokio::join!(asked, is_busy);
+    assert!(served_by(&answer).contains("ollama_http"), "{:?} {}", answer.headers, answer.text);
+    assert!(answer.text.contains("late"));
+    sarai.until("the worker is let go of", |ps| ps["workers"][0]["busy"] == 0).await;
+    // It has given its only place to whoever comes next, and does not read to the end of it: 7,000 tokens are half a minute.
+    let began = Instant::now();
+    let next = sarai.post("/v1/chat/completions", chat("tiny", "Hi", json!({ "max_tokens": 1 }))).await;
+    assert_eq!(next.status, 200, "{}", next.text);
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
 }
 
 #[tokio::test]
@@ -342,6 +400,32 @@ async fn a_raw_prompt_that_was_cut_goes_on_at_another_real_ollama() {
     assert_eq!(end["sarai"]["resumed"].as_array().map(Vec::len), Some(1), "{end}");
     assert_eq!(response(&ours), whole, "one text, nothing doubled and nothing missing");
     assert_eq!(end["eval_count"], 24, "{end}");
+}
+
+/// One that says the same whatever the prompt is, as one that opens a new turn with it, is asked again from the beginning instead.
+#[tokio::test]
+async fn a_host_that_does_not_go_on_with_raw_prompts_is_not_trusted_to() {
+    let lines = |texts: &[&str]| -> String {
+        let line = |text: &&str| format!("{}\n", json!({ "model": "m", "response": text, "done": false }));
+        format!("{}{}", ok("application/x-ndjson"), texts.iter().map(line).collect::<String>())
+    };
+    let end = json!({ "model": "m", "response": "", "done": true, "done_reason": "stop", "prompt_eval_count": 3, "eval_count": 4 });
+    let (begins, says) = (lines(&["one ", "two "]), format!("{}{end}\n", lines(&["one ", "two ", "three ", "four"])));
+    let cut = Host::start(move |_, _| vec![Step::Send(begins.clone())]);
+    let turns = Host::start(move |_, _| vec![Step::Send(says.clone())]);
+    let sarai = Sarai::start(&format!(
+        "models:\n  m: {{ backend: ollama_http, urls: [\"{}\", {{ url: \"{}\", priority: 1 }}] }}\n",
+        cut.url, turns.url
+    ));
+    let body =
+        json!({ "model": "m", "stream": true, "raw": true, "prompt": "Count: ", "options": { "temperature": 0 } });
+    for asked in [3, 4] {
+        let answer = sarai.post("/api/generate", body.to_string()).await.lines();
+        let said: String = answer.iter().filter_map(|line| line["response"].as_str()).collect();
+        assert_eq!(said, "one two three four", "nothing doubled: {answer:?}");
+        assert_eq!(turns.asked().len(), asked, "twice for the proof, which is remembered, and once for each answer");
+        assert_eq!(turns.asked()[asked - 1].body["prompt"], "Count: ");
+    }
 }
 
 fn reqwest_client() -> reqwest::Client {
@@ -498,6 +582,12 @@ enum Harm {
     Crumbs,
     /// All is well, but late.
     Late,
+    /// All is well, but slow.
+    Slow,
+    /// The transport ends as it should, the answer does not.
+    CleanEnd,
+    /// A chunk of its own, and then a clean end.
+    Last(&'static str),
     /// Something else instead of the answer.
     Instead(&'static str),
     /// A line that does not end.
@@ -506,7 +596,7 @@ enum Harm {
 
 impl Harm {
     fn is_harmless(self) -> bool {
-        matches!(self, Self::Crumbs | Self::Late)
+        matches!(self, Self::Crumbs | Self::Late | Self::Slow)
     }
 }
 
@@ -519,6 +609,10 @@ const INSTEAD: [&str; 6] = [
     "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: application/x-ndjson\r\ncontent-length: 26\r\n\r\n{\"message\":{\"content\":\"Hal",
     "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: application/x-ndjson\r\ncontent-length: 0\r\n\r\n",
 ];
+
+/// What comes amid an answer, as a chunk.
+const HALF_A_LINE: &str = "{\"model\":\"solar\",\"message\":{\"content\":\" fi";
+const AN_ERROR: &str = "{\"error\":\"an error was encountered while running the model\"}\n";
 
 /// Passes bytes on to a host, and harms the answers to chats.
 fn harming(to: &str, harm: Harm, after: usize) -> String {
@@ -566,7 +660,25 @@ fn harm_answers(
             client.write_all(&buffer[..read])?;
             continue;
         }
-        let until = read.min(after.saturating_sub(passed));
+        let until = match harm {
+            // Between two chunks, as the host has sent them.
+            Harm::Slow | Harm::CleanEnd | Harm::Last(_) if passed + read > after => {
+                client.write_all(&buffer[..read])?;
+                match harm {
+                    Harm::Slow => std::thread::sleep(Duration::from_millis(150)),
+                    Harm::Last(text) => {
+                        client.write_all(format!("{:x}\r\n{text}\r\n0\r\n\r\n", text.len()).as_bytes())?;
+                        return client.shutdown(std::net::Shutdown::Both);
+                    }
+                    _ => {
+                        client.write_all(b"0\r\n\r\n")?;
+                        return client.shutdown(std::net::Shutdown::Both);
+                    }
+                }
+                continue;
+            }
+            _ => read.min(after.saturating_sub(passed)),
+        };
         client.write_all(&buffer[..until])?;
         passed += until;
         if until == read {
@@ -596,6 +708,7 @@ fn harm_answers(
                 client.write_all(answer.as_bytes())?;
                 return client.shutdown(std::net::Shutdown::Both);
             }
+            Harm::Slow | Harm::CleanEnd | Harm::Last(_) => unreachable!("done above"),
             Harm::HugeLine => {
                 client.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n\r\n")?;
                 loop {
@@ -617,13 +730,18 @@ async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer
     };
     let body = chat("solar", "Count from one to twenty.", json!({ "stream": true, "max_tokens": 24 }));
     let plain = chat("solar", "Count from one to twenty.", json!({ "max_tokens": 24 }));
+    let messages = json!([{ "role": "user", "content": "Count from one to twenty." }]);
+    let in_ollamas =
+        json!({ "model": "solar", "messages": messages, "options": { "num_predict": 24, "temperature": 0 } })
+            .to_string();
     let direct = Sarai::start(&config(&ollama.url));
     let whole = direct.post("/v1/chat/completions", body.clone()).await.said();
     drop(direct);
     let amid = [Harm::Cut, Harm::Stall, Harm::Garbage, Harm::Crumbs];
     let amid = amid.into_iter().flat_map(|harm| [40, 900].map(|after| (harm, after)));
+    let between = [Harm::Slow, Harm::CleanEnd, Harm::Last(HALF_A_LINE), Harm::Last(AN_ERROR)].map(|harm| (harm, 900));
     let first = INSTEAD.map(Harm::Instead).into_iter().chain([Harm::Late, Harm::HugeLine]);
-    for (harm, after) in amid.chain(first.map(|harm| (harm, 0))) {
+    for (harm, after) in amid.chain(between).chain(first.map(|harm| (harm, 0))) {
         let sarai = Sarai::start(&config(&harming(&ollama.url, harm, after)));
         let streamed = sarai.post("/v1/chat/completions", body.clone()).await;
         let what = format!("{harm:?} after {after} bytes: {}", streamed.text);
@@ -639,7 +757,17 @@ async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer
         let is_moved = end["sarai"]["resumed"].is_array() || !end["sarai"]["fallback_reason"].is_null();
         assert_eq!(is_moved, !harm.is_harmless(), "{what}");
         if after > 40 {
-            // Whole, it is the same wherever in the answer it happens.
+            // Whole, it is the same wherever in the answer it happens: in Ollama's API instead.
+            let lines = sarai.post("/api/chat", in_ollamas.clone()).await.lines();
+            let said: String = lines.iter().filter_map(|line| line["message"]["content"].as_str()).collect();
+            let ends = lines.iter().filter(|line| line["done"] == true).count();
+            let end = lines.last().unwrap();
+            // A worker that goes on may come to an end of its own.
+            assert!(
+                ends == 1 && ["length", "stop"].contains(&end["done_reason"].as_str().unwrap()),
+                "{harm:?}: {lines:?}"
+            );
+            assert!(said.len() > 10, "{harm:?}: {said:?}");
             continue;
         }
         let whole = sarai.post("/v1/chat/completions", plain.clone()).await;

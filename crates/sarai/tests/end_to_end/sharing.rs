@@ -135,7 +135,31 @@ async fn a_host_beyond_the_local_network_is_used_only_where_that_is_configured()
         assert_eq!((answer.status, served_by(&answer).contains("ollama_http")), (200, wan), "{:?}", answer.headers);
         let reason = answer.header("x-sarai-fallback-reason").unwrap_or_default();
         assert_eq!(reason.contains("beyond the local network"), !wan, "{reason}");
+        let shown = sarai.ps().await["models"][0]["deployments"][0].clone();
+        assert_eq!(shown["wan"], true, "{shown}");
+        assert!(shown["round_trip_ms"].as_f64().is_some_and(|ms| (25.0..1_000.0).contains(&ms)), "{shown}");
     }
+}
+
+/// Of two that may be asked, the far one has its turn when the near one is away.
+#[tokio::test]
+async fn a_far_host_is_asked_after_the_near_ones() {
+    let (near, far) = (Host::start(|_, _| ollama(&["near"])), Host::start(|_, _| ollama(&["far"])));
+    let through = far_away(&far.url, Duration::from_millis(25));
+    let config = format!(
+        "models:\n  solar: {{ backend: ollama_http, urls: [\"{through}\", \"{}\"], model_name: m, wan: true }}\n",
+        near.url
+    );
+    let sarai = Sarai::start(&config);
+    let measured = |ps: &Value| {
+        ps["models"][0]["deployments"].as_array().is_some_and(|all| all.iter().all(|one| one["round_trip_ms"].is_f64()))
+    };
+    sarai.until("both are measured", measured).await;
+    for n in 0..8 {
+        let body = chat("solar", &format!("conversation {n}"), json!({}));
+        assert!(sarai.post("/v1/chat/completions", body).await.text.contains("near"));
+    }
+    assert_eq!(far.asked().len(), 0);
 }
 
 fn vector() -> Vec<Step> {
