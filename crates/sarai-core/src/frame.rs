@@ -122,6 +122,8 @@ pub enum ToWorker {
         id: u64,
         /// Tokens that prompt and answer may have together, if the sequence can hold as many.
         context_tokens: u32,
+        /// Memory that its form may take; none where it has no form.
+        form_bytes: Bytes,
         /// What to generate.
         request: Box<GenerateRequest>,
     },

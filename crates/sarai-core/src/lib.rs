@@ -21,8 +21,8 @@ pub use frame::Purpose;
 pub use media::{Media, MediaKind, MediaSource};
 pub use memory::{EngineMemory, Held, KeepAlive, KvType, Part, Refusal};
 pub use request::{
-    Api, EmbedRequest, Extras, Format, GenerateRequest, Input, Lane, MOST_INPUTS, Message, Need, Prompt, Residence,
-    ResultOf, Role, Sampling,
+    Api, EmbedRequest, Extras, FORM_BYTES, Format, GenerateRequest, Input, Lane, MOST_INPUTS, Message, Need, Prompt,
+    Residence, ResultOf, Role, Sampling, form_bytes,
 };
 pub use tool::{ToolCall, ToolCallPart, ToolChoice, Tools};
 pub use units::Bytes;

@@ -7,6 +7,7 @@ use std::borrow::Cow;
 use crate::media::Media;
 use crate::memory::KeepAlive;
 use crate::tool::{ToolCall, Tools};
+use crate::units::Bytes;
 
 /// Who says a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -275,6 +276,15 @@ pub enum Input {
 
 /// Texts that one request for vectors or scores may have, as OpenAI has it.
 pub const MOST_INPUTS: usize = 2048;
+/// Memory that compiling a form may take at most, or checking an answer: 1,000 properties with patterns take half of it.
+pub const FORM_BYTES: Bytes = Bytes::mib(16);
+
+/// Memory that following a form may take at most, with a vocabulary of so many tokens: llama.cpp writes all of them down wherever a token is
+/// refused (165 bytes each with SmolLM2).
+#[must_use]
+pub fn form_bytes(tokens: u64) -> Bytes {
+    FORM_BYTES + Bytes(192) * tokens
+}
 
 /// Vectors that are wanted, or scores.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -322,6 +332,12 @@ impl GenerateRequest {
             Prompt::Raw(_) => &[],
         };
         messages.iter().flat_map(|message| &message.media)
+    }
+
+    /// Whether the answer has to follow a grammar, all of it or its calls.
+    #[must_use]
+    pub fn has_form(&self) -> bool {
+        self.format.is_constrained() || self.tools.is_some()
     }
 
     /// What must be followed, or the answer would be a wrong one.

@@ -20,7 +20,7 @@ use llama_cpp_4::token::data_array::LlamaTokenDataArray;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, SeekFrom, ftruncate, memfd_create, seek};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
-use sarai_core::{Error, Format, GenerateRequest, Message, Prompt, Role};
+use sarai_core::{Bytes, Error, Format, GenerateRequest, Message, Prompt, Role, form_bytes};
 
 use crate::channel::Incoming;
 use crate::{prompt, sampler, schema};
@@ -29,8 +29,6 @@ use crate::{prompt, sampler, schema};
 const BUSY: Duration = Duration::from_millis(500);
 /// How long it is waited for, on a machine that has other things to do.
 const WITHIN: Duration = Duration::from_secs(8);
-/// Memory that it may take beyond what there is.
-const MORE_BYTES: u64 = 128 << 20;
 /// What it may say: llama.cpp repeats a grammar that it refuses, from where it is wrong on and once more.
 const SAID_BYTES: u64 = 80 << 20;
 /// Of which so much is told.
@@ -66,7 +64,9 @@ impl Ended {
             Self::Badly => "it ends in a dead end, or refers to itself without end",
             Self::Late => "it takes too much time or memory: say less, repeat less, or nest repetitions less",
             Self::Unfinished => {
-                return Err(Error::Internal(format!("the grammar of `{param}` could not be tried: send it again")));
+                return Err(Error::Internal(format!(
+                    "the grammar of `{param}` could not be tried for want of memory or time: send it again"
+                )));
             }
         };
         let place = match (&request.tools, &request.format) {
@@ -87,6 +87,8 @@ pub struct Untried {
     pub id: u64,
     /// Tokens that prompt and answer may have together.
     pub context_tokens: u32,
+    /// Memory that its form may take.
+    pub form_bytes: Bytes,
     /// When it came.
     pub since: Instant,
     /// The request.
@@ -114,7 +116,7 @@ impl Trials {
     /// # Errors
     /// Its form was tried, and cannot be used.
     pub fn allows(&self, request: &GenerateRequest) -> Result<bool, Error> {
-        if !has_form(request) {
+        if !request.has_form() {
             return Ok(true);
         }
         let form = form_of(request);
@@ -137,7 +139,9 @@ impl Trials {
         let Some(next) = self.waiting.front().filter(|_| !self.is_busy) else { return };
         let form = form_of(&next.request);
         let letters = self.letters.get_or_insert_with(|| letters(model));
-        let copy = Copy::begin(|| begins(model, templates, letters, &next.request));
+        let all = form_bytes(u64::try_from(model.n_vocab()).unwrap_or(0));
+        let limit = Limit { bytes: next.form_bytes, is_short: next.form_bytes < all };
+        let copy = Copy::begin(limit, || begins(model, templates, letters, &next.request));
         self.is_busy = true;
         let inbox = self.inbox.clone();
         let wait = move || {
@@ -168,10 +172,6 @@ impl Trials {
         };
         VecDeque::into_iter(tried).map(told).collect()
     }
-}
-
-fn has_form(request: &GenerateRequest) -> bool {
-    request.format.is_constrained() || request.tools.is_some()
 }
 
 /// A number for all of a request that its form depends on.
@@ -318,14 +318,22 @@ fn reason(said: &str, grammar: &str, has_place: bool) -> Option<String> {
 const REFUSED: i32 = 2;
 const WITHOUT_MEMORY: i32 = 1;
 
+/// What a copy may take beyond what there is.
+#[derive(Clone, Copy, Debug)]
+struct Limit {
+    bytes: Bytes,
+    /// Whether that is less than a form may take.
+    is_short: bool,
+}
+
 /// A copy of this process, which does one thing and is gone; what it says is kept.
-struct Copy(Option<(Pid, File)>);
+struct Copy(Option<(Pid, File, Limit)>);
 
 impl Copy {
     /// Has something done in a copy.
     #[expect(unsafe_code, reason = "fork, and what a copy may do before it is gone")]
-    fn begin(what: impl FnOnce() -> Ended) -> Self {
-        let most = MORE_BYTES.saturating_add(address_space());
+    fn begin(limit: Limit, what: impl FnOnce() -> Ended) -> Self {
+        let most = limit.bytes.0.saturating_add(writable());
         let Ok(said) = memfd_create("trial", MemfdFlags::CLOEXEC).map(File::from) else { return Self(None) };
         // SAFETY: the copy has this thread alone. glibc leaves its allocator usable there; nothing is called that waits for another
         // thread, and `_exit` runs none of what the original has to do at its end.
@@ -336,9 +344,9 @@ impl Copy {
                 // SAFETY: the limit is a plain value that outlives the call.
                 unsafe { libc::setrlimit(kind, &raw const limit) };
             };
-            // No plan has its memory: where that is short, it goes before anything else does.
+            // Where memory is short, it goes before anything else does.
             let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
-            limit(libc::RLIMIT_AS, most);
+            limit(libc::RLIMIT_DATA, most);
             limit(libc::RLIMIT_CORE, 0);
             limit(libc::RLIMIT_FSIZE, SAID_BYTES);
             let busy = libc::timeval { tv_sec: 0, tv_usec: i64::from(BUSY.subsec_micros()) };
@@ -367,12 +375,12 @@ impl Copy {
             // SAFETY: ends the copy at once.
             unsafe { libc::_exit(code) };
         }
-        Self(if pid > 0 { Pid::from_raw(pid).map(|pid| (pid, said)) } else { None })
+        Self(if pid > 0 { Pid::from_raw(pid).map(|pid| (pid, said, limit)) } else { None })
     }
 
     /// Waits for its end.
     fn ended(self) -> Ended {
-        let Some((pid, said)) = self.0 else { return Ended::Unfinished };
+        let Some((pid, said, limit)) = self.0 else { return Ended::Unfinished };
         if !ends_within(pid, WITHIN) {
             let _ = kill_process(pid, Signal::KILL);
             let _ = waitpid(Some(pid), WaitOptions::empty());
@@ -382,8 +390,11 @@ impl Copy {
         match (status.exit_status(), status.terminating_signal()) {
             (Some(0), _) => Ended::Well,
             (Some(REFUSED), _) => Ended::Refused(beginning(&said)),
+            (_, Some(libc::SIGPROF)) => Ended::Late,
+            // With less memory than it may take, that says nothing of the form.
+            _ if limit.is_short => Ended::Unfinished,
             (_, Some(libc::SIGABRT | libc::SIGSEGV)) => Ended::Badly,
-            (Some(_), _) | (_, Some(libc::SIGPROF)) => Ended::Late,
+            (Some(_), _) => Ended::Late,
             // Such as by the kernel, for want of memory.
             _ => Ended::Unfinished,
         }
@@ -411,10 +422,10 @@ fn ends_within(pid: Pid, limit: Duration) -> bool {
     }
 }
 
-/// What this process has mapped, in bytes.
-fn address_space() -> u64 {
+/// What this process may write to, in bytes, as `RLIMIT_DATA` counts it: its address space is larger by all that its allocator has only reserved.
+fn writable() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages = statm.split_whitespace().next().and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(1 << 32);
+    let pages = statm.split_whitespace().nth(5).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(1 << 32);
     pages.saturating_mul(rustix::param::page_size() as u64)
 }
 
@@ -423,41 +434,52 @@ fn address_space() -> u64 {
 mod tests {
     use super::*;
 
+    const ALL: Limit = Limit { bytes: Bytes::mib(16), is_short: false };
+
     #[test]
     fn what_ends_well_badly_or_never_is_told_apart_and_the_original_goes_on() {
-        assert_eq!(Copy::begin(|| Ended::Well).ended(), Ended::Well);
-        assert_eq!(Copy::begin(|| Ended::Late).ended(), Ended::Late);
+        assert_eq!(Copy::begin(ALL, || Ended::Well).ended(), Ended::Well);
+        assert_eq!(Copy::begin(ALL, || Ended::Late).ended(), Ended::Late);
         let why = "x".repeat(TOLD_BYTES);
         let refused = || {
             let _ = writeln!(std::io::stderr(), "said before");
             Ended::Refused(format!("{why} and so on"))
         };
-        assert_eq!(Copy::begin(refused).ended(), Ended::Refused(why.clone()));
-        assert_eq!(Copy::begin(|| std::process::abort()).ended(), Ended::Badly);
+        assert_eq!(Copy::begin(ALL, refused).ended(), Ended::Refused(why.clone()));
+        assert_eq!(Copy::begin(ALL, || std::process::abort()).ended(), Ended::Badly);
         assert_eq!(
-            Copy::begin(|| loop {
+            Copy::begin(ALL, || loop {
                 std::hint::black_box(0);
             })
             .ended(),
             Ended::Late
         );
-        let greedy = || {
-            std::hint::black_box(vec![1_u8; 1 << 30]);
-            Ended::Well
+        let takes = |bytes: Bytes| {
+            move || {
+                std::hint::black_box(vec![1_u8; usize::try_from(bytes.0).unwrap_or(usize::MAX)]);
+                Ended::Well
+            }
         };
-        assert_eq!(Copy::begin(greedy).ended(), Ended::Badly, "an allocation that fails ends the process");
+        let (greedy, modest) = (takes(ALL.bytes + Bytes::mib(2)), || takes(Bytes::mib(8)));
+        assert_eq!(Copy::begin(ALL, modest()).ended(), Ended::Well);
+        assert_eq!(
+            Copy::begin(Limit { bytes: Bytes::mib(4), is_short: true }, modest()).ended(),
+            Ended::Unfinished,
+            "it may have needed no more than it may have"
+        );
+        assert_eq!(Copy::begin(ALL, greedy).ended(), Ended::Badly, "an allocation that fails ends the process");
         assert_eq!(Copy(None).ended(), Ended::Unfinished, "what was not tried is not used");
-        assert_eq!(Copy::begin(|| std::panic::resume_unwind(Box::new(()))).ended(), Ended::Badly);
+        assert_eq!(Copy::begin(ALL, || std::panic::resume_unwind(Box::new(()))).ended(), Ended::Badly);
         let goes_first = || match std::fs::read_to_string("/proc/self/oom_score_adj").as_deref() {
             Ok("1000\n") => Ended::Well,
             _ => Ended::Late,
         };
-        assert_eq!(Copy::begin(goes_first).ended(), Ended::Well);
+        assert_eq!(Copy::begin(ALL, goes_first).ended(), Ended::Well);
         let killed = || {
             let _ = kill_process(rustix::process::getpid(), Signal::KILL);
             Ended::Well
         };
-        assert_eq!(Copy::begin(killed).ended(), Ended::Unfinished);
+        assert_eq!(Copy::begin(ALL, killed).ended(), Ended::Unfinished);
     }
 
     #[test]

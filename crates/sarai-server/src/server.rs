@@ -100,7 +100,7 @@ impl Server {
         });
         let limits = &config.server;
         let (health, opened) = Health::new(&catalog, hosts.clone(), state);
-        let validator = Validator::new(executable);
+        let validator = Validator::new(executable, pool.0.clone());
         let dispatch = Dispatch { catalogs: catalogs.clone(), planner, pool: pool.0.clone(), hosts, health, validator };
         let warming = tokio::spawn(warm_fallbacks(dispatch.clone(), opened));
         let live = Live { sender, catalogs: catalogs.clone(), dispatch: dispatch.clone() };

@@ -273,8 +273,8 @@ impl<'model> Engine<'model> {
 
     fn obey(&mut self, command: ToWorker, frames: &mut FrameWriter) -> anyhow::Result<()> {
         match command {
-            ToWorker::Generate { id, context_tokens, request } => {
-                let asked = Untried { id, context_tokens, since: Instant::now(), request: *request };
+            ToWorker::Generate { id, context_tokens, form_bytes, request } => {
+                let asked = Untried { id, context_tokens, form_bytes, since: Instant::now(), request: *request };
                 self.begin(asked, frames)
             }
             ToWorker::Cancel { id } => {
@@ -343,7 +343,7 @@ impl<'model> Engine<'model> {
 
     /// Renders a request, and lets it wait for its turn, once its pictures and sound are read.
     fn render(&mut self, asked: Untried) -> Result<(), Error> {
-        let Untried { id, context_tokens, since, mut request } = asked;
+        let Untried { id, context_tokens, since, mut request, .. } = asked;
         let context_tokens = self.context_tokens.min(context_tokens as usize);
         let rendered = prompt::render_within(self.model, self.templates, &request, context_tokens)?;
         let Rendered { prompt, prefill, given, form } = rendered;

@@ -5,11 +5,11 @@ use std::time::Duration;
 use futures_util::stream;
 use sarai_api::embed::Embedded;
 use sarai_core::frame::ToWorker;
-use sarai_core::{Deadlines, EmbedRequest, Error, Event, GenerateRequest, Phase};
+use sarai_core::{Bytes, Deadlines, EmbedRequest, Error, Event, GenerateRequest, Phase};
 use sarai_plan::{EngineId, Want};
 
 use super::EventStream;
-use crate::pool::{Lease, Pool};
+use crate::pool::{Borrower, Lease, Loan, Pool};
 use crate::supervise::route::Events;
 
 /// Which engine, and what a model may use of it.
@@ -45,8 +45,10 @@ pub async fn open(
             detail: "it ended before the request reached it".into(),
         });
     };
-    lease.worker.send(ToWorker::Generate { id, context_tokens, request: Box::new(request) });
-    let generation = Generation { id, lease, events };
+    let loan = if request.has_form() { pool.lend(Borrower::Forms(engine)).await } else { None };
+    let form_bytes = loan.as_ref().map_or(Bytes::ZERO, |loan| loan.bytes);
+    lease.worker.send(ToWorker::Generate { id, context_tokens, form_bytes, request: Box::new(request) });
+    let generation = Generation { id, lease, events, _loan: loan };
     Ok(Box::pin(stream::unfold(Some(generation), |generation| async {
         let mut generation = generation?;
         match generation.events.recv().await? {
@@ -72,7 +74,7 @@ pub async fn embed(lease: Lease, model: &str, limit: Duration, request: EmbedReq
     let events = lease.worker.routes.enter(id, request.inputs.len() + 8);
     let events = events.ok_or_else(|| died("it ended before the request reached it"))?;
     lease.worker.send(ToWorker::Embed { id, request: Box::new(request) });
-    let mut running = Generation { id, lease, events };
+    let mut running = Generation { id, lease, events, _loan: None };
     loop {
         // As long as vectors come, it works.
         let event = tokio::time::timeout(limit, running.events.recv()).await;
@@ -98,6 +100,8 @@ struct Generation {
     id: u64,
     lease: Lease,
     events: Events,
+    /// Of the memory that its form takes.
+    _loan: Option<Loan>,
 }
 
 impl Drop for Generation {

@@ -302,10 +302,12 @@ fn anew(request: &GenerateRequest, number: u32) -> GenerateRequest {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use sarai_core::{Timings, ToolCallPart, Usage};
 
     use super::*;
+    use crate::dispatch::tests::{Does, SHORT, by_turns, dispatch};
 
     fn checks() -> Checks {
         let schema = |name: &str| format!("{{\"title\":\"{name}\"}}");
@@ -349,7 +351,8 @@ mod tests {
             Ok(Event::ToolCall(ToolCallPart { index: 0, call }))
         };
         // Nobody checks there.
-        let validator = Validator::new("/bin/false".into());
+        let folder = tempfile::tempdir().unwrap();
+        let validator = dispatch(1, SHORT, by_turns(&[Does::Answers]), folder.path()).validator;
         let said = async |events: Vec<Result<Event, Error>>| {
             let checks = Arc::new(Checks { held: Held::Calls, ..checks() });
             let events = guarded(checks, validator.clone(), "m".into(), Box::pin(stream::iter(events)));

@@ -33,7 +33,7 @@ const PIECES: usize = 6;
 
 /// What a host does about one request.
 #[derive(Clone, Copy, Debug)]
-enum Does {
+pub enum Does {
     Answers,
     Refuses,
     Fails,
@@ -125,9 +125,9 @@ fn answer(remote: &Remote, does: Does, guard: Answering) -> Scripted {
 
 /// How long a request may wait for a place.
 const QUEUE: Duration = Duration::from_secs(30);
-const SHORT: &str = "queue_seconds: 30, first_token_seconds: 5, gap_seconds: 5";
+pub const SHORT: &str = "queue_seconds: 30, first_token_seconds: 5, gap_seconds: 5";
 
-fn dispatch(hosts: usize, deadlines: &str, script: Script, folder: &std::path::Path) -> Dispatch {
+pub fn dispatch(hosts: usize, deadlines: &str, script: Script, folder: &std::path::Path) -> Dispatch {
     let urls: Vec<_> = (0..hosts).map(|n| format!("\"http://host{n}\"")).collect();
     let text = format!(
         "models:\n  m: {{ backend: ollama_http, urls: [{}], max_outstanding: {MOST}, deadlines: {{ {deadlines} }} }}\n",
@@ -146,7 +146,8 @@ fn dispatch(hosts: usize, deadlines: &str, script: Script, folder: &std::path::P
         executable: "none".into(),
     });
     let (health, _) = Health::new(&catalog, hosts.clone(), state);
-    Dispatch { catalogs, planner, pool, hosts, health, validator: Validator::new("none".into()) }
+    let validator = Validator::new("none".into(), pool.clone());
+    Dispatch { catalogs, planner, pool, hosts, health, validator }
 }
 
 fn request(tag: &str) -> GenerateRequest {
@@ -300,7 +301,7 @@ async fn a_cold_host_that_loads_for_90_seconds_is_waited_for() {
 }
 
 /// Hosts that do something else each time, the last thing from then on.
-fn by_turns(fates: &'static [Does]) -> Script {
+pub fn by_turns(fates: &'static [Does]) -> Script {
     let next = AtomicUsize::new(0);
     Script(Arc::new(move |remote: &Remote, _: &GenerateRequest| {
         let turn = next.fetch_add(1, Ordering::SeqCst);

@@ -3,6 +3,7 @@
 //! Everybody else holds a [`Pool`], which sends messages, and leases, which are guards.
 
 mod lease;
+mod loan;
 mod observe;
 mod owner;
 
@@ -24,6 +25,7 @@ use crate::planner::Planner;
 use crate::supervise::child::{Report, Worker};
 
 pub use lease::{Busy, Lease};
+pub use loan::{Borrower, Loan};
 
 /// What everybody else knows of the pool.
 #[derive(Clone, Debug)]
@@ -41,6 +43,8 @@ enum Message {
     Wanted(EngineId, Ticket, Box<Want>, Reply),
     Abandoned(Ticket),
     Released(EngineId, Lane),
+    Lend(Borrower, oneshot::Sender<Loan>),
+    GivenBack(Borrower),
     Report(EngineId, Report),
     Observed(Box<observe::Seen>),
     Probed(EngineId, Result<EngineMemory, String>),

@@ -101,7 +101,8 @@ impl Owner {
     }
 
     fn server_takes(&self) -> Bytes {
-        self.server.max(SERVER_AT_LEAST) + self.probing.map_or(Bytes::ZERO, |engine| self.probe_takes(engine))
+        let probe = self.probing.map_or(Bytes::ZERO, |engine| self.probe_takes(engine));
+        self.server.max(SERVER_AT_LEAST) + probe + self.loans.total()
     }
 
     fn remember(&mut self, engine: EngineId, measured: Measured) {

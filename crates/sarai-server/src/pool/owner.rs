@@ -16,6 +16,7 @@ use sarai_plan::ledger::{EngineSpec, Limits, Millis, State};
 use sarai_plan::{Effect, EngineId, Ledger, PoolEvent, Size, Ticket, Want, projector};
 use tokio::sync::{mpsc, oneshot};
 
+use super::loan::{Borrower, Loans};
 use super::{Busy, Message, Parts, Pool, Reply, Snapshot, WhatIf};
 use crate::catalog::Catalog;
 use crate::config::MemoryConfig;
@@ -99,6 +100,7 @@ pub(super) struct Owner {
     /// A measure is under way.
     pub observing: bool,
     pub probing: Option<EngineId>,
+    pub loans: Loans,
     pub unprobable: HashSet<EngineId>,
     oom_kills: u64,
     pub stopping: Option<oneshot::Sender<()>>,
@@ -126,6 +128,7 @@ impl Owner {
             observing: false,
             oom_kills: 0,
             probing: None,
+            loans: Loans::default(),
             unprobable: HashSet::new(),
             stopping: None,
             pool,
@@ -193,6 +196,22 @@ impl Owner {
                     // Of a command nothing else says what an answer makes it take.
                     self.observe();
                 }
+            }
+            Message::Lend(borrower, reply) => {
+                self.look_again();
+                let tokens = match borrower {
+                    Borrower::Forms(engine) => self.workers[engine.0].source.as_ref().and_then(Source::header),
+                    Borrower::Validator => None,
+                };
+                let tokens = tokens.map_or(0, |header| header.vocabulary());
+                let bytes = self.loans.lend(borrower, tokens, self.ledger.free());
+                // If nobody waits any more, dropping it gives it back.
+                let _ = reply.send(self.pool.loan(borrower, bytes));
+                self.look_again();
+            }
+            Message::GivenBack(borrower) => {
+                self.loans.give_back(borrower);
+                self.look_again();
             }
             Message::Report(engine, report) => self.reported(engine, report),
             Message::Observed(observation) => self.observed(&observation),

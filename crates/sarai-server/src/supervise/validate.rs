@@ -13,13 +13,12 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::child::{self, ENVIRONMENT};
+use crate::pool::{Borrower, Pool};
 
 /// How long it may take, with its start and with those before it.
 const DEADLINE: Duration = Duration::from_secs(5);
 /// Processor time that it may take, in seconds.
 const BUSY_SECONDS: u64 = 2;
-/// Memory of its own that it may take, in bytes.
-const MOST_BYTES: u64 = 128 << 20;
 /// What it says at most, in bytes.
 const SAID_BYTES: u64 = 1 << 20;
 
@@ -30,14 +29,16 @@ pub struct Validator(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     executable: PathBuf,
-    /// One at a time: no plan has their memory.
+    /// Lends what it takes.
+    pool: Pool,
+    /// One at a time.
     turn: Semaphore,
 }
 
 impl Validator {
-    /// One that runs this binary.
-    pub fn new(executable: PathBuf) -> Self {
-        Self(Arc::new(Inner { executable, turn: Semaphore::new(1) }))
+    /// One that runs this binary, in memory that the pool lends.
+    pub fn new(executable: PathBuf, pool: Pool) -> Self {
+        Self(Arc::new(Inner { executable, pool, turn: Semaphore::new(1) }))
     }
 
     /// What is true of each claim; nothing where that did not come out within the limits.
@@ -57,8 +58,11 @@ impl Validator {
 
     async fn ask(&self, claims: &[Claim]) -> std::io::Result<Vec<Verdict>> {
         let _turn = self.0.turn.acquire().await.map_err(std::io::Error::other)?;
+        let loan =
+            self.0.pool.lend(Borrower::Validator).await.ok_or_else(|| std::io::Error::other("the server stops"))?;
         // Dropped, it is killed.
         let mut launched = child::launch(&self.0.executable, ["validate", "an answer"], ENVIRONMENT)?;
+        launched.writer.write_all(&loan.bytes.0.to_le_bytes()).await?;
         launched.writer.write_all(&serde_json::to_vec(claims)?).await?;
         launched.writer.shutdown().await?;
         let mut said = Vec::new();
@@ -68,13 +72,15 @@ impl Validator {
     }
 }
 
-/// The process: reads claims from the socket that is its standard input, and answers there.
+/// The process: reads what memory of its own it may take, and claims, from the socket that is its standard input, and answers there.
 ///
 /// # Errors
 /// The socket cannot be read or written.
 pub fn run(mut socket: UnixStream) -> std::io::Result<()> {
     let limit = |resource, most| setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) });
-    limit(Resource::Data, MOST_BYTES)?;
+    let mut most_bytes = [0; 8];
+    socket.read_exact(&mut most_bytes)?;
+    limit(Resource::Data, u64::from_le_bytes(most_bytes))?;
     limit(Resource::Cpu, BUSY_SECONDS)?;
     limit(Resource::Core, 0)?;
     // Where memory is short, it goes before anything else does.

@@ -5,6 +5,7 @@
 
 mod across;
 mod cache;
+mod checks;
 mod cli;
 mod clients;
 mod deterministic;

@@ -4,18 +4,22 @@
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::{Answer, BINARY, Sarai, chat, is_alive, smollm2};
+use crate::support::{Answer, BINARY, Sarai, chat, is_alive, minilm, smollm2};
 use futures_util::StreamExt;
 use serde_json::json;
 
 /// `small`, served by a sarai that this one starts.
 fn config(folder: &std::path::Path, more: &str) -> String {
+    config_of(&smollm2(), folder, more)
+}
+
+/// The same with another file.
+fn config_of(file: &str, folder: &std::path::Path, more: &str) -> String {
     let inner = folder.join("inner.yaml");
     std::fs::write(
         &inner,
         format!(
-            "models:\n  small: {{ backend: gguf_native, gguf_path: {}, context_length: 1024, pinned: true }}\n",
-            smollm2()
+            "models:\n  small: {{ backend: gguf_native, gguf_path: {file}, context_length: 1024, pinned: true }}\n"
         ),
     )
     .unwrap();
@@ -118,6 +122,21 @@ async fn nothing_of_a_command_is_left_whatever_is_killed() {
             assert_eq!(again.status, 200, "it is started again: {}", again.text);
         }
     }
+}
+
+/// Nobody waits until it is gone: who asks at once gets an answer of the next one.
+#[tokio::test]
+async fn a_command_that_is_killed_costs_vectors_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let sarai = Sarai::start(&config_of(&minilm(), folder.path(), "    role: embedding\n"));
+    let body = json!({ "model": "small", "input": "words" }).to_string();
+    let before = sarai.post("/v1/embeddings", body.clone()).await;
+    assert_eq!(before.status, 200, "{}", before.text);
+    let command = tree(sarai.worker_pids().await[0])[1];
+    assert!(Command::new("kill").args(["-KILL", &command.to_string()]).status().unwrap().success());
+    let after = sarai.post("/v1/embeddings", body).await;
+    assert_eq!(after.status, 200, "{}", after.text);
+    assert_eq!(after.json()["data"], before.json()["data"]);
 }
 
 #[tokio::test]

@@ -1,0 +1,120 @@
+//! Memory that is lent for as long as an answer follows a form, or is checked, and booked as the server's own meanwhile. It is in the plan of no
+//! model, which it would make wrong for as long as nobody asks for a form.
+
+use std::collections::HashMap;
+
+use sarai_core::{Bytes, form_bytes};
+use sarai_plan::EngineId;
+use tokio::sync::oneshot;
+
+use super::{Message, Pool};
+
+/// How much less a form has where nothing is free: most take less than the rest, and that much is within what plans are too high by.
+const DISPENSABLE: Bytes = Bytes::mib(10);
+
+/// Who borrows. Further ones of the same kind share what the first was lent: a worker tries one form at a time, and follows one at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Borrower {
+    /// Answers of an engine that follow forms.
+    Forms(EngineId),
+    /// The validator.
+    Validator,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Lent {
+    borrowers: usize,
+    /// So much may be taken.
+    limit: Bytes,
+    /// Of which so much was free.
+    booked: Bytes,
+}
+
+/// What is lent now.
+#[derive(Debug, Default)]
+pub(super) struct Loans(HashMap<Borrower, Lent>);
+
+impl Loans {
+    /// Lends what is free to somebody whose model knows so many tokens; returns how much may be taken.
+    pub fn lend(&mut self, borrower: Borrower, tokens: u64, free: Bytes) -> Bytes {
+        let most = form_bytes(tokens);
+        let booked = most.min(free);
+        let new = Lent { borrowers: 0, limit: booked.max(most.less(DISPENSABLE)), booked };
+        let lent = self.0.entry(borrower).or_insert(new);
+        lent.borrowers += 1;
+        lent.limit
+    }
+
+    /// One of those who borrowed needs it no more.
+    pub fn give_back(&mut self, borrower: Borrower) {
+        if let Some(lent) = self.0.get_mut(&borrower) {
+            lent.borrowers -= 1;
+            if lent.borrowers == 0 {
+                self.0.remove(&borrower);
+            }
+        }
+    }
+
+    /// All that is booked.
+    pub fn total(&self) -> Bytes {
+        self.0.values().map(|lent| lent.booked).sum()
+    }
+}
+
+/// A loan; given back on drop.
+#[derive(Debug)]
+pub struct Loan {
+    /// So much may be taken.
+    pub bytes: Bytes,
+    borrower: Borrower,
+    pool: Pool,
+}
+
+impl Drop for Loan {
+    fn drop(&mut self) {
+        self.pool.send(Message::GivenBack(self.borrower));
+    }
+}
+
+impl Pool {
+    /// Lends what forms or the validator take at most, or what is free of it.
+    ///
+    /// # Cancel safety
+    /// A loan that nobody waits for any more is given back.
+    pub async fn lend(&self, borrower: Borrower) -> Option<Loan> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Message::Lend(borrower, reply));
+        answer.await.ok()
+    }
+
+    pub(super) fn loan(&self, borrower: Borrower, bytes: Bytes) -> Loan {
+        Loan { bytes, borrower, pool: self.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sarai_core::FORM_BYTES;
+
+    #[test]
+    fn borrowers_of_a_kind_share_a_loan_and_the_last_one_gives_it_back() {
+        let mut loans = Loans::default();
+        let forms = Borrower::Forms(EngineId(0));
+        let all = form_bytes(150_000);
+        assert!(all > FORM_BYTES + Bytes::mib(25));
+        assert_eq!(loans.lend(forms, 150_000, Bytes::gib(1.0)), all);
+        assert_eq!(loans.lend(forms, 150_000, Bytes::ZERO), all, "shared");
+        assert_eq!(loans.total(), all);
+        assert_eq!(loans.lend(Borrower::Validator, 0, Bytes::mib(9)), Bytes::mib(9), "what is free");
+        // Of what is not there, nothing is booked.
+        assert_eq!(loans.lend(Borrower::Forms(EngineId(1)), 0, Bytes::ZERO), FORM_BYTES.less(DISPENSABLE));
+        assert_eq!(loans.total(), all + Bytes::mib(9));
+        loans.give_back(forms);
+        assert_eq!(loans.total(), all + Bytes::mib(9));
+        for borrower in [forms, Borrower::Validator, Borrower::Forms(EngineId(1))] {
+            loans.give_back(borrower);
+        }
+        assert_eq!(loans.total(), Bytes::ZERO);
+    }
+}

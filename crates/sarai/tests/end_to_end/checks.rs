@@ -1,0 +1,67 @@
+//! What tries forms and what checks answers: how much they may take, and that it is booked meanwhile.
+
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+
+use crate::support::{BINARY, Sarai, chat, smollm2};
+use serde_json::{Value, json};
+
+const MIB: u64 = 1 << 20;
+
+/// What the validator says of one claim, if it comes to its end within so much memory.
+fn verdict(schema: &Value, text: &str, most_bytes: u64) -> Option<Value> {
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let mut validator = Command::new(BINARY)
+        .args(["worker", "validate", "a test"])
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let claims = json!([{ "schema": schema.to_string(), "text": text }]).to_string();
+    let mut said = Vec::new();
+    // One that has ended reads no more.
+    let _ = ours.write_all(&most_bytes.to_le_bytes()).and_then(|()| ours.write_all(claims.as_bytes()));
+    let _ = ours.shutdown(std::net::Shutdown::Write);
+    let _ = ours.read_to_end(&mut said);
+    let ended_well = validator.wait().unwrap().success();
+    ended_well.then(|| serde_json::from_slice::<Value>(&said).unwrap()[0].clone())
+}
+
+#[test]
+fn a_validator_keeps_to_the_memory_and_the_time_that_it_has() {
+    let patterns = |count: usize| {
+        let property = |n: usize| (format!("p{n}"), json!({ "type": "string", "pattern": "^[a-z]{1,9}$" }));
+        json!({ "properties": (0..count).map(property).collect::<serde_json::Map<_, _>>(), "not": { "const": 1 } })
+    };
+    assert_eq!(verdict(&patterns(1000), "{\"p1\":\"abc\"}", 16 * MIB), Some(json!("valid")));
+    let broken = verdict(&patterns(1000), "{\"p1\":\"ABC\"}", 16 * MIB).unwrap();
+    assert!(broken["broken"].as_str().unwrap().contains("/p1"), "{broken}");
+    assert_eq!(verdict(&patterns(1000), "{}", 2 * MIB), None, "as much as it has, and no more");
+    // Twice as long with each.
+    let part = |n: usize| json!({ "allOf": [{ "$ref": format!("#/$defs/{}", n + 1) }, { "$ref": format!("#/$defs/{}", n + 1) }] });
+    let mut parts: serde_json::Map<_, _> = (0..40).map(|n| (n.to_string(), part(n))).collect();
+    parts.insert("40".into(), json!({ "type": "integer" }));
+    assert_eq!(verdict(&json!({ "$ref": "#/$defs/0", "$defs": parts }), "1", 16 * MIB), None, "its time is over");
+}
+
+/// The trial of this one takes all the time that it may have; it is refused, and nothing is booked for it afterwards.
+#[tokio::test]
+async fn what_a_trial_may_take_is_booked_for_as_long_as_it_takes() {
+    let sarai = Sarai::start(&format!(
+        "models:\n  tiny: {{ backend: gguf_native, gguf_path: {}, context_length: 512 }}\n",
+        smollm2()
+    ));
+    let first = sarai.post("/v1/chat/completions", chat("tiny", "Hi", json!({ "max_tokens": 1 }))).await;
+    assert_eq!(first.status, 200, "{}", first.text);
+    let claimed = async || sarai.ps().await["claimed_bytes"].as_u64().unwrap();
+    let slow: String = (0..30).map(|n| format!("r{n} ::= r{0} | r{0} \"a\"\n", n + 1)).collect();
+    let slow = format!("root ::= r0\n{slow}r30 ::= \"b\" | \"bb\"\n");
+    let before = claimed().await;
+    let asked = sarai.post("/v1/chat/completions", chat("tiny", "Hi", json!({ "grammar": slow, "max_tokens": 2 })));
+    let is_booked = |ps: &Value| ps["claimed_bytes"].as_u64().unwrap() >= before + 15 * MIB;
+    let (answer, ()) = tokio::join!(asked, sarai.until("it is booked", is_booked));
+    assert_eq!(answer.status, 400, "{}", answer.text);
+    sarai.until("it is given back", |ps| ps["claimed_bytes"].as_u64().unwrap() < before + 8 * MIB).await;
+}
