@@ -181,6 +181,29 @@ pub fn hex(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
 
+    /// llama.cpp takes the second template where tools are given.
+    #[test]
+    fn tools_are_known_by_either_template() {
+        let with = |key: &str, template: &str| {
+            let mut header = Header::default();
+            header.metadata.insert(key.into(), sarai_plan::gguf::Value::Text(template.into()));
+            ModelFile {
+                path: PathBuf::new(),
+                header,
+                size: 0,
+                modified: SystemTime::UNIX_EPOCH,
+                identity: String::new(),
+                companions: Companions::default(),
+                first_size: 0,
+            }
+        };
+        let shows = "{% for tool in tools %}{{ tool }}{% endfor %}";
+        assert!(with("tokenizer.chat_template", shows).knows_tools());
+        assert!(with("tokenizer.chat_template.tool_use", shows).knows_tools());
+        assert!(!with("tokenizer.chat_template.rag", shows).knows_tools());
+        assert!(!with("tokenizer.chat_template.tool_use", "{{ messages }}").knows_tools());
+    }
+
     #[test]
     fn the_parts_of_a_split_model_are_found_by_their_numbers() {
         let parts = split_parts(Path::new("/m/big-00001-of-00003.gguf"), 3);

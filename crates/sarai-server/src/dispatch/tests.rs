@@ -10,14 +10,14 @@ use std::time::Duration;
 use futures_util::{StreamExt, stream};
 use proptest::prelude::*;
 use sarai_core::{
-    Error, Event, FinishReason, GenerateRequest, Message, Prompt, RemoteCause, Role, Sampling, Timings, Usage,
+    Error, Event, FinishReason, GenerateRequest, Lane, Message, Prompt, RemoteCause, Role, Sampling, Timings, Usage,
 };
 use tokio::time::Instant;
 
 use super::candidates::tiers;
 use super::spread::{Work, spread};
 use super::{Dispatch, Manner, Terms};
-use crate::admission::Admission;
+use crate::admission::{Admission, Ticket};
 use crate::backend::EventStream;
 use crate::backend::remote::{Hosts, Script, Scripted};
 use crate::catalog::{Catalog, Catalogs};
@@ -47,7 +47,15 @@ pub enum Does {
 struct Client {
     arrives_ms: u64,
     whole: bool,
+    is_bulk: bool,
     leaves_after_ms: Option<u64>,
+}
+
+/// How many may be answered and may wait.
+#[derive(Clone, Copy, Debug)]
+struct Room {
+    in_flight: usize,
+    queued: usize,
 }
 
 fn text(pieces: usize) -> String {
@@ -159,10 +167,19 @@ fn request(tag: &str) -> GenerateRequest {
 
 /// What a client has seen: its whole text, or an error and the text before it.
 async fn ask(dispatch: &Dispatch, tag: &str, whole: bool) -> (String, Option<Error>) {
+    let ticket = Arc::new(Admission::new(1, 0, Duration::ZERO)).admit(Lane::Interactive).await.unwrap();
+    ask_with(dispatch, request(tag), whole, &ticket).await
+}
+
+async fn ask_with(
+    dispatch: &Dispatch,
+    request: GenerateRequest,
+    whole: bool,
+    ticket: &Ticket,
+) -> (String, Option<Error>) {
     let model = Arc::clone(dispatch.catalogs.now().find("m").unwrap());
-    let ticket = Arc::new(Admission::new(1, 0, Duration::ZERO)).admit(sarai_core::Lane::Interactive).await.unwrap();
     let manner = Manner { whole, terms: Terms::default() };
-    let mut events = match dispatch.answer(&model, request(tag), manner, &ticket).await {
+    let mut events = match dispatch.answer(&model, request, manner, ticket).await {
         Ok(answer) => answer.events,
         Err(error) => return (String::new(), Some(error)),
     };
@@ -192,14 +209,14 @@ fn does() -> impl Strategy<Value = Does> {
 
 fn client() -> impl Strategy<Value = Client> {
     let leaves = prop_oneof![3 => Just(None), 1 => (0_u64..3000).prop_map(Some)];
-    (0_u64..4000, any::<bool>(), leaves).prop_map(|(arrives_ms, whole, leaves_after_ms)| Client {
-        arrives_ms,
-        whole,
-        leaves_after_ms,
+    (0_u64..4000, any::<bool>(), any::<bool>(), leaves).prop_map(|(arrives_ms, whole, is_bulk, leaves_after_ms)| {
+        Client { arrives_ms, whole, is_bulk, leaves_after_ms }
     })
 }
 
-async fn play(hosts: usize, fates: Vec<Does>, clients: Vec<Client>) {
+async fn play(hosts: usize, fates: Vec<Does>, clients: Vec<Client>, room: Room) {
+    let admission = Arc::new(Admission::new(room.in_flight, room.queued, Duration::from_secs(60)));
+    let queue = Arc::clone(&admission);
     let folder = tempfile::tempdir().unwrap();
     let seen: Arc<HashMap<String, Arc<Seen>>> =
         Arc::new((0..hosts).map(|n| (format!("http://host{n}"), Arc::default())).collect());
@@ -209,6 +226,7 @@ async fn play(hosts: usize, fates: Vec<Does>, clients: Vec<Client>) {
     let of_client = Arc::clone(&waits);
     let script = Script(Arc::new(move |remote: &Remote, request: &GenerateRequest| {
         let host = &of[&remote.url];
+        assert!(queue.queued() <= room.queued, "{} wait", queue.queued());
         let fate = fates[next.fetch_add(1, Ordering::SeqCst) % fates.len()];
         let is_probe = request.max_tokens == Some(1);
         if !is_probe {
@@ -235,14 +253,20 @@ async fn play(hosts: usize, fates: Vec<Does>, clients: Vec<Client>) {
     }));
     let dispatch = dispatch(hosts, SHORT, script, folder.path());
     let asked = clients.into_iter().zip(waits.iter().cloned()).enumerate().map(|(tag, (client, waits))| {
-        let dispatch = dispatch.clone();
+        let (dispatch, admission) = (dispatch.clone(), Arc::clone(&admission));
         tokio::spawn(async move {
             tokio::time::sleep(Duration::from_millis(client.arrives_ms)).await;
-            let began = Instant::now();
-            *waits.lock().unwrap() = Some(began);
+            let lane = if client.is_bulk { Lane::Bulk } else { Lane::Interactive };
             let patience = Duration::from_millis(client.leaves_after_ms.unwrap_or(100_000_000));
-            let tag = tag.to_string();
-            let outcome = tokio::time::timeout(patience, ask(&dispatch, &tag, client.whole)).await;
+            let asked = async {
+                let ticket = admission.admit(lane).await.map_err(|error| (String::new(), Some(error)))?;
+                *waits.lock().unwrap() = Some(Instant::now());
+                Ok(ask_with(&dispatch, GenerateRequest { lane, ..request(&tag.to_string()) }, client.whole, &ticket)
+                    .await)
+            };
+            let began = Instant::now();
+            let outcome = tokio::time::timeout(patience, asked).await;
+            let outcome = outcome.map(|outcome| outcome.unwrap_or_else(|shed| shed));
             *waits.lock().unwrap() = None;
             (outcome.ok(), began.elapsed(), client.whole)
         })
@@ -258,9 +282,10 @@ async fn play(hosts: usize, fates: Vec<Does>, clients: Vec<Client>) {
                 assert!(!whole || said.is_empty(), "nothing of a whole answer is out before its end");
             }
         }
-        // A queue of 30 s, and a few tries of at most 5 s of silence each.
-        assert!(took < Duration::from_secs(120), "nobody waits for ever: {took:?}");
+        // A queue of 60 s and one of 30 s, and a few tries of at most 5 s of silence each.
+        assert!(took < Duration::from_secs(180), "nobody waits for ever: {took:?}");
     }
+    assert_eq!((admission.in_flight(), admission.queued()), (0, 0), "all permits and places are back");
     for seen in seen.values() {
         assert!(seen.most.load(Ordering::SeqCst) <= MOST, "no host has more than its limit");
         assert_eq!(seen.now.load(Ordering::SeqCst), 0, "what nobody listens to is cancelled");
@@ -409,13 +434,14 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_request_is_lost_or_answered_twice_and_breakers_neither_stick_nor_flap(
+    fn no_request_is_lost_or_answered_twice_queues_are_bounded_and_breakers_neither_stick_nor_flap(
         hosts in 1_usize..4,
         fates in proptest::collection::vec(does(), 1..40),
         clients in proptest::collection::vec(client(), 1..24),
+        (in_flight, queued) in (1_usize..8, 0_usize..24),
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
-        runtime.block_on(play(hosts, fates, clients));
+        runtime.block_on(play(hosts, fates, clients, Room { in_flight, queued }));
     }
 }
 

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 
-use crate::support::{BINARY, Sarai, chat, smollm2};
+use crate::support::{BINARY, Sarai, Watch, chat, qwen, sketch, smollm2};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -64,4 +64,41 @@ async fn what_a_trial_may_take_is_booked_for_as_long_as_it_takes() {
     let (answer, ()) = tokio::join!(asked, sarai.until("it is booked", is_booked));
     assert_eq!(answer.status, 400, "{}", answer.text);
     sarai.until("it is given back", |ps| ps["claimed_bytes"].as_u64().unwrap() < before + 8 * MIB).await;
+}
+
+/// A large vocabulary is written down at each token that the grammar refuses.
+#[tokio::test]
+async fn an_answer_that_follows_a_form_takes_no_more_than_plan_and_loan() {
+    let sarai = Sarai::start(&format!(
+        "models:\n  coder: {{ backend: gguf_native, gguf_path: {}, context_length: 1024, parallel: 2 }}\n",
+        qwen()
+    ));
+    let ask = async |more: Value| {
+        let answer = sarai.post("/v1/chat/completions", chat("coder", "Name a colour.", more)).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+    };
+    ask(json!({ "max_tokens": 1 })).await;
+    let worker = sarai.ps().await["workers"][0].clone();
+    let watch = Watch::of(worker["pid"].as_u64().unwrap());
+    let grammar = json!({ "grammar": "root ::= \"<\" [a-z]{2,30} \">\"", "max_tokens": 30, "temperature": 1.5 });
+    tokio::join!(ask(grammar.clone()), ask(grammar));
+    let (most, of) = (watch.most(), |key: &str| worker[key].as_u64().unwrap());
+    let lent = sarai_core::form_bytes(151_936).0;
+    assert!(most + of("file_bytes") <= of("planned_bytes") + lent, "{most}: {worker}");
+}
+
+/// A short round of `make fuzz`: broken pictures and sound, and schemas, grammars and tools by chance. It ends at the first answer that is neither
+/// a 200 that keeps its form nor a 400 with a reason, and when a worker dies.
+#[test]
+fn what_is_broken_or_hostile_is_answered_or_refused_and_ends_nobody() {
+    let python = std::env::var("SARAI_PYTHON").expect("SARAI_PYTHON names no Python with the clients: run `make test`");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/fuzz.py");
+    let folder = tempfile::tempdir().unwrap();
+    let run = Command::new(python)
+        .args([script, BINARY, &sketch("sensing"), &qwen(), "--minutes", "0.25", "--seed", "3"])
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let (said, complained) = (String::from_utf8_lossy(&run.stdout), String::from_utf8_lossy(&run.stderr));
+    assert!(run.status.success() && said.contains("schema   200"), "{said}{complained}");
 }

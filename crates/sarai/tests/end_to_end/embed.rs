@@ -1,7 +1,7 @@
 //! Vectors of a real model, through both APIs, beside those of the original.
 
 use crate::support::host::{Host, Step};
-use crate::support::{Ollama, Sarai, chat, minilm, sketch, smollm2};
+use crate::support::{Ollama, Sarai, Watch, chat, minilm, sketch, smollm2};
 use base64::Engine;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
@@ -336,4 +336,24 @@ async fn a_host_that_fails_to_make_vectors_is_not_to_blame_and_what_is_not_read_
     let body = json!({ "model": "minilm", "input": "a", "input_type": "query" });
     let answer = local.post("/v1/embeddings", body.to_string()).await;
     assert_eq!(answer.header("x-sarai-degraded"), Some("input_type"), "{}", answer.text);
+}
+
+/// The largest batch, and the longest texts side by side: what the worker has of its own at any moment was planned.
+#[tokio::test]
+async fn batches_of_vectors_take_no_more_than_was_planned() {
+    let sarai = Sarai::start(&models());
+    let ask = async |texts: Vec<String>| {
+        let body = json!({ "model": "minilm", "input": texts });
+        let answer = sarai.post("/v1/embeddings", body.to_string()).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+    };
+    ask(vec!["first".into()]).await;
+    let worker = sarai.ps().await["workers"][0].clone();
+    let watch = Watch::of(worker["pid"].as_u64().unwrap());
+    ask((0..2048).map(|n| format!("text {n}")).collect()).await;
+    let long = |n: usize| format!("{n} {}", "words and words ".repeat(70));
+    join_all((0..4).map(|side| ask((0..16).map(|n| long(100 * side + n)).collect()))).await;
+    let (most, of) = (watch.most(), |key: &str| worker[key].as_u64().unwrap());
+    assert!(most >= of("anonymous_bytes"), "{most} is what it had before: {worker}");
+    assert!(most + of("file_bytes") <= of("planned_bytes"), "{most}: {worker}");
 }

@@ -148,6 +148,16 @@ async fn a_deeply_nested_schema_is_an_error_of_its_request_alone() {
     let worker = sarai.worker_pids().await;
     let answer = sarai.post("/api/chat", body).await;
     assert!([200, 400].contains(&answer.status), "{}", answer.text);
+    // The deepest body that is read has 126 schemas in each other; one more is beyond what JSON is read to.
+    for (depth, status) in [(126, 200), (127, 400), (100_000, 400)] {
+        let nested =
+            format!("{}true{}", "{\"type\":\"array\",\"maxItems\":1,\"items\":".repeat(depth), "}".repeat(depth));
+        let body = format!(
+            r#"{{"model":"lfm2","stream":false,"options":{{"num_predict":8}},"format":{nested},"messages":[{{"role":"user","content":"Hi"}}]}}"#
+        );
+        let answer = sarai.post("/api/chat", body).await;
+        assert_eq!(answer.status, status, "{depth}: {}", answer.text);
+    }
     assert_eq!(sarai.worker_pids().await, worker, "the worker lives");
 }
 

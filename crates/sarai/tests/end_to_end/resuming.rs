@@ -232,3 +232,25 @@ async fn a_breaker_is_as_open_when_its_host_leaves_and_returns() {
     assert_eq!(ask(&sarai, json!({})).await.header("x-sarai-served-by"), Some("solar@gguf_native"));
     assert_eq!(broken.asked().len(), asked, "and nobody asks it but its probes");
 }
+
+/// Nobody could know what was said within a call or a thought, so another host is not even asked.
+#[tokio::test]
+async fn what_broke_off_within_a_call_or_a_thought_ends_with_an_error() {
+    let delta = |delta: Value| json!({ "id": "x", "choices": [{ "index": 0, "delta": delta, "finish_reason": null }] });
+    let call =
+        json!({ "index": 0, "id": "c", "type": "function", "function": { "name": "f", "arguments": "{\"a\": " } });
+    for begun in [delta(json!({ "tool_calls": [call] })), delta(json!({ "reasoning_content": "Let me think" }))] {
+        let text = begun.to_string();
+        let cut = Host::start(move |_, _| vec![Step::Send(format!("{}data: {text}\n\n", ok("text/event-stream")))]);
+        let other = Host::start(|_, _| openai(&[]));
+        let sarai = Sarai::start(&format!(
+            "models:\n  solar: {{ backend: openai_http, urls: [\"{}\", {{ url: \"{}\", priority: 1 }}], model_name: m, resume: any }}\n",
+            cut.url, other.url
+        ));
+        let tools = json!([{ "type": "function", "function": { "name": "f", "parameters": { "type": "object" } } }]);
+        let answer = ask(&sarai, json!({ "stream": true, "tools": tools, "temperature": 0 })).await;
+        assert_eq!(answer.sse().last().unwrap()["error"]["code"], "cut", "{}", answer.text);
+        assert!(!answer.text.contains("[DONE]") && !answer.text.contains("\"finish_reason\":\"stop\""));
+        assert_eq!((cut.asked().len(), other.asked().len()), (1, 0));
+    }
+}

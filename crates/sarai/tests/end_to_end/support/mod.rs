@@ -364,3 +364,33 @@ pub fn output_of(child: &mut Child) -> String {
 pub fn is_alive(pid: u64) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
 }
+
+/// Watches what a process has of its own, until it is stopped.
+pub struct Watch {
+    stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    thread: std::thread::JoinHandle<u64>,
+}
+
+impl Watch {
+    pub fn of(pid: u64) -> Self {
+        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let stopped = std::sync::Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let mut most = 0;
+            while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+                most = most.max(
+                    sarai_server::machine::process::glance(pid.try_into().unwrap()).map_or(0, |of| of.anonymous.0),
+                );
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            most
+        });
+        Self { stop, thread }
+    }
+
+    /// The most that was seen, in bytes.
+    pub fn most(self) -> u64 {
+        self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
