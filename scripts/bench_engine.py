@@ -135,16 +135,21 @@ class Sarai(Process):
             until(lambda model=model: (embed if model == "minilm" else ask)(self.port, model, "Hi", 1).status == 200)
 
 
+# What went wrong on other threads: a figure without them is none.
+FAILED = []
+threading.excepthook = lambda what: (FAILED.append(what.exc_value), sys.__excepthook__(what.exc_type, what.exc_value, what.exc_traceback))
+
+
 def until(is_so, seconds=120):
     began = time.monotonic()
-    while time.monotonic() - began < seconds:
+    while time.monotonic() - began < seconds and not FAILED:
         try:
             if is_so():
                 return
         except OSError:
             pass
         time.sleep(0.05)
-    sys.exit("a server did not come up")
+    sys.exit(f"it never came: {FAILED}")
 
 
 class Answer:
@@ -446,7 +451,7 @@ class Bench:
 
     def together(self):
         """Several models at once, beside stock servers at their defaults and with one thread each."""
-        for models in (["smollm2", "gemma"], list(MODELS)):
+        for models in (["smollm2", "gemma"], list(EOS)):
             with self.sarai(models) as sarai:
                 rates = {}
                 for setting, more in (("defaults", ()), ("-t 1", ("-t", "1"))):
@@ -572,7 +577,7 @@ class Bench:
 
     def park(self):
         """A conversation of 2,000 tokens whose model was unloaded: to its first token, beside computing it."""
-        for model in MODELS:
+        for model in EOS:
             computed, returned = [], []
             with self.sarai([model], context=4096) as server:
                 for seed in range(self.rounds):
@@ -773,6 +778,8 @@ def main():
     for part in arguments.parts or parts:
         print(f"-- {part}: {getattr(Bench, part).__doc__}", flush=True)
         getattr(bench, part)()
+        if FAILED:
+            sys.exit(f"{part}: {FAILED}")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ class Client(threading.Thread):
             except urllib.error.HTTPError as error:
                 outcome = error.code
                 error.close()
+            except Exception as error:
+                # A connection that breaks off, half an answer: whatever it is, it is none.
+                outcome = repr(error).replace(" ", "_")
             key = f"{what.__name__} {outcome}"
             self.counts[key] = self.counts.get(key, 0) + 1
 
@@ -61,7 +64,8 @@ class Client(threading.Thread):
 
     def stream(self):
         with self.post("/api/chat", self.asked(stream=True, options={"num_predict": self.random.randint(1, 60)})) as answer:
-            return json.loads(list(answer)[-1])["done"]
+            last = json.loads(list(answer)[-1])
+            return last["done"] if "done" in last else "torn"
 
     def leave(self):
         with self.post("/v1/chat/completions", self.asked(stream=True, max_tokens=400)) as answer:
@@ -142,6 +146,7 @@ def main():
         ended.set()
         for client in clients:
             client.join(300)
+        hanging = sum(client.is_alive() for client in clients)
         counts = {}
         for client in clients:
             for key, count in client.counts.items():
@@ -155,8 +160,8 @@ def main():
             print(f"{name:<8} anonymous {memory[0]:7.1f} -> {memory[1]:7.1f} MiB   descriptors {files[0]:.0f} -> {files[1]:.0f}")
             is_flat &= memory[1] - memory[0] <= GROWTH_MIB and files[1] - files[0] <= GROWTH_FILES
         bad = [key for key in counts if not (key.split()[1] in ("True", "left") or key == "garbage 400")]
-        if bad or not is_flat:
-            sys.exit(f"not flat, or not answered as it should: {bad}")
+        if bad or hanging or not is_flat:
+            sys.exit(f"not flat, or not answered as it should: {bad}; {hanging} clients hang")
 
 
 main()

@@ -18,6 +18,9 @@ use crate::units::Bytes;
 /// The longest frame that is accepted, in bytes: a prompt and its JSON escapes.
 pub const MAX_FRAME_BYTES: usize = 256 << 20;
 
+/// How a line of a worker's log begins that is a warning of its own, and not one of llama.cpp's many.
+pub const WARNING: &str = "warning: ";
+
 /// Length of the frame header in bytes.
 pub const HEADER_BYTES: usize = 4;
 

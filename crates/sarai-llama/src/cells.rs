@@ -47,6 +47,9 @@ pub trait Cells {
     fn restore(&mut self, _sequence: usize, _wanted: Wanted<'_>) -> Option<Vec<Unit>> {
         None
     }
+
+    /// Gives up what could not be brought back though nothing else is kept.
+    fn discard(&mut self, _wanted: Wanted<'_>) {}
 }
 
 /// The cells of a context of llama.cpp.
@@ -91,6 +94,10 @@ impl Cells for ContextCells<'_, '_> {
 
     fn restore(&mut self, sequence: usize, wanted: Wanted<'_>) -> Option<Vec<Unit>> {
         self.parking.as_mut()?.restore(self.context, sequence, wanted)
+    }
+
+    fn discard(&mut self, wanted: Wanted<'_>) {
+        self.parking.iter_mut().for_each(|parking| parking.discard(wanted));
     }
 }
 

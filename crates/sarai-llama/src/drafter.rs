@@ -139,11 +139,12 @@ impl<'model> Drafter<'model> {
     fn follow(&mut self, followed: &[Followed], room: usize) -> Result<Vec<(usize, i32)>, String> {
         let mut room = room.min(self.step_tokens);
         let mut lacking = Vec::new();
-        for (index, Followed { place, tokens, .. }) in followed.iter().enumerate() {
-            if tokens.len() < self.most_tokens {
+        for (index, Followed { place, tokens, most }) in followed.iter().enumerate() {
+            // Larger models of a family may have marks that their smaller ones do not know.
+            if tokens.len() < self.most_tokens && tokens.iter().all(|token| token.0 < self.known) {
                 let common = self.held[*place].iter().zip(tokens).take_while(|(held, token)| held == token).count();
-                // The last one is computed in any case: what follows it is wanted.
-                let kept = self.keep(*place, common.min(tokens.len().saturating_sub(1)));
+                // Where it is wanted what follows the last one, that is computed in any case.
+                let kept = self.keep(*place, common.min(tokens.len() - usize::from(*most > 0 && !tokens.is_empty())));
                 lacking.push((tokens.len() - kept, index, kept));
             }
         }

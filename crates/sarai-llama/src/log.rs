@@ -1,13 +1,15 @@
-//! The worker's log: warnings and errors of llama.cpp and of the worker, one a line, on standard error.
+//! The worker's log: warnings and errors of llama.cpp and of the worker, one a line, on standard error; its own are marked.
 //!
 //! The server reads them, keeps the last ones for its crash reports, and writes them into its own log.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::io::Write;
 
-/// Writes one line; a log that cannot be written is not a reason to stop.
+use sarai_core::frame::WARNING;
+
+/// Warns whoever reads the server's log; one that cannot be written is not a reason to stop.
 pub fn warn(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
+    let _ = writeln!(std::io::stderr(), "{WARNING}{line}");
 }
 
 /// Sends llama.cpp's warnings and errors to standard error, and drops the rest.
@@ -27,5 +29,5 @@ unsafe extern "C" fn forward(level: u32, text: *const c_char, _: *mut c_void) {
     }
     // SAFETY: llama.cpp passes a NUL-terminated string that lives for the duration of the call.
     let text = unsafe { CStr::from_ptr(text) };
-    warn(text.to_string_lossy().trim_end());
+    let _ = writeln!(std::io::stderr(), "{}", text.to_string_lossy().trim_end());
 }

@@ -41,6 +41,8 @@ struct Parked {
     tokens: Vec<Unit>,
     bytes: u64,
     crc32: u32,
+    /// Whether its checksum was found to be right; it is read once, and not again while room is made for it.
+    is_checked: bool,
 }
 
 impl Parked {
@@ -118,11 +120,11 @@ impl Parking {
         wanted: Wanted<'_>,
     ) -> Option<Vec<Unit>> {
         let Some((index, _)) = self.best(wanted) else { return Some(Vec::new()) };
-        let parked = &self.parked[index];
+        let parked = &mut self.parked[index];
         let path = parked.state();
-        let is_sound = checksum(&path).is_ok_and(|found| found == (parked.bytes, parked.crc32));
+        parked.is_checked |= checksum(&path).is_ok_and(|found| found == (parked.bytes, parked.crc32));
         let mut tokens = Vec::new();
-        if is_sound {
+        if parked.is_checked {
             let sequence = i32::try_from(sequence).ok()?;
             if context.state_seq_load_file(&path, sequence, &mut tokens, parked.tokens.len()) == 0 {
                 // llama.cpp may have read a part of it.
@@ -134,6 +136,15 @@ impl Parking {
         }
         self.parked.swap_remove(index).remove();
         Some(tokens.into_iter().map(Unit::Text).collect())
+    }
+
+    /// Removes what would be restored: llama.cpp does not take it, though there is room.
+    pub fn discard(&mut self, wanted: Wanted<'_>) {
+        if let Some((index, _)) = self.best(wanted) {
+            let parked = self.parked.swap_remove(index);
+            warn(&format!("{} cannot be read back, and is computed again", parked.state().display()));
+            parked.remove();
+        }
     }
 
     /// Lets what is parked take so many bytes at most, and removes what these tokens make superfluous.
@@ -173,7 +184,7 @@ impl Parking {
         fs::write(&unfinished, text)?;
         fs::rename(&unfinished, &note)?;
         let tokens = tokens.iter().copied().map(Unit::Text).collect();
-        Ok(Parked { note, tokens, bytes, crc32 })
+        Ok(Parked { note, tokens, bytes, crc32, is_checked: false })
     }
 }
 
@@ -194,8 +205,16 @@ impl Leaving<'_> {
         if tokens.len() < FEWEST_TOKENS || is_known {
             return;
         }
-        let bytes = self.bytes + context.state_seq_get_size(sequence) as u64;
+        let size = context.state_seq_get_size(sequence) as u64;
+        let bytes = self.bytes + size;
         if bytes > self.parking.most_bytes {
+            if size > self.parking.most_bytes {
+                let (needs, most) = (size >> 20, self.parking.most_bytes >> 20);
+                let tokens = tokens.len();
+                warn(&format!(
+                    "a conversation of {tokens} tokens is not parked: it takes {needs} MiB, `park_mb` is {most}"
+                ));
+            }
             return;
         }
         self.parking.make_room(self.parking.most_bytes - bytes, units);
@@ -209,20 +228,35 @@ impl Leaving<'_> {
     }
 }
 
+/// The bindings whose llama.cpp writes the states.
+const LLAMA: &str = "llama-cpp-4 0.11.0";
+
 /// What a state depends on beside its tokens.
 fn key(spec: &LoadSpec, model: &LlamaModel) -> Option<String> {
-    let file = fs::metadata(&spec.path).ok()?;
-    let changed = file.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
     let path = fs::canonicalize(&spec.path).ok()?;
+    let mut key = format!("{} {} with {LLAMA}", path.display(), env!("CARGO_PKG_VERSION"));
+    for part in parts(&path) {
+        let file = fs::metadata(part).ok()?;
+        let changed = file.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
+        key.push_str(&format!(" {} {changed}", file.len()));
+    }
     let LoadSpec { kv, flash_attention, repack, deterministic, .. } = spec;
     // Some models rotate keys in another way from a certain size of the context on.
     let is_stretched = model::pool_tokens(spec) > model::unstretched_tokens(model);
-    let version = concat!(env!("CARGO_PKG_VERSION"), " with llama-cpp-4 0.11.0");
-    Some(format!(
-        "{} {} {changed} {version} {kv:?} {flash_attention} {repack} {deterministic} {is_stretched}",
-        path.display(),
-        file.len()
-    ))
+    // Sequences that have cells of their own are read back only where there are as many.
+    let streams = if *deterministic { spec.parallel } else { 1 };
+    key.push_str(&format!(" {kv:?} {flash_attention} {repack} {deterministic} {streams} {is_stretched}"));
+    Some(key)
+}
+
+/// All parts of a file that may be split: `…-00001-of-00003.gguf` has two more.
+fn parts(path: &Path) -> Vec<PathBuf> {
+    let text = path.to_string_lossy();
+    let Some((stem, count)) = text.strip_suffix(".gguf").and_then(|text| text.rsplit_once("-00001-of-")) else {
+        return vec![path.to_owned()];
+    };
+    let parts = count.parse().unwrap_or(1_u32);
+    (1..=parts).map(|part| PathBuf::from(format!("{stem}-{part:05}-of-{count}.gguf"))).collect()
 }
 
 fn read_note(path: PathBuf, key: &str) -> Option<Parked> {
@@ -230,7 +264,7 @@ fn read_note(path: PathBuf, key: &str) -> Option<Parked> {
     match note {
         Some(Note { key: of, tokens, bytes, crc32 }) if of == key => {
             let tokens = tokens.into_iter().map(|token| LlamaToken(token).into()).collect();
-            Some(Parked { note: path, tokens, bytes, crc32 })
+            Some(Parked { note: path, tokens, bytes, crc32, is_checked: false })
         }
         _ => {
             warn(&format!("{} is not of this file, version and settings, and is removed", path.display()));
@@ -251,5 +285,24 @@ fn checksum(path: &Path) -> io::Result<(u64, u32)> {
         }
         hasher.update(&buffer[..read]);
         bytes += read as u64;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_that_is_named_is_the_one_that_is_built() {
+        let (name, version) = LLAMA.split_once(' ').unwrap_or_default();
+        let lock = include_str!("../../../Cargo.lock");
+        assert!(lock.contains(&format!("name = \"{name}\"\nversion = \"{version}\"")), "{LLAMA} is not in Cargo.lock");
+    }
+
+    #[test]
+    fn all_parts_of_a_split_file_count() {
+        let split = parts(Path::new("/m/big-00001-of-00003.gguf"));
+        assert_eq!(split, ["1", "2", "3"].map(|n| PathBuf::from(format!("/m/big-0000{n}-of-00003.gguf"))));
+        assert_eq!(parts(Path::new("/m/one.gguf")), [PathBuf::from("/m/one.gguf")]);
     }
 }

@@ -31,6 +31,11 @@ pub struct Sampler {
 }
 
 impl Sampler {
+    /// Whether the answer follows a grammar, all of it or its calls.
+    pub fn follows_form(&self) -> bool {
+        self.guard.is_some()
+    }
+
     /// Of one generation, whose template may have said what form its calls have.
     ///
     /// # Errors

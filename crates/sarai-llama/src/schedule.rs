@@ -149,7 +149,8 @@ impl<W> Scheduler<W> {
         self.waiting.is_empty() && self.running().next().is_none()
     }
 
-    fn running(&self) -> impl Iterator<Item = &Generation<W>> {
+    /// What runs.
+    pub fn running(&self) -> impl Iterator<Item = &Generation<W>> {
         self.sequences.iter().filter_map(|sequence| sequence.generation.as_ref())
     }
 
@@ -286,7 +287,13 @@ impl<W> Scheduler<W> {
                 Some(tokens) if tokens.is_empty() => return None,
                 Some(tokens) => break tokens,
                 None if self.evict(cells) => {}
-                None => return None,
+                None => {
+                    // Nothing is kept any more that could be in its way; it would be all given up for it again.
+                    if self.running().next().is_none() {
+                        cells.discard(wanted);
+                    }
+                    return None;
+                }
             }
         };
         let kept = common(&tokens, wanted.prompt);

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::Write;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use llama_cpp_4::token::data::LlamaTokenData;
 use llama_cpp_4::token::data_array::LlamaTokenDataArray;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, SeekFrom, ftruncate, memfd_create, seek};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, pidfd_send_signal, waitpid};
 use sarai_core::{Bytes, Error, Format, GenerateRequest, Message, Prompt, Role, form_bytes};
 
 use crate::channel::Incoming;
@@ -100,7 +100,8 @@ pub struct Trials {
     inbox: SyncSender<Incoming>,
     ended: VecDeque<(u64, Ended)>,
     waiting: VecDeque<Untried>,
-    is_busy: bool,
+    /// The form that is tried now, and the copy that does.
+    running: Option<(u64, Option<OwnedFd>)>,
     /// With which answers are begun.
     letters: Option<Vec<LlamaToken>>,
 }
@@ -108,7 +109,7 @@ pub struct Trials {
 impl Trials {
     /// What becomes of forms is told to the inbox.
     pub fn new(inbox: SyncSender<Incoming>) -> Self {
-        Self { inbox, ended: VecDeque::new(), waiting: VecDeque::new(), is_busy: false, letters: None }
+        Self { inbox, ended: VecDeque::new(), waiting: VecDeque::new(), running: None, letters: None }
     }
 
     /// Whether a request may go on: it has no form, or one that was tried and is sound.
@@ -129,20 +130,25 @@ impl Trials {
         self.waiting.push_back(untried);
     }
 
-    /// Forgets a request.
+    /// Forgets a request. A trial that nobody waits for any more is ended: what it may take is lent to those who wait.
     pub fn cancel(&mut self, id: u64) {
         self.waiting.retain(|untried| untried.id != id);
+        if let Some((form, Some(copy))) = &self.running
+            && self.waiting.iter().all(|untried| form_of(&untried.request) != *form)
+        {
+            let _ = pidfd_send_signal(copy, Signal::KILL);
+        }
     }
 
     /// Begins the next trial, unless one goes on.
     pub fn begin(&mut self, model: &LlamaModel, templates: &ChatTemplates) {
-        let Some(next) = self.waiting.front().filter(|_| !self.is_busy) else { return };
+        let Some(next) = self.waiting.front().filter(|_| self.running.is_none()) else { return };
         let form = form_of(&next.request);
         let letters = self.letters.get_or_insert_with(|| letters(model));
         let all = form_bytes(u64::try_from(model.n_vocab()).unwrap_or(0));
         let limit = Limit { bytes: next.form_bytes, is_short: next.form_bytes < all };
         let copy = Copy::begin(limit, || begins(model, templates, letters, &next.request));
-        self.is_busy = true;
+        self.running = Some((form, copy.handle()));
         let inbox = self.inbox.clone();
         let wait = move || {
             // It waits as long as the engine serves.
@@ -157,7 +163,7 @@ impl Trials {
 
     /// Remembers what has become of a form; returns the requests that have it, and whether they may go on.
     pub fn end(&mut self, form: u64, ended: Ended) -> Vec<(Untried, Result<(), Error>)> {
-        self.is_busy = false;
+        self.running = None;
         if ended != Ended::Unfinished {
             if self.ended.len() >= REMEMBERED {
                 self.ended.pop_front();
@@ -195,7 +201,7 @@ fn begins(model: &LlamaModel, templates: &ChatTemplates, letters: &[LlamaToken],
     match grammar {
         Ok(Some(grammar)) => compiles(model, letters, &grammar, matches!(request.format, Format::Gbnf(_))),
         Ok(None) => Ended::Well,
-        Err(error) if error.to_string().contains(NO_MEMORY) => Ended::Late,
+        Err(error) if error.to_string().contains(NO_MEMORY) => Ended::Unfinished,
         Err(_) => Ended::Well,
     }
 }
@@ -205,7 +211,7 @@ fn compiles(model: &LlamaModel, letters: &[LlamaToken], grammar: &str, is_the_cl
     let began = Instant::now();
     let mut sampler = match LlamaSampler::try_grammar(model, grammar, "root") {
         Ok(sampler) => sampler,
-        Err(error) if error.to_string().contains(NO_MEMORY) => return Ended::Late,
+        Err(error) if error.to_string().contains(NO_MEMORY) => return Ended::Unfinished,
         // What llama.cpp says goes there alone.
         Err(error) => {
             let said = std::fs::read("/proc/self/fd/2").unwrap_or_default();
@@ -314,9 +320,12 @@ fn reason(said: &str, grammar: &str, has_place: bool) -> Option<String> {
     Some(if has_place { format!("{why} in line {line}, column {column}") } else { why.to_owned() })
 }
 
-/// How a copy ends whose form is refused, and one that has no memory left.
-const REFUSED: i32 = 2;
+/// How a copy ends that has no memory left, one whose form is refused, and one whose form takes longer and longer.
 const WITHOUT_MEMORY: i32 = 1;
+const REFUSED: i32 = 2;
+const LATE: i32 = 3;
+/// How Rust and C++ say that there is no memory left, before they end a process.
+const NO_MEMORY_LEFT: [&str; 2] = ["memory allocation of", NO_MEMORY];
 
 /// What a copy may take beyond what there is.
 #[derive(Clone, Copy, Debug)]
@@ -369,13 +378,19 @@ impl Copy {
                     let _ = (&said).write_all(why.as_bytes());
                     REFUSED
                 }
-                Ended::Late => WITHOUT_MEMORY,
+                Ended::Late => LATE,
+                Ended::Unfinished => WITHOUT_MEMORY,
                 _ => 0,
             };
             // SAFETY: ends the copy at once.
             unsafe { libc::_exit(code) };
         }
         Self(if pid > 0 { Pid::from_raw(pid).map(|pid| (pid, said, limit)) } else { None })
+    }
+
+    /// What it is ended by, whoever waits for it.
+    fn handle(&self) -> Option<OwnedFd> {
+        self.0.as_ref().and_then(|(pid, ..)| pidfd_open(*pid, PidfdFlags::empty()).ok())
     }
 
     /// Waits for its end.
@@ -390,15 +405,24 @@ impl Copy {
         match (status.exit_status(), status.terminating_signal()) {
             (Some(0), _) => Ended::Well,
             (Some(REFUSED), _) => Ended::Refused(beginning(&said)),
-            (_, Some(libc::SIGPROF)) => Ended::Late,
-            // With less memory than it may take, that says nothing of the form.
-            _ if limit.is_short => Ended::Unfinished,
-            (_, Some(libc::SIGABRT | libc::SIGSEGV)) => Ended::Badly,
-            (Some(_), _) => Ended::Late,
+            (Some(LATE), _) | (_, Some(libc::SIGPROF)) => Ended::Late,
+            (_, Some(libc::SIGABRT)) if !is_without_memory(&said) => Ended::Badly,
+            (_, Some(libc::SIGSEGV)) => Ended::Badly,
+            // With all the memory that it may take, it takes too much of it; with less, that says nothing of the form.
+            (Some(_), _) | (_, Some(libc::SIGABRT)) if !limit.is_short => Ended::Late,
             // Such as by the kernel, for want of memory.
             _ => Ended::Unfinished,
         }
     }
+}
+
+/// Whether the process was ended since an allocation failed.
+fn is_without_memory(said: &File) -> bool {
+    let mut end = [0; TOLD_BYTES];
+    let length = said.metadata().map_or(0, |meta| meta.len());
+    let read = said.read_at(&mut end, length.saturating_sub(TOLD_BYTES as u64)).unwrap_or(0);
+    let end = String::from_utf8_lossy(&end[..read]);
+    NO_MEMORY_LEFT.iter().any(|words| end.contains(words))
 }
 
 /// The beginning of what was said, as far as it is told.
@@ -460,14 +484,19 @@ mod tests {
                 Ended::Well
             }
         };
-        let (greedy, modest) = (takes(ALL.bytes + Bytes::mib(2)), || takes(Bytes::mib(8)));
-        assert_eq!(Copy::begin(ALL, modest()).ended(), Ended::Well);
+        // Beyond 32 MiB, glibc never takes what is left of what was freed before.
+        let (greedy, modest) = (|| takes(Bytes::mib(40)), takes(Bytes::mib(8)));
+        assert_eq!(Copy::begin(ALL, modest).ended(), Ended::Well);
+        assert_eq!(Copy::begin(ALL, greedy()).ended(), Ended::Late, "an allocation that fails ends the process");
         assert_eq!(
-            Copy::begin(Limit { bytes: Bytes::mib(4), is_short: true }, modest()).ended(),
+            Copy::begin(Limit { is_short: true, ..ALL }, greedy()).ended(),
             Ended::Unfinished,
             "it may have needed no more than it may have"
         );
-        assert_eq!(Copy::begin(ALL, greedy).ended(), Ended::Badly, "an allocation that fails ends the process");
+        let short = Limit { is_short: true, ..ALL };
+        assert_eq!(Copy::begin(short, || std::process::abort()).ended(), Ended::Badly, "whatever memory it had");
+        assert_eq!(Copy::begin(short, || Ended::Late).ended(), Ended::Late);
+        assert_eq!(Copy::begin(ALL, || Ended::Unfinished).ended(), Ended::Late, "it has no memory left, and had all");
         assert_eq!(Copy(None).ended(), Ended::Unfinished, "what was not tried is not used");
         assert_eq!(Copy::begin(ALL, || std::panic::resume_unwind(Box::new(()))).ended(), Ended::Badly);
         let goes_first = || match std::fs::read_to_string("/proc/self/oom_score_adj").as_deref() {

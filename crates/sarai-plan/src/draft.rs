@@ -18,18 +18,28 @@ const PADDING: u64 = 128;
 pub fn check(draft: &Header, model: &Header) -> Result<(), GgufError> {
     let kind = |header: &Header| header.text("tokenizer.ggml.model").unwrap_or("unknown").to_owned();
     let (own, other) = (kind(draft), kind(model));
-    let why = if purpose(draft) != Purpose::Answers {
+    let why = if purpose(model) != Purpose::Answers {
+        "the model does not answer in words".into()
+    } else if purpose(draft) != Purpose::Answers {
         "it does not answer in words".into()
     } else if own != other {
         format!("its tokenizer is `{own}` and not `{other}`")
     } else if draft.vocabulary().abs_diff(model.vocabulary()) > PADDING {
         format!("it knows {} tokens, and the model {}", draft.vocabulary(), model.vocabulary())
+    } else if cannot_take_back(model) {
+        "the model has a sliding window or a recurrent state, of which nothing can be taken back".into()
     } else if Layers::of(draft).are_recurrent() {
         "it has a recurrent state, which cannot be taken back where a guess was wrong".into()
     } else {
         return Ok(());
     };
     Err(GgufError::NotADraft(why))
+}
+
+/// Whether tokens that were computed in vain cannot be taken back.
+fn cannot_take_back(header: &Header) -> bool {
+    let layers = Layers::of(header);
+    layers.are_recurrent() || layers.layers.iter().any(|layer| layer.window.is_some())
 }
 
 /// What it takes, all of which is the worker's own memory: its weights are copied and never mapped.
@@ -70,5 +80,14 @@ mod tests {
         let why = |draft: Header| check(&draft, &model).err().map(|error| error.to_string()).unwrap_or_default();
         assert!(why(of("gpt2", 49_152)).contains("it knows 49152 tokens, and the model 151936"));
         assert!(why(of("llama", 151_936)).contains("its tokenizer is `llama` and not `gpt2`"));
+        let mut windowed = of("gpt2", 151_936);
+        let fields = [
+            ("general.architecture", Value::Text("gemma3".into())),
+            ("gemma3.block_count", Value::Int(6)),
+            ("gemma3.attention.sliding_window", Value::Int(512)),
+        ];
+        windowed.metadata.extend(fields.map(|(key, value)| (key.to_owned(), value)));
+        let refused = check(&of("gpt2", 151_936), &windowed).err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(refused.contains("a sliding window"), "{refused}");
     }
 }

@@ -173,6 +173,8 @@ struct Engine<'model> {
     resize: Option<u32>,
     leaves: bool,
     trials: Trials,
+    /// Whether an answer follows a form.
+    follows_forms: bool,
 }
 
 fn cells<'a, 'model>(
@@ -214,6 +216,7 @@ impl<'model> Engine<'model> {
             resize: None,
             leaves: false,
             trials: Trials::new(inbox.clone()),
+            follows_forms: false,
         }
     }
 

@@ -16,6 +16,7 @@ use crate::chat::Parts;
 use crate::drafter::Followed;
 use crate::logprobs;
 use crate::media::Pieces;
+use crate::pages;
 use crate::schedule::{Row, Step};
 use crate::unit::Unit;
 
@@ -39,12 +40,24 @@ impl Engine<'_> {
         }
         let took = began.elapsed();
         self.scheduler.pace.observe(step.answers, step.rows.len() - step.answers, took);
-        self.rest.after(took);
         for index in 0..self.scheduler.sequences.len() {
             self.advance(index, frames)?;
         }
+        // Nobody waits for a draft, or for what is tidied up, to see what is there.
+        frames.flush()?;
+        self.give_back_after_forms();
+        let drafting = Instant::now();
         self.draft(step.rows.len());
+        self.rest.after(took + drafting.elapsed());
         Ok(())
+    }
+
+    /// What following a form took is given back with the last answer that does: it was lent, and is in no plan.
+    fn give_back_after_forms(&mut self) {
+        let follows = self.scheduler.running().any(|generation| generation.asked.writer.sampler.follows_form());
+        if std::mem::replace(&mut self.follows_forms, follows) && !follows {
+            pages::trim_heap();
+        }
     }
 
     /// Has the draft model follow what this step has computed, and guess what answers go on with whose text does not repeat.
@@ -53,16 +66,21 @@ impl Engine<'_> {
         let mut followed = Vec::new();
         for (place, sequence) in self.scheduler.sequences.iter().enumerate() {
             let Some(generation) = &sequence.generation else { continue };
+            let room = self.scheduler.draft_room(place);
             let most = match generation.next {
-                Some(_) if generation.acceptance.is_paused() || !generation.draft.is_empty() => continue,
-                Some(_) => self.scheduler.draft_room(place),
+                _ if room == 0 || generation.acceptance.is_paused() || !generation.draft.is_empty() => continue,
+                // Bulk that had no part in this step has its next token already.
+                Some(_) if generation.output_row.is_none() => continue,
+                Some(_) => room,
                 None => 0,
             };
             let text = sequence.cached.iter().map(|unit| unit.text());
-            let Some(tokens) = text.chain(generation.next.map(Some)).collect() else { continue };
-            if most > 0 || generation.next.is_none() {
+            if let Some(tokens) = text.chain(generation.next.map(Some)).collect() {
                 followed.push(Followed { place, tokens, most });
             }
+        }
+        if followed.is_empty() {
+            return;
         }
         let drafts = drafter.draft(&followed, computed.max(LEAST_FOLLOWED));
         for (Followed { place, .. }, draft) in followed.into_iter().zip(drafts) {

@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use llama_cpp_4::token::LlamaToken;
 use proptest::prelude::*;
 
 use super::*;
+use crate::cells::Parked;
 
 /// A cell: what it holds, its position, when it was computed, and the sequences that use it.
 type Cell = (Unit, usize, usize, HashSet<usize>);
@@ -18,11 +19,28 @@ type Cell = (Unit, usize, usize, HashSet<usize>);
 struct Pool {
     cells: Vec<Option<Cell>>,
     computed: usize,
+    /// Whether a state stands for all tokens of a sequence: it cannot be cut.
+    is_state: bool,
+    /// Tokens that a sliding window covers; 0 if there is none.
+    window: usize,
+    /// The last position that was computed of each sequence, whatever was cut since.
+    reached: HashMap<usize, usize>,
+    /// What is kept elsewhere, and whether it can be brought back.
+    kept: Option<Vec<Unit>>,
+    is_refused: bool,
 }
 
 impl Pool {
     fn new(cells: usize) -> Self {
-        Self { cells: vec![None; cells], computed: 0 }
+        Self {
+            cells: vec![None; cells],
+            computed: 0,
+            is_state: false,
+            window: 0,
+            reached: HashMap::new(),
+            kept: None,
+            is_refused: false,
+        }
     }
 
     fn used(&self) -> usize {
@@ -63,6 +81,8 @@ impl Pool {
             let free = self.cells.iter_mut().find(|cell| cell.is_none()).unwrap();
             *free = Some((row.unit, row.position, self.computed, HashSet::from([row.sequence])));
             self.computed += 1;
+            let reached = self.reached.entry(row.sequence).or_default();
+            *reached = row.position.max(*reached);
         }
         true
     }
@@ -78,6 +98,19 @@ impl Cells for Pool {
     }
 
     fn cut(&mut self, sequence: usize, keep: usize) -> bool {
+        let is_beyond = |cell: &&Cell| cell.3.contains(&sequence) && cell.1 >= keep;
+        let is_cut = self.cells.iter().flatten().any(|cell| is_beyond(&cell));
+        if keep > 0 && self.is_state && is_cut {
+            self.cut(sequence, 0);
+            return false;
+        }
+        assert!(
+            keep == 0 || self.holds(sequence, keep),
+            "sequence {sequence} is cut at {keep}, which its window has passed"
+        );
+        if keep == 0 {
+            self.reached.remove(&sequence);
+        }
         for (_, position, _, sequences) in self.cells.iter_mut().flatten() {
             if *position >= keep {
                 sequences.remove(&sequence);
@@ -87,8 +120,29 @@ impl Cells for Pool {
         true
     }
 
-    fn holds(&self, _: usize, _: usize) -> bool {
-        true
+    fn holds(&self, sequence: usize, keep: usize) -> bool {
+        let reached = self.reached.get(&sequence).copied().unwrap_or_default();
+        self.window == 0 || keep == 0 || reached < keep + self.window
+    }
+
+    fn parked(&self, wanted: Wanted<'_>) -> Parked {
+        let kept = self.kept.as_deref().unwrap_or_default();
+        Parked { shared: common(kept, wanted.prompt), held: kept.len() }
+    }
+
+    fn restore(&mut self, sequence: usize, _: Wanted<'_>) -> Option<Vec<Unit>> {
+        let units =
+            self.kept.clone().filter(|units| !self.is_refused && units.len() <= self.cells.len() - self.used())?;
+        for (position, unit) in units.iter().enumerate() {
+            let free = self.cells.iter_mut().find(|cell| cell.is_none()).unwrap();
+            *free = Some((*unit, position, 0, HashSet::from([sequence])));
+        }
+        self.kept = None;
+        Some(units)
+    }
+
+    fn discard(&mut self, _: Wanted<'_>) {
+        self.kept = None;
     }
 }
 
@@ -137,9 +191,11 @@ impl Case {
 
     fn sharing(sharing: Sharing, parallel: usize, cells: usize, step_tokens: usize) -> Self {
         let limits = Limits { parallel, cells, step_tokens, draft_tokens: 4, sharing, seconds_per_foreign_cell: 1e-12 };
+        let is_state = sharing == Sharing::Whole { may_cut: false };
+        let window = if sharing == (Sharing::Whole { may_cut: true }) { 16 } else { 0 };
         Self {
             scheduler: Scheduler::new(limits),
-            pool: Pool::new(cells),
+            pool: Pool { is_state, window, ..Pool::new(cells) },
             ended: Vec::new(),
             lane: |_| Lane::Interactive,
         }
@@ -257,7 +313,13 @@ proptest! {
     /// have had alone, and all cells come back.
     #[test]
     fn all_end_with_the_answer_that_they_would_have_alone(
-        sharing in prop::sample::select(vec![Sharing::Prefixes, Sharing::Own { may_cut: true }, Sharing::Own { may_cut: false }]),
+        sharing in prop::sample::select(vec![
+            Sharing::Prefixes,
+            Sharing::Own { may_cut: true },
+            Sharing::Own { may_cut: false },
+            Sharing::Whole { may_cut: true },
+            Sharing::Whole { may_cut: false },
+        ]),
         parallel in 1_usize..5,
         step_tokens in 10_usize..40,
         asked in prop::collection::vec((0_i32..4, 0_usize..60, 1_usize..30, 1_u32..12, 0_usize..40, any::<bool>()), 1..24),
@@ -305,6 +367,68 @@ proptest! {
 
 fn numbers(from: i32, count: i32) -> Vec<i32> {
     (from..from + count).collect()
+}
+
+/// Who was used least recently gives way, and whoever was used since is still there.
+#[test]
+fn what_was_used_least_recently_is_given_up() {
+    let mut case = Case::new(1, 256, 64);
+    let told = [numbers(0, 90), numbers(1_000, 90), numbers(2_000, 90)];
+    for (id, prompt) in [&told[0], &told[1], &told[0], &told[2]].into_iter().enumerate() {
+        case.ask(id as u64, prompt, 1, 100);
+        while case.step() {}
+    }
+    let cached = |case: &mut Case, id: u64, prompt: &[i32]| {
+        case.ask(id, prompt, 1, 100);
+        while case.step() {}
+        case.ended.iter().find(|ended| ended.0 == id).unwrap().2
+    };
+    assert_eq!(cached(&mut case, 10, &told[0]), 89, "it was used after the second one");
+    assert_eq!(cached(&mut case, 11, &told[1]), 0, "the third one has its cells");
+}
+
+/// Beyond the sequences that can be kept, too: then there are cells, and no number for them.
+#[test]
+fn of_more_conversations_than_can_be_numbered_the_oldest_goes() {
+    let mut case = Case::new(2, 4_096, 64);
+    let kept = case.scheduler.sequences.len();
+    let prompt = |n: usize| numbers(i32::try_from(100 * n).unwrap(), 20);
+    for n in 0..kept + 8 {
+        case.ask(n as u64, &prompt(n), 1, 64);
+        while case.step() {}
+        // The first one is used again and again.
+        case.ask(1_000 + n as u64, &prompt(0), 1, 64);
+        while case.step() {}
+    }
+    for (id, n, is_there) in [(5_000, 0, true), (5_001, kept + 7, true), (5_002, 1, false)] {
+        case.ask(id, &prompt(n), 1, 64);
+        while case.step() {}
+        let cached = case.ended.iter().find(|ended| ended.0 == id).unwrap().2;
+        assert_eq!(cached > 15, is_there, "conversation {n}: {cached}");
+    }
+}
+
+#[test]
+fn what_is_kept_elsewhere_comes_back_or_is_given_up_once() {
+    for is_refused in [false, true] {
+        let mut case = Case::new(2, 512, 64);
+        let long = numbers(5_000, 200);
+        (case.pool.kept, case.pool.is_refused) = (Some(units(&long)), is_refused);
+        for n in 0..3 {
+            case.ask(n, &numbers(100 * i32::try_from(n).unwrap(), 100), 1, 300);
+            while case.step() {}
+        }
+        case.ask(10, &[long.clone(), numbers(9_000, 4)].concat(), 1, 300);
+        while case.step() {}
+        assert_eq!(case.ended.iter().find(|ended| ended.0 == 10).unwrap().2, if is_refused { 0 } else { 200 });
+        assert!(case.pool.kept.is_none(), "either way it is not there any more");
+        // Nothing is given up for it a second time.
+        case.ask(11, &numbers(20_000, 100), 1, 300);
+        while case.step() {}
+        case.ask(12, &[long.clone(), numbers(9_100, 4)].concat(), 1, 300);
+        while case.step() {}
+        assert_eq!(case.ended.iter().find(|ended| ended.0 == 12).unwrap().2, 200);
+    }
 }
 
 #[test]

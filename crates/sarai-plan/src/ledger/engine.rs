@@ -117,6 +117,8 @@ pub(super) struct Engine {
     /// What the configuration says.
     pub usual: Size,
     pub measured: Measured,
+    /// What it may take beyond its plan for as long as its answers follow forms.
+    pub loan: Bytes,
     pub busy: usize,
     pub last_used: Millis,
     pub loaded_at: Millis,
@@ -142,6 +144,7 @@ impl Engine {
             previous: None,
             usual: Size::default(),
             measured: Measured::default(),
+            loan: Bytes::ZERO,
             busy: 0,
             last_used: 0,
             loaded_at: 0,
@@ -180,12 +183,12 @@ impl Engine {
         // What was measured belongs to the size it was measured at.
         let smaller = size.context_tokens < self.size.context_tokens;
         let measured = if smaller || !self.holds_a_place() { Measured::default() } else { self.measured };
-        anonymous.max(measured.anonymous) + file.max(measured.file)
+        (anonymous + self.loan).max(measured.anonymous) + file.max(measured.file)
     }
 
-    /// Memory that only it has, beyond what was planned.
+    /// Memory that only it has, beyond what was planned and lent.
     pub fn excess(&self) -> Bytes {
-        self.measured.anonymous.less(self.split(&self.size.plan).0)
+        self.measured.anonymous.less(self.split(&self.size.plan).0 + self.loan)
     }
 
     /// What it may still take of what the system counts as available: memory that it has not touched yet, and the
@@ -195,7 +198,7 @@ impl Engine {
             return Bytes::ZERO;
         }
         let (anonymous, file) = self.split(&self.size.plan);
-        anonymous.less(self.measured.anonymous) + file.max(self.measured.file)
+        (anonymous + self.loan).less(self.measured.anonymous) + file.max(self.measured.file)
     }
 
     /// Memory of its own that a shrink to the usual size gives back.

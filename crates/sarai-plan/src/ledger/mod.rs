@@ -115,6 +115,8 @@ pub enum PoolEvent {
         /// What machine and control groups can give now, if that was looked at.
         available: Option<Bytes>,
     },
+    /// An engine may take so much beyond its plan from now on; nothing means that it was given back.
+    Lent(EngineId, Bytes),
     /// Everything was measured.
     Observed(Observation),
     /// The kernel reports that memory is short, or no more.
@@ -356,6 +358,11 @@ impl Ledger {
             PoolEvent::Exited { engine, raise, available } => {
                 self.available = available.or(self.available);
                 self.exited(engine, raise, effects);
+            }
+            PoolEvent::Lent(id, bytes) => {
+                if let Some(engine) = self.engines.get_mut(id.0) {
+                    engine.loan = bytes;
+                }
             }
             PoolEvent::Observed(observation) => self.book(observation),
             PoolEvent::Pressure(pressure) => {

@@ -9,7 +9,8 @@ use sarai_core::{Bytes, Deadlines, EmbedRequest, Error, Event, GenerateRequest, 
 use sarai_plan::{EngineId, Want};
 
 use super::EventStream;
-use crate::pool::{Borrower, Lease, Loan, Pool};
+use crate::pool::{Borrower, Lease, Pool};
+use crate::supervise::child::Worker;
 use crate::supervise::route::Events;
 
 /// Which engine, and what a model may use of it.
@@ -35,26 +36,26 @@ pub async fn open(
     request: GenerateRequest,
 ) -> Result<EventStream, Error> {
     let Place { engine, context_tokens, model } = *place;
-    let lease = pool.lease(engine, want, model, deadlines).await?;
-    let id = lease.worker.next_id();
+    let Lease { worker, load, queue, held } = pool.lease(engine, want, model, deadlines).await?;
+    let loan = if request.has_form() { pool.lend(Borrower::Forms(engine)).await } else { None };
+    let form_bytes = loan.as_ref().map_or(Bytes::ZERO, |loan| loan.bytes);
+    let id = worker.next_id();
     // No answer has more steps than its context has tokens, each of a few events, and an end.
-    let capacity = 3 * lease.worker.info.context_tokens as usize + 8;
-    let Some(events) = lease.worker.routes.enter(id, capacity) else {
+    let capacity = 3 * worker.info.context_tokens as usize + 8;
+    let Some(events) = worker.routes.enter(id, capacity, Box::new((held, loan))) else {
         return Err(Error::WorkerDied {
             model: model.to_owned(),
             detail: "it ended before the request reached it".into(),
         });
     };
-    let loan = if request.has_form() { pool.lend(Borrower::Forms(engine)).await } else { None };
-    let form_bytes = loan.as_ref().map_or(Bytes::ZERO, |loan| loan.bytes);
-    lease.worker.send(ToWorker::Generate { id, context_tokens, form_bytes, request: Box::new(request) });
-    let generation = Generation { id, lease, events, _loan: loan };
-    Ok(Box::pin(stream::unfold(Some(generation), |generation| async {
+    worker.send(ToWorker::Generate { id, context_tokens, form_bytes, request: Box::new(request) });
+    let generation = Generation { id, worker, events };
+    Ok(Box::pin(stream::unfold(Some(generation), move |generation| async move {
         let mut generation = generation?;
         match generation.events.recv().await? {
             Ok(Event::Done { finish, usage, mut timings }) => {
-                timings.load = generation.lease.load;
-                timings.queue += generation.lease.queue;
+                timings.load = load;
+                timings.queue += queue;
                 Some((Ok(Event::Done { finish, usage, timings }), None))
             }
             Ok(text) => Some((Ok(text), Some(generation))),
@@ -68,13 +69,14 @@ pub async fn open(
 /// # Errors
 /// It died, took too long, or cannot.
 pub async fn embed(lease: Lease, model: &str, limit: Duration, request: EmbedRequest) -> Result<Embedded, Error> {
-    let id = lease.worker.next_id();
+    let Lease { worker, load, queue, held } = lease;
+    let id = worker.next_id();
     let died = |detail: &str| Error::WorkerDied { model: model.to_owned(), detail: detail.to_owned() };
     let mut embedded = Embedded { vectors: vec![Vec::new(); request.inputs.len()], ..Embedded::default() };
-    let events = lease.worker.routes.enter(id, request.inputs.len() + 8);
+    let events = worker.routes.enter(id, request.inputs.len() + 8, Box::new(held));
     let events = events.ok_or_else(|| died("it ended before the request reached it"))?;
-    lease.worker.send(ToWorker::Embed { id, request: Box::new(request) });
-    let mut running = Generation { id, lease, events, _loan: None };
+    worker.send(ToWorker::Embed { id, request: Box::new(request) });
+    let mut running = Generation { id, worker, events };
     loop {
         // As long as vectors come, it works.
         let event = tokio::time::timeout(limit, running.events.recv()).await;
@@ -86,8 +88,8 @@ pub async fn embed(lease: Lease, model: &str, limit: Duration, request: EmbedReq
                 }
             }
             Event::Done { usage, mut timings, .. } => {
-                timings.load = running.lease.load;
-                timings.queue += running.lease.queue;
+                timings.load = load;
+                timings.queue += queue;
                 return Ok(Embedded { usage, timings, ..embedded });
             }
             _ => {}
@@ -98,15 +100,13 @@ pub async fn embed(lease: Lease, model: &str, limit: Duration, request: EmbedReq
 /// A running generation; dropping it stops the worker's work on it and frees its slot.
 struct Generation {
     id: u64,
-    lease: Lease,
+    worker: Worker,
     events: Events,
-    /// Of the memory that its form takes.
-    _loan: Option<Loan>,
 }
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        self.lease.worker.routes.leave(self.id);
-        self.lease.worker.send(ToWorker::Cancel { id: self.id });
+        self.worker.routes.leave(self.id);
+        self.worker.send(ToWorker::Cancel { id: self.id });
     }
 }

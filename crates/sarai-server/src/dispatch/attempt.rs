@@ -120,7 +120,7 @@ pub async fn unless_ending<T>(lease: &Lease, model: &str, said: Result<T, Error>
         said => return said,
     };
     let id = lease.worker.next_id();
-    if let Some(mut ended) = lease.worker.routes.enter(id, 1) {
+    if let Some(mut ended) = lease.worker.routes.enter(id, 1, Box::new(())) {
         let _ = timeout(limit, ended.recv()).await;
         lease.worker.routes.leave(id);
     }

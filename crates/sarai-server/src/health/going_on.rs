@@ -13,11 +13,13 @@ use crate::config::Remote;
 
 /// What nearly every model knows how to go on with.
 const PROMPT: &str = "1 2 3 4 5 6 7 8";
-/// Tokens of the answer that is cut in the middle.
-const TOKENS: u32 = 12;
+/// Tokens of each answer; the first one is cut in the middle.
+const TOKENS: u32 = 16;
 /// How long both answers may take: a client's stream stands still meanwhile.
 const WITHIN: Duration = Duration::from_secs(10);
-/// A host that did not go on is asked again after this.
+/// A host that did is asked again after this: another server may answer there by then.
+const PROVEN_LASTS: Duration = Duration::from_secs(3_600);
+/// And one that did not after this.
 const REFUSED_LASTS: Duration = Duration::from_secs(300);
 
 /// What came of it, and when.
@@ -27,18 +29,29 @@ pub struct Proof {
     at: Instant,
 }
 
+impl Proof {
+    fn holds(self) -> bool {
+        self.at.elapsed() < if self.goes_on { PROVEN_LASTS } else { REFUSED_LASTS }
+    }
+}
+
 impl Health {
     /// Whether a raw prompt with the beginning of an answer behind it is gone on with there.
     pub async fn goes_on_with_prompts(&self, remote: &Remote, deadlines: &Deadlines) -> bool {
+        // Many streams break off with their host: one of them asks, for all.
+        let _turn = self.table.proving.lock().await;
         let known = self.table.lock().going_on.get(&key(remote)).copied();
-        if let Some(proof) = known.filter(|proof| proof.goes_on || proof.at.elapsed() < REFUSED_LASTS) {
+        if let Some(proof) = known.filter(|proof| proof.holds()) {
             return proof.goes_on;
         }
         let proven = timeout(WITHIN, prove(&self.table.hosts, remote, deadlines)).await;
         // One that fails says so to whoever asks it for more.
         let Ok(Ok(goes_on)) = proven else { return false };
         if !goes_on {
-            tracing::warn!(deployment = ?remote, "it does not go on with raw prompts from their last letter: they are asked for again instead");
+            tracing::warn!(
+                deployment = ?remote,
+                "it does not go on with raw prompts from their last letter: they are asked for again instead"
+            );
         }
         self.table.lock().going_on.insert(key(remote), Proof { goes_on, at: Instant::now() });
         goes_on
@@ -47,38 +60,36 @@ impl Health {
 
 /// Asks for an answer, and once more for its second half.
 async fn prove(hosts: &Hosts, remote: &Remote, deadlines: &Deadlines) -> Result<bool, Error> {
-    let whole = said(hosts, remote, deadlines, PROMPT.to_owned(), TOKENS).await?;
-    let (given, rest) = whole.split_at(whole.len() / 2);
-    let left = TOKENS.saturating_sub(u32::try_from(given.len()).unwrap_or(TOKENS));
-    let (given, rest) = (given.concat(), rest.concat());
-    let further = said(hosts, remote, deadlines, format!("{PROMPT}{given}"), left).await?.concat();
-    Ok(!rest.trim().is_empty()
-        && !further.trim().is_empty()
-        && (rest.starts_with(&further) || further.starts_with(&rest)))
+    let whole = said(hosts, remote, deadlines, PROMPT.to_owned()).await?;
+    // Between words, as tokens part them: a host may send all of it in one piece.
+    let words: Vec<_> = whole.split_inclusive(' ').collect();
+    let (given, _) = words.split_at(words.len() / 2);
+    let given = given.concat();
+    let given = given.trim_end();
+    let rest = &whole[given.len()..];
+    if given.is_empty() || rest.trim().is_empty() {
+        return Ok(false);
+    }
+    let further = said(hosts, remote, deadlines, format!("{PROMPT}{given}")).await?;
+    Ok(!further.trim().is_empty() && (rest.starts_with(&further) || further.starts_with(rest)))
 }
 
-/// The pieces of an answer to a raw prompt.
-async fn said(
-    hosts: &Hosts,
-    remote: &Remote,
-    deadlines: &Deadlines,
-    prompt: String,
-    tokens: u32,
-) -> Result<Vec<String>, Error> {
+/// The answer to a raw prompt.
+async fn said(hosts: &Hosts, remote: &Remote, deadlines: &Deadlines, prompt: String) -> Result<String, Error> {
     let request = GenerateRequest {
         sampling: Sampling { temperature: Some(0.0), ..Sampling::default() },
-        max_tokens: Some(tokens),
+        max_tokens: Some(TOKENS),
         ..GenerateRequest::new(Prompt::Raw(prompt))
     };
     let place = remote::Place { remote, context_tokens: remote.context_tokens, connect: deadlines.connect };
     let mut events = hosts.open(&place, &request).await?;
-    let mut pieces = Vec::new();
+    let mut said = String::new();
     while let Some(event) = events.next().await {
         match event? {
-            Event::Text(text) => pieces.push(text),
-            Event::Extra(extra) if !extra.text.is_empty() => pieces.push(extra.text),
+            Event::Text(text) => said.push_str(&text),
+            Event::Extra(extra) => said.push_str(&extra.text),
             _ => {}
         }
     }
-    Ok(pieces)
+    Ok(said)
 }

@@ -125,6 +125,8 @@ struct Table {
     changed: watch::Sender<u64>,
     /// Counts looks that have ended.
     looks: watch::Sender<u64>,
+    /// Held while a host proves that it goes on with prompts.
+    proving: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// A deployment that comes back after this is asked like a new one.
@@ -164,7 +166,7 @@ impl Health {
         let (opened, hears) = mpsc::channel(WAITING);
         let (changed, _) = watch::channel(0);
         let (looks, _) = watch::channel(0);
-        let table = Table { hosts, entries: Arc::default(), learned, opened, changed, looks };
+        let table = Table { hosts, entries: Arc::default(), learned, opened, changed, looks, proving: Arc::default() };
         let health = Self { _probers: Arc::new(EndProbers(table.clone())), table, commands: Commands::default() };
         health.reconfigure(catalog);
         (health, hears)
@@ -198,6 +200,7 @@ impl Health {
         // One that comes back meanwhile has the places that are taken now.
         entries.hosts.extend(old.hosts.into_iter().filter(|(_, host)| host.outstanding() > 0));
         entries.capabilities = old.capabilities;
+        entries.going_on = old.going_on;
         entries.left = old.left;
         let now = Instant::now();
         for (key, entry) in &mut old.deployments {

@@ -11,7 +11,66 @@ pub struct Cores {
     pub begun: usize,
 }
 
+/// How long bulk rests after each step, in units of it, beside what somebody waits for: it computes for a tenth of the time.
+const BULK_RESTS: u32 = 9;
+
+/// What a worker has to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Does {
+    /// Nothing now.
+    Nothing,
+    /// What nobody waits for.
+    Bulk,
+    /// What somebody waits for.
+    Awaited,
+}
+
+/// What of the cores a worker has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Threads that compute.
+    pub threads: u32,
+    /// So many times as long as each step took it rests after it.
+    pub rests: u32,
+}
+
 impl Cores {
+    /// Deals the cores out to workers, of which each has so many threads at most. Two that use all cores collapse together, so whole ones are
+    /// dealt out, one at least; who is alone has the core that is there part of the time too. What a limit leaves over goes to the others.
+    /// Bulk has a core from time to time while somebody waits for others. Who does nothing has what it would begin with.
+    pub fn deal(self, workers: &[(Does, Option<u32>)]) -> Vec<Share> {
+        let is_awaited = workers.iter().any(|(does, _)| *does == Does::Awaited);
+        let shares = |does: Does| does == Does::Awaited || (does == Does::Bulk && !is_awaited);
+        let sharing: Vec<usize> = (0..workers.len()).filter(|index| shares(workers[*index].0)).collect();
+        let most = |index: usize| workers[index].1.map_or(usize::MAX, |most| most.max(1) as usize);
+        let mut threads: Vec<usize> = (0..workers.len())
+            .map(|index| match sharing.len() {
+                0 => self.begun.min(most(index)),
+                others => (self.whole / (others + 1)).clamp(1, most(index)),
+            })
+            .collect();
+        match sharing[..] {
+            [alone] => threads[alone] = self.begun.min(most(alone)),
+            _ => {
+                sharing.iter().for_each(|&index| threads[index] = 1);
+                let mut left = self.whole.saturating_sub(sharing.len());
+                while left > 0 && sharing.iter().any(|&index| threads[index] < most(index)) {
+                    for &index in &sharing {
+                        if left > 0 && threads[index] < most(index) {
+                            threads[index] += 1;
+                            left -= 1;
+                        }
+                    }
+                }
+            }
+        }
+        let share = |(index, (does, _)): (usize, &(Does, Option<u32>))| match *does == Does::Bulk && !shares(*does) {
+            true => Share { threads: 1, rests: BULK_RESTS },
+            false => Share { threads: u32::try_from(threads[index]).unwrap_or(u32::MAX), rests: 0 },
+        };
+        workers.iter().enumerate().map(share).collect()
+    }
+
     /// Of this process.
     pub fn now() -> Self {
         let affinity = rustix::thread::sched_getaffinity(None).map_or(1, |set| set.count().max(1));
@@ -81,6 +140,58 @@ mod tests {
         assert_eq!(quota("4:cpu,cpuacct:/c\n7:memory:/x\n", root.path()), Some(0.5));
         write("cpu,cpuacct/c/cpu.cfs_quota_us", "-1\n");
         assert_eq!(quota("4:cpu,cpuacct:/c\n", root.path()), None);
+    }
+
+    fn dealt(whole: usize, begun: usize, workers: &[(Does, Option<u32>)]) -> Vec<(u32, u32)> {
+        Cores { whole, begun }.deal(workers).into_iter().map(|share| (share.threads, share.rests)).collect()
+    }
+
+    #[test]
+    fn who_is_alone_has_all_cores_and_several_share_them() {
+        use Does::{Awaited, Nothing};
+        assert_eq!(dealt(2, 2, &[(Awaited, None), (Nothing, None)]), [(2, 0), (1, 0)]);
+        assert_eq!(dealt(1, 2, &[(Awaited, None)]), [(2, 0)], "a quota of 1.5");
+        assert_eq!(dealt(1, 2, &[(Awaited, None), (Awaited, None)]), [(1, 0), (1, 0)]);
+        assert_eq!(dealt(2, 2, &[(Awaited, None), (Awaited, None)]), [(1, 0), (1, 0)]);
+        assert_eq!(dealt(2, 2, &[(Awaited, None); 3]), [(1, 0); 3], "one at least");
+        assert_eq!(dealt(8, 8, &[(Awaited, None); 3]), [(3, 0), (3, 0), (2, 0)]);
+    }
+
+    #[test]
+    fn what_a_limit_leaves_over_is_the_others() {
+        use Does::Awaited;
+        assert_eq!(dealt(8, 8, &[(Awaited, Some(1)), (Awaited, None)]), [(1, 0), (7, 0)]);
+        assert_eq!(dealt(8, 8, &[(Awaited, Some(2)), (Awaited, Some(3))]), [(2, 0), (3, 0)]);
+        assert_eq!(dealt(8, 8, &[(Awaited, Some(3))]), [(3, 0)]);
+    }
+
+    #[test]
+    fn bulk_rests_while_somebody_waits_for_others_and_shares_otherwise() {
+        use Does::{Awaited, Bulk};
+        assert_eq!(dealt(4, 4, &[(Bulk, None), (Awaited, None)]), [(1, 9), (4, 0)]);
+        assert_eq!(dealt(4, 4, &[(Bulk, None), (Bulk, None)]), [(2, 0), (2, 0)]);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn there_are_never_more_threads_than_cores_but_for_one_of_each(
+            whole in 1_usize..17,
+            workers in proptest::collection::vec((0..3_usize, proptest::option::of(1_u32..9)), 1..9),
+        ) {
+            let does = [Does::Nothing, Does::Bulk, Does::Awaited];
+            let workers: Vec<_> = workers.into_iter().map(|(n, most)| (does[n], most)).collect();
+            let shares = Cores { whole, begun: whole }.deal(&workers);
+            let computing = |index: &usize| workers[*index].0 != Does::Nothing && shares[*index].rests == 0;
+            let computing: Vec<_> = (0..workers.len()).filter(computing).collect();
+            let threads: u32 = computing.iter().map(|&index| shares[index].threads).sum();
+            proptest::prop_assert!(threads as usize <= whole.max(computing.len()));
+            // No core is left idle that somebody could use.
+            let could = computing.iter().any(|&index| workers[index].1.is_none_or(|most| shares[index].threads < most));
+            proptest::prop_assert!(threads as usize >= whole || !could);
+            for (share, (_, most)) in shares.iter().zip(&workers) {
+                proptest::prop_assert!(share.threads >= 1 && most.is_none_or(|most| share.threads <= most));
+            }
+        }
     }
 
     #[test]

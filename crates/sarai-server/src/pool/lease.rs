@@ -49,8 +49,8 @@ pub struct Lease {
     pub load: Duration,
     /// How long its slot was waited for.
     pub queue: Duration,
-    _slot: Place,
-    _busy: Busy,
+    /// Its slot, and what keeps it from being unloaded.
+    pub held: (Place, Busy),
 }
 
 impl Pool {
@@ -76,6 +76,6 @@ impl Pool {
         let died =
             || Error::WorkerDied { model: model.to_owned(), detail: "it ended while its slot was waited for".into() };
         let slot = slot.map_err(|_| late(Phase::Queue, deadlines.queue))?.map_err(|_| died())?;
-        Ok(Lease { worker, load, queue: started.elapsed() - load, _slot: slot, _busy: busy })
+        Ok(Lease { worker, load, queue: started.elapsed() - load, held: (slot, busy) })
     }
 }

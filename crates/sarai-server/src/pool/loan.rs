@@ -1,5 +1,5 @@
-//! Memory that is lent for as long as an answer follows a form, or is checked, and booked as the server's own meanwhile. It is in the plan of no
-//! model, which it would make wrong for as long as nobody asks for a form.
+//! Memory that is lent for as long as answers follow forms, or are checked, and booked meanwhile: what an engine is lent in its claim, and the
+//! validator's as the server's own. It is in the plan of no model, which it would make wrong for as long as nobody asks for a form.
 
 use std::collections::HashMap;
 
@@ -35,12 +35,13 @@ struct Lent {
 pub(super) struct Loans(HashMap<Borrower, Lent>);
 
 impl Loans {
-    /// Lends what is free to somebody whose model knows so many tokens; returns how much may be taken.
+    /// Lends what is free to somebody whose model knows so many tokens; returns how much may be taken. Where others have been lent less, since
+    /// less was free, they may take more from now on.
     pub fn lend(&mut self, borrower: Borrower, tokens: u64, free: Bytes) -> Bytes {
         let most = form_bytes(tokens);
-        let booked = most.min(free);
-        let new = Lent { borrowers: 0, limit: booked.max(most.less(DISPENSABLE)), booked };
-        let lent = self.0.entry(borrower).or_insert(new);
+        let lent = self.0.entry(borrower).or_insert(Lent { borrowers: 0, limit: Bytes::ZERO, booked: Bytes::ZERO });
+        lent.booked = most.min(lent.booked + free);
+        lent.limit = lent.booked.max(most.less(DISPENSABLE));
         lent.borrowers += 1;
         lent.limit
     }
@@ -55,9 +56,9 @@ impl Loans {
         }
     }
 
-    /// All that is booked.
-    pub fn total(&self) -> Bytes {
-        self.0.values().map(|lent| lent.booked).sum()
+    /// What is booked for a borrower.
+    pub fn booked(&self, borrower: Borrower) -> Bytes {
+        self.0.get(&borrower).map_or(Bytes::ZERO, |lent| lent.booked)
     }
 }
 
@@ -100,21 +101,23 @@ mod tests {
     #[test]
     fn borrowers_of_a_kind_share_a_loan_and_the_last_one_gives_it_back() {
         let mut loans = Loans::default();
-        let forms = Borrower::Forms(EngineId(0));
+        let (forms, other) = (Borrower::Forms(EngineId(0)), Borrower::Forms(EngineId(1)));
         let all = form_bytes(150_000);
         assert!(all > FORM_BYTES + Bytes::mib(25));
         assert_eq!(loans.lend(forms, 150_000, Bytes::gib(1.0)), all);
         assert_eq!(loans.lend(forms, 150_000, Bytes::ZERO), all, "shared");
-        assert_eq!(loans.total(), all);
         assert_eq!(loans.lend(Borrower::Validator, 0, Bytes::mib(9)), Bytes::mib(9), "what is free");
-        // Of what is not there, nothing is booked.
-        assert_eq!(loans.lend(Borrower::Forms(EngineId(1)), 0, Bytes::ZERO), FORM_BYTES.less(DISPENSABLE));
-        assert_eq!(loans.total(), all + Bytes::mib(9));
+        // Of what is not there, nothing is booked, until it is there.
+        assert_eq!(loans.lend(other, 0, Bytes::ZERO), FORM_BYTES.less(DISPENSABLE));
+        assert_eq!(loans.booked(other), Bytes::ZERO);
+        assert_eq!(loans.lend(other, 0, Bytes::gib(1.0)), FORM_BYTES);
+        assert_eq!(loans.booked(other), FORM_BYTES);
         loans.give_back(forms);
-        assert_eq!(loans.total(), all + Bytes::mib(9));
-        for borrower in [forms, Borrower::Validator, Borrower::Forms(EngineId(1))] {
+        assert_eq!(loans.booked(forms), all);
+        for borrower in [forms, Borrower::Validator, other, other] {
             loans.give_back(borrower);
+            assert_eq!(loans.booked(borrower), if loans.0.contains_key(&borrower) { FORM_BYTES } else { Bytes::ZERO });
         }
-        assert_eq!(loans.total(), Bytes::ZERO);
+        assert!(loans.0.is_empty());
     }
 }

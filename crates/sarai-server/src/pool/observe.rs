@@ -9,6 +9,7 @@ use sarai_plan::ledger::{Measured, Observation};
 use sarai_plan::{EngineId, PoolEvent};
 
 use super::Message;
+use super::loan::Borrower;
 use super::owner::{Owner, budget, load_spec};
 use crate::machine;
 use crate::machine::pressure::Reading;
@@ -102,10 +103,13 @@ impl Owner {
 
     fn server_takes(&self) -> Bytes {
         let probe = self.probing.map_or(Bytes::ZERO, |engine| self.probe_takes(engine));
-        self.server.max(SERVER_AT_LEAST) + probe + self.loans.total()
+        self.server.max(SERVER_AT_LEAST) + probe + self.loans.booked(Borrower::Validator)
     }
 
     fn remember(&mut self, engine: EngineId, measured: Measured) {
+        // What was lent is no part of what is learned.
+        let loan = self.loans.booked(Borrower::Forms(engine));
+        let measured = Measured { anonymous: measured.anonymous.less(loan), ..measured };
         let slot = &mut self.workers[engine.0];
         let Some(source) = slot.source.clone() else { return };
         slot.most = slot.most.max(source.counted(measured));

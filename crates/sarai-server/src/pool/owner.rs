@@ -22,7 +22,7 @@ use crate::catalog::Catalog;
 use crate::config::MemoryConfig;
 use crate::machine;
 use crate::machine::cgroup::Groups;
-use crate::machine::cores::Cores;
+use crate::machine::cores::{Cores, Does, Share};
 use crate::machine::pressure::Reading;
 use crate::model_file::ModelFile;
 use crate::planner::Planner;
@@ -70,17 +70,6 @@ impl Slot {
         }
     }
 }
-
-/// What of the cores a worker has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Share {
-    threads: u32,
-    /// So many times as long as each step took it rests after it.
-    rests: u32,
-}
-
-/// A worker that only has bulk to do computes for a tenth of the time while others have somebody waiting.
-const BULK_RESTS: u32 = 9;
 
 pub(super) struct Owner {
     pub ledger: Ledger,
@@ -207,11 +196,11 @@ impl Owner {
                 let bytes = self.loans.lend(borrower, tokens, self.ledger.free());
                 // If nobody waits any more, dropping it gives it back.
                 let _ = reply.send(self.pool.loan(borrower, bytes));
-                self.look_again();
+                self.book_loan(borrower);
             }
             Message::GivenBack(borrower) => {
                 self.loans.give_back(borrower);
-                self.look_again();
+                self.book_loan(borrower);
             }
             Message::Report(engine, report) => self.reported(engine, report),
             Message::Observed(observation) => self.observed(&observation),
@@ -229,6 +218,13 @@ impl Owner {
             }
         }
         self.share_cores();
+    }
+
+    fn book_loan(&mut self, borrower: Borrower) {
+        match borrower {
+            Borrower::Forms(engine) => self.apply(PoolEvent::Lent(engine, self.loans.booked(borrower))),
+            Borrower::Validator => self.look_again(),
+        }
     }
 
     fn reconfigure(&mut self, catalog: Arc<Catalog>, memory: MemoryConfig) {
@@ -426,7 +422,12 @@ impl Owner {
             // Of a file that cannot be read, the worker says what is wrong with it.
             file => {
                 let file = file.as_ref().and_then(Source::file);
-                Load::File(load_spec(config, settings, self.threads_of(engine, 1, 0), file))
+                Load::File(load_spec(
+                    config,
+                    settings,
+                    self.cores.deal(&[(Does::Awaited, config.threads)])[0].threads,
+                    file,
+                ))
             }
         };
         let (executable, label) = (self.executable.clone(), config.label.clone());
@@ -444,37 +445,21 @@ impl Owner {
         tokio::spawn(supervise(start, on_stop, move |report| pool.send(Message::Report(engine, report))));
     }
 
-    /// The threads of an engine that is the `rank`th of so many that compute: whole cores are dealt out, and what is left over
-    /// goes to the first ones. Alone, it has the core that is there part of the time too.
-    fn threads_of(&self, engine: EngineId, computing: usize, rank: usize) -> u32 {
-        let Cores { whole, begun } = self.cores;
-        let share = match computing {
-            0 | 1 => begun,
-            _ => (whole / computing + usize::from(rank < whole % computing)).max(1),
+    /// What each worker has of the cores.
+    fn shares(&self) -> Vec<Share> {
+        let does = |index: usize| match (self.ledger.is_computing(EngineId(index)), self.workers[index].interactive) {
+            (false, _) => Does::Nothing,
+            (true, 0) => Does::Bulk,
+            (true, _) => Does::Awaited,
         };
-        let share = u32::try_from(share).unwrap_or(u32::MAX);
-        self.catalog.engines[engine.0].threads.map_or(share, |most| share.min(most))
+        let workers: Vec<_> =
+            (0..self.workers.len()).map(|index| (does(index), self.catalog.engines[index].threads)).collect();
+        self.cores.deal(&workers)
     }
 
-    /// Workers that compute at the same time share the cores: two that use them all collapse together. Those that only have bulk to do
-    /// have a core from time to time while there are others.
     fn share_cores(&mut self) {
-        let is_awaited = self.workers.iter().any(|slot| slot.interactive > 0);
-        let shares = |index: usize| {
-            self.ledger.is_computing(EngineId(index)) && !(is_awaited && self.workers[index].interactive == 0)
-        };
-        let sharing: Vec<_> = (0..self.workers.len()).map(shares).collect();
-        let computing = sharing.iter().filter(|shares| **shares).count();
-        let mut rank = 0;
-        for (index, shares) in sharing.into_iter().enumerate() {
-            let engine = EngineId(index);
-            let share = match !shares && self.ledger.is_computing(engine) {
-                true => Share { threads: 1, rests: BULK_RESTS },
-                // One that begins meanwhile is told when it does.
-                false => Share { threads: self.threads_of(engine, computing, rank), rests: 0 },
-            };
-            rank += usize::from(shares);
-            let slot = &mut self.workers[index];
+        let shares = self.shares();
+        for (slot, share) in self.workers.iter_mut().zip(shares) {
             if let Some(worker) = slot.worker.as_ref().filter(|_| slot.share != Some(share)) {
                 worker.send(ToWorker::Share { threads: share.threads, rests: share.rests });
                 slot.share = Some(share);

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use sarai_core::Error;
-use sarai_core::frame::{self, FromWorker, HEADER_BYTES, LoadSpec, LoadedInfo, ToWorker};
+use sarai_core::frame::{self, FromWorker, HEADER_BYTES, LoadSpec, LoadedInfo, ToWorker, WARNING};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -29,8 +29,9 @@ use crate::machine::cgroup::Groups;
 
 /// How long a worker may take to end by itself.
 pub const END_GRACE: Duration = Duration::from_secs(2);
-/// How long a worker that nobody needs may take to keep on disk what it computed.
+/// How long a worker that nobody needs may take to keep on disk what it computed, and for each further 64 MiB that it may keep.
 const PARK_GRACE: Duration = Duration::from_secs(5);
+const PARK_GRACE_MORE: Duration = Duration::from_secs(1);
 /// How the system writes that a process was killed.
 const KILLED: &str = "signal: 9";
 /// How long a thread of OpenMP's (GNU) spins at a barrier before it sleeps, in turns of its loop; about a millisecond. A worker
@@ -255,7 +256,9 @@ async fn run(
     let may_park = is_loaded && spec.park.is_some() && matches!(outcome, Outcome::Stopped);
     if may_park && commands.send(ToWorker::Leave).is_ok() {
         // It keeps on disk what it can, unless that takes too long.
-        let _ = tokio::time::timeout(PARK_GRACE, launched.child.wait()).await;
+        let most = spec.park.as_ref().map_or(0, |park| park.most_bytes.0 >> 26);
+        let grace = PARK_GRACE + PARK_GRACE_MORE * u32::try_from(most).unwrap_or(u32::MAX).min(600);
+        let _ = tokio::time::timeout(grace, launched.child.wait()).await;
     }
     // Closing our end asks the worker to go.
     drop(commands);
@@ -362,8 +365,9 @@ pub async fn read_log(stderr: Option<ChildStderr>, model: String, level: Level) 
     let Some(stderr) = stderr else { return words };
     let mut lines = BufReader::new(stderr).lines();
     while let Ok(Some(line)) = lines.next_line().await {
-        match level {
-            Level::DEBUG => tracing::debug!(model, line, "worker"),
+        match (level, line.strip_prefix(WARNING)) {
+            (Level::DEBUG, Some(warning)) => tracing::warn!(model, "{warning}"),
+            (Level::DEBUG, None) => tracing::debug!(model, line, "worker"),
             _ => tracing::info!(model, line, "process"),
         }
         words.push_back(line);
@@ -386,7 +390,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (commands, to_write) = mpsc::unbounded_channel();
         let routes = Routes::open();
-        let mut events = routes.enter(1, 1).unwrap();
+        let mut events = routes.enter(1, 1, Box::new(())).unwrap();
         let writing = tokio::spawn(write_frames(ours.into_split().1, to_write, routes));
         let inputs = vec![Input::Text("a".repeat(frame::MAX_FRAME_BYTES))];
         let request = EmbedRequest { inputs, query: None, truncate: false, lane: sarai_core::Lane::default() };

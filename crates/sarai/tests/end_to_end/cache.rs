@@ -206,6 +206,44 @@ async fn what_is_damaged_or_of_something_else_is_computed_again_and_goes() {
     }
 }
 
+/// What a worker wrote with other settings, or before its file was changed, is not what this one would compute.
+#[tokio::test]
+async fn what_was_parked_with_other_settings_or_before_its_file_changed_goes_with_a_warning() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.gguf");
+    std::fs::copy(smollm2(), &file).unwrap();
+    let (state, log) = (folder.path().join("state"), folder.path().join("log"));
+    let start = |more: &str| {
+        let config = format!(
+            "models:\n  m: {{ backend: gguf_native, gguf_path: {}, context_length: 1024{more} }}\n",
+            file.display()
+        );
+        let said = std::fs::File::create(&log).unwrap();
+        Sarai::launch(&[], &config, said.into(), &[("SARAI_STATE_DIR", state.to_str().unwrap())])
+    };
+    let prompt = words(0, 30);
+    let park = async |more: &str| {
+        let sarai = start(more);
+        complete(&sarai, &prompt, 4).await;
+        unload(&sarai).await;
+    };
+    let cached = async |more: &str| complete(&start(more), &prompt, 4).await.1;
+    park("").await;
+    assert!(cached("").await > 100, "as it was, it comes back");
+    let own = ", deterministic: true, parallel: 3";
+    for (before, after) in
+        [("", ", kv_type: q8_0"), (", flash_attention: false", ""), (own, ", deterministic: true, parallel: 2")]
+    {
+        park(before).await;
+        assert_eq!(cached(after).await, 0, "{before} and then {after}");
+        let said = std::fs::read_to_string(&log).unwrap();
+        assert!(said.contains("is not of this file, version and settings") && said.contains("WARN"), "{said}");
+    }
+    park("").await;
+    assert!(std::process::Command::new("touch").arg(&file).status().unwrap().success());
+    assert_eq!(cached("").await, 0, "the file was changed");
+}
+
 #[tokio::test]
 async fn what_is_parked_stays_within_its_room_on_disk() {
     let sarai = Sarai::start(&config(&smollm2(), 1, ", park_mb: 8"));
@@ -217,6 +255,16 @@ async fn what_is_parked_stays_within_its_room_on_disk() {
         let bytes: u64 = parked(&sarai, "kv").iter().map(|path| path.metadata().unwrap().len()).sum();
         assert!(bytes > 3 << 20 && bytes <= 8 << 20, "{bytes} bytes");
     }
+    // One that is larger than all of the room is not parked, and its user is told what it would take.
+    let log = sarai.folder.path().join("log");
+    let small = config(&smollm2(), 1, ", park_mb: 1");
+    let other = Sarai::start_with(&small, std::fs::File::create(&log).unwrap().into());
+    complete(&other, &words(0, 60), 1).await;
+    unload(&other).await;
+    let said = std::fs::read_to_string(&log).unwrap();
+    assert!(said.contains("is not parked: it takes") && said.contains("`park_mb` is 1"), "{said}");
+    assert!(parked(&other, "kv").is_empty());
+    drop(other);
     // What was said to a model that has not been configured for a day goes.
     let state = sarai.folder.path().join("state");
     let start = || Sarai::start_with_env(&config(&qwen(), 1, ""), &[("SARAI_STATE_DIR", state.to_str().unwrap())]);

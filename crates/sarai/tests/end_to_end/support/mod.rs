@@ -86,7 +86,7 @@ impl Sarai {
         Self::launch(&[], config, Stdio::null(), variables)
     }
 
-    fn launch(below: &[&str], config: &str, log: Stdio, variables: &[(&str, &str)]) -> Self {
+    pub fn launch(below: &[&str], config: &str, log: Stdio, variables: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("sarai.yaml");
         std::fs::write(&file, config).unwrap();
