@@ -63,3 +63,36 @@ impl Routes {
         }
     }
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use sarai_core::{FinishReason, Timings, Usage};
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct Guard(#[expect(dead_code, reason = "it is counted")] Arc<()>);
+
+    /// What the worker has done is done: its place and its share of the cores are others' from then on.
+    #[tokio::test]
+    async fn what_a_request_holds_is_let_go_of_with_its_last_event_whether_that_is_read_or_not() {
+        let routes = Routes::open();
+        let held = Arc::new(());
+        let enter = |id| routes.enter(id, 4, Box::new(Guard(Arc::clone(&held)))).unwrap();
+        let end =
+            || Ok(Event::Done { finish: FinishReason::Stop, usage: Usage::default(), timings: Timings::default() });
+        let (mut first, _second, _third) = (enter(1), enter(2), enter(3));
+        assert_eq!(Arc::strong_count(&held), 4);
+        routes.pass(1, Ok(Event::Text("all".into())));
+        assert_eq!(Arc::strong_count(&held), 4, "it goes on");
+        routes.pass(1, end());
+        assert_eq!(Arc::strong_count(&held), 3, "nobody has read it yet");
+        assert_eq!((first.recv().await, first.recv().await), (Some(Ok(Event::Text("all".into()))), Some(end())));
+        routes.leave(2);
+        assert_eq!(Arc::strong_count(&held), 2);
+        routes.close(&Error::ShuttingDown);
+        assert_eq!(Arc::strong_count(&held), 1);
+        assert!(routes.enter(4, 1, Box::new(())).is_none());
+    }
+}

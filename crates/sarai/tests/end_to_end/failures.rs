@@ -308,33 +308,6 @@ async fn bad_requests_get_their_status_and_a_message_in_the_shape_of_their_api()
     assert_eq!(sarai.post("/v1/chat/completions", chat("lfm2", "Hi", json!({}))).await.status, 200, "still serving");
 }
 
-/// What the worker has done is done, whether its client has read it or not: its place, and its share of the cores, are the others'.
-#[tokio::test]
-async fn an_answer_that_is_not_read_holds_neither_place_nor_cores() {
-    let sarai = Sarai::start(&config());
-    let mut socket = std::net::TcpStream::connect(sarai.url.trim_start_matches("http://")).unwrap();
-    // Far more than sockets hold: each token comes with twenty alternatives.
-    let body = json!({
-        "model": "lfm2", "stream": true, "max_tokens": 700, "ignore_eos": true, "logprobs": true, "top_logprobs": 20,
-        "messages": [{ "role": "user", "content": "Tell me a long story." }],
-    });
-    let body = body.to_string();
-    write!(socket, "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len())
-        .unwrap();
-    sarai.until("it is answered", |ps| ps["workers"][0]["busy"] == 1).await;
-    sarai.until("the worker is done", |ps| ps["workers"][0]["busy"] == 0).await;
-    assert_eq!(sarai.ps().await["requests"]["in_flight"], 1, "the client has not read all of it");
-    let mut text = String::new();
-    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    let mut buffer = [0; 65536];
-    while !text.contains("data: [DONE]") {
-        let read = socket.read(&mut buffer).unwrap();
-        assert!(read > 0, "it ends before its end");
-        text.push_str(&String::from_utf8_lossy(&buffer[..read]));
-    }
-    assert_eq!(text.matches("\"top_logprobs\"").count(), 700);
-}
-
 #[tokio::test]
 async fn a_client_that_never_reads_delays_nobody_and_frees_its_slot_when_it_goes() {
     let sarai = Sarai::start(&config());
