@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -416,14 +417,20 @@ class Bench:
         """16 sessions on 4 slots that share a prefix of 800 tokens, with 1 prefix and with 8."""
         model, settings = "smollm2", {"parallel": 4, "context": 2048}
         for prefixes in (1, 8):
-            computed, first = {}, {}
-            for name, make in (("stock", self.stock), ("sarai", self.sarai)):
-                argument = model if name == "stock" else [model]
-                with make(argument, **settings) as server:
-                    computed[name], first[name] = self.sessions(server, model, prefixes)
+            computed, first = {"stock": [], "sarai": []}, {"stock": [], "sarai": []}
+            servers = [("stock", lambda: self.stock(model, **settings)), ("sarai", lambda: self.sarai([model], **settings))]
+            for _ in range(self.rounds):
+                for name, make in servers:
+                    with make() as server:
+                        did, waited = self.sessions(server, model, prefixes)
+                        computed[name].append(did)
+                        first[name].append(waited)
+                # Each is the first one by turns.
+                servers.reverse()
+            computed, first = ({name: list(zip(*rounds)) for name, rounds in all_of.items()} for all_of in (computed, first))
             for turn in range(3):
-                report(f"{prefixes} prefixes, turn {turn + 1}: computed over unavoidable", [computed["stock"][turn]], [computed["sarai"][turn]], False)
-                report(f"{prefixes} prefixes, turn {turn + 1}: mean first token, s", [first["stock"][turn]], [first["sarai"][turn]], False)
+                report(f"{prefixes} prefixes, turn {turn + 1}: computed over unavoidable", computed["stock"][turn], computed["sarai"][turn], False)
+                report(f"{prefixes} prefixes, turn {turn + 1}: mean first token, s", first["stock"][turn], first["sarai"][turn], False)
 
     def sessions(self, server, model, prefixes):
         order = random.Random(5)
@@ -450,8 +457,18 @@ class Bench:
         return computed, first
 
     def together(self):
-        """Several models at once, beside stock servers at their defaults and with one thread each."""
-        for models in (["smollm2", "gemma"], list(EOS)):
+        """Two, three and four models at once, beside stock servers at their defaults and with one thread each."""
+        three = list(EOS)
+        # The fourth is a file of its own, and so is its worker.
+        with tempfile.TemporaryDirectory() as folder:
+            again = os.path.join(folder, "again.gguf")
+            shutil.copyfile(file_of("smollm2"), again)
+            MODELS["again"], EOS["again"] = again, EOS["smollm2"]
+            self.beside_stock((["smollm2", "gemma"], three, [*three, "again"]))
+            del MODELS["again"], EOS["again"]
+
+    def beside_stock(self, groups):
+        for models in groups:
             with self.sarai(models) as sarai:
                 rates = {}
                 for setting, more in (("defaults", ()), ("-t 1", ("-t", "1"))):

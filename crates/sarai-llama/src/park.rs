@@ -235,7 +235,7 @@ const LLAMA: &str = "llama-cpp-4 0.11.0";
 fn key(spec: &LoadSpec, model: &LlamaModel) -> Option<String> {
     let path = fs::canonicalize(&spec.path).ok()?;
     let mut key = format!("{} {} with {LLAMA}", path.display(), env!("CARGO_PKG_VERSION"));
-    for part in parts(&path) {
+    for part in model::parts(&path) {
         let file = fs::metadata(part).ok()?;
         let changed = file.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
         key.push_str(&format!(" {} {changed}", file.len()));
@@ -247,16 +247,6 @@ fn key(spec: &LoadSpec, model: &LlamaModel) -> Option<String> {
     let streams = if *deterministic { spec.parallel } else { 1 };
     key.push_str(&format!(" {kv:?} {flash_attention} {repack} {deterministic} {streams} {is_stretched}"));
     Some(key)
-}
-
-/// All parts of a file that may be split: `…-00001-of-00003.gguf` has two more.
-fn parts(path: &Path) -> Vec<PathBuf> {
-    let text = path.to_string_lossy();
-    let Some((stem, count)) = text.strip_suffix(".gguf").and_then(|text| text.rsplit_once("-00001-of-")) else {
-        return vec![path.to_owned()];
-    };
-    let parts = count.parse().unwrap_or(1_u32);
-    (1..=parts).map(|part| PathBuf::from(format!("{stem}-{part:05}-of-{count}.gguf"))).collect()
 }
 
 fn read_note(path: PathBuf, key: &str) -> Option<Parked> {
@@ -297,12 +287,5 @@ mod tests {
         let (name, version) = LLAMA.split_once(' ').unwrap_or_default();
         let lock = include_str!("../../../Cargo.lock");
         assert!(lock.contains(&format!("name = \"{name}\"\nversion = \"{version}\"")), "{LLAMA} is not in Cargo.lock");
-    }
-
-    #[test]
-    fn all_parts_of_a_split_file_count() {
-        let split = parts(Path::new("/m/big-00001-of-00003.gguf"));
-        assert_eq!(split, ["1", "2", "3"].map(|n| PathBuf::from(format!("/m/big-0000{n}-of-00003.gguf"))));
-        assert_eq!(parts(Path::new("/m/one.gguf")), [PathBuf::from("/m/one.gguf")]);
     }
 }

@@ -25,6 +25,8 @@ pub struct Sampler {
     /// The grammar once more: where nothing is left that it allows, llama.cpp chooses something else, and ends the process at
     /// the token after that.
     guard: Option<LlamaSampler>,
+    /// Whether calls follow a grammar.
+    has_calls: bool,
     has_bans: bool,
     /// The client's field that says the form of the answer.
     form: String,
@@ -33,7 +35,7 @@ pub struct Sampler {
 impl Sampler {
     /// Whether the answer follows a grammar, all of it or its calls.
     pub fn follows_form(&self) -> bool {
-        self.guard.is_some()
+        self.guard.is_some() || self.has_calls
     }
 
     /// Of one generation, whose template may have said what form its calls have.
@@ -84,7 +86,8 @@ impl Sampler {
         };
         let chain = CommonSampler::new(model, &mut params).map_err(|error| bad(&error))?;
         let guard = grammar.map(|grammar| LlamaSampler::try_grammar(model, &grammar, "root"));
-        Ok(Self { chain, guard: guard.transpose().map_err(|error| bad(&error))?, has_bans, form: param.to_owned() })
+        let guard = guard.transpose().map_err(|error| bad(&error))?;
+        Ok(Self { chain, guard, has_calls: calls.is_some(), has_bans, form: param.to_owned() })
     }
 
     /// Takes a token of the prompt into account.

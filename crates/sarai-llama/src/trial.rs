@@ -95,13 +95,21 @@ pub struct Untried {
     pub request: GenerateRequest,
 }
 
+/// A trial that goes on.
+struct Running {
+    form: u64,
+    /// The copy.
+    copy: Option<OwnedFd>,
+    /// Nobody waits for it any more: who comes now with the same form waits for another one.
+    is_cancelled: bool,
+}
+
 /// Forms that were tried, and requests that wait for theirs; one is tried at a time.
 pub struct Trials {
     inbox: SyncSender<Incoming>,
     ended: VecDeque<(u64, Ended)>,
     waiting: VecDeque<Untried>,
-    /// The form that is tried now, and the copy that does.
-    running: Option<(u64, Option<OwnedFd>)>,
+    running: Option<Running>,
     /// With which answers are begun.
     letters: Option<Vec<LlamaToken>>,
 }
@@ -133,10 +141,10 @@ impl Trials {
     /// Forgets a request. A trial that nobody waits for any more is ended: what it may take is lent to those who wait.
     pub fn cancel(&mut self, id: u64) {
         self.waiting.retain(|untried| untried.id != id);
-        if let Some((form, Some(copy))) = &self.running
+        if let Some(Running { form, copy: Some(copy), is_cancelled }) = &mut self.running
             && self.waiting.iter().all(|untried| form_of(&untried.request) != *form)
         {
-            let _ = pidfd_send_signal(copy, Signal::KILL);
+            *is_cancelled = pidfd_send_signal(copy, Signal::KILL).is_ok();
         }
     }
 
@@ -148,7 +156,7 @@ impl Trials {
         let all = form_bytes(u64::try_from(model.n_vocab()).unwrap_or(0));
         let limit = Limit { bytes: next.form_bytes, is_short: next.form_bytes < all };
         let copy = Copy::begin(limit, || begins(model, templates, letters, &next.request));
-        self.running = Some((form, copy.handle()));
+        self.running = Some(Running { form, copy: copy.handle(), is_cancelled: false });
         let inbox = self.inbox.clone();
         let wait = move || {
             // It waits as long as the engine serves.
@@ -163,7 +171,9 @@ impl Trials {
 
     /// Remembers what has become of a form; returns the requests that have it, and whether they may go on.
     pub fn end(&mut self, form: u64, ended: Ended) -> Vec<(Untried, Result<(), Error>)> {
-        self.running = None;
+        if self.running.take().is_some_and(|running| running.is_cancelled) {
+            return Vec::new();
+        }
         if ended != Ended::Unfinished {
             if self.ended.len() >= REMEMBERED {
                 self.ended.pop_front();
@@ -211,12 +221,12 @@ fn compiles(model: &LlamaModel, letters: &[LlamaToken], grammar: &str, is_the_cl
     let began = Instant::now();
     let mut sampler = match LlamaSampler::try_grammar(model, grammar, "root") {
         Ok(sampler) => sampler,
-        Err(error) if error.to_string().contains(NO_MEMORY) => return Ended::Unfinished,
-        // What llama.cpp says goes there alone.
         Err(error) => {
-            let said = std::fs::read("/proc/self/fd/2").unwrap_or_default();
-            let why = reason(&String::from_utf8_lossy(&said), grammar, is_the_clients);
-            return Ended::Refused(why.unwrap_or_else(|| error.to_string()));
+            let said = said();
+            return match said.contains(NO_MEMORY) {
+                true => Ended::Unfinished,
+                false => Ended::Refused(reason(&said, grammar, is_the_clients).unwrap_or_else(|| error.to_string())),
+            };
         }
     };
     let all: Vec<_> = (0..model.n_vocab()).map(LlamaToken).collect();
@@ -239,7 +249,13 @@ fn compiles(model: &LlamaModel, letters: &[LlamaToken], grammar: &str, is_the_cl
     let most = rand::random_range(1..FIRST_LETTERS);
     grows(&mut sampler, &Walk { letters, repeats: false, until: Instant::now() + walks / 4, most });
     allowed(&mut sampler, all.iter().copied());
-    Ended::Well
+    // An answer that llama.cpp could not go on with for want of memory has not shown anything.
+    if said().contains(NO_MEMORY) { Ended::Unfinished } else { Ended::Well }
+}
+
+/// What llama.cpp has said: it goes there alone.
+fn said() -> String {
+    String::from_utf8_lossy(&std::fs::read("/proc/self/fd/2").unwrap_or_default()).into_owned()
 }
 
 /// Those of these tokens that a grammar allows next.

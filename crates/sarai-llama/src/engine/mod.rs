@@ -243,6 +243,8 @@ impl<'model> Engine<'model> {
     fn take_incoming(&mut self, incoming: &Receiver<Incoming>, frames: &mut FrameWriter) -> bool {
         loop {
             let next = if self.scheduler.is_idle() || std::mem::take(&mut self.is_stuck) {
+                // The last one may have been cancelled.
+                self.give_back_after_forms();
                 match incoming.recv() {
                     Ok(next) => next,
                     Err(_) => return false,

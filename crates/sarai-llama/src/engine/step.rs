@@ -53,7 +53,7 @@ impl Engine<'_> {
     }
 
     /// What following a form took is given back with the last answer that does: it was lent, and is in no plan.
-    fn give_back_after_forms(&mut self) {
+    pub(super) fn give_back_after_forms(&mut self) {
         let follows = self.scheduler.running().any(|generation| generation.asked.writer.sampler.follows_form());
         if std::mem::replace(&mut self.follows_forms, follows) && !follows {
             pages::trim_heap();

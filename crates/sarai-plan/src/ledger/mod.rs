@@ -115,8 +115,8 @@ pub enum PoolEvent {
         /// What machine and control groups can give now, if that was looked at.
         available: Option<Bytes>,
     },
-    /// An engine may take so much beyond its plan from now on; nothing means that it was given back.
-    Lent(EngineId, Bytes),
+    /// An engine may take so much beyond its plan from now on, or, without one, the server; nothing means that it was given back.
+    Lent(Option<EngineId>, Bytes),
     /// Everything was measured.
     Observed(Observation),
     /// The kernel reports that memory is short, or no more.
@@ -173,6 +173,8 @@ pub struct Ledger {
     /// The demand that room is being made for.
     waits_for_room: Option<EngineId>,
     server: Bytes,
+    /// What the server may take beyond that for a moment.
+    server_loan: Bytes,
     available: Option<Bytes>,
     pressure: bool,
     /// Short of memory not long ago: loads are as small as they can be.
@@ -194,6 +196,7 @@ impl Ledger {
             demands: VecDeque::new(),
             waits_for_room: None,
             server: Bytes::ZERO,
+            server_loan: Bytes::ZERO,
             available: None,
             pressure: false,
             pressed_until: 0,
@@ -218,7 +221,7 @@ impl Ledger {
     /// The sum of all claims, the server's included.
     #[must_use]
     pub fn claimed(&self) -> Bytes {
-        self.engines.iter().map(Engine::claim).sum::<Bytes>() + self.server
+        self.engines.iter().map(Engine::claim).sum::<Bytes>() + self.server + self.server_loan
     }
 
     /// What no claim holds.
@@ -359,7 +362,8 @@ impl Ledger {
                 self.available = available.or(self.available);
                 self.exited(engine, raise, effects);
             }
-            PoolEvent::Lent(id, bytes) => {
+            PoolEvent::Lent(None, bytes) => self.server_loan = bytes,
+            PoolEvent::Lent(Some(id), bytes) => {
                 if let Some(engine) = self.engines.get_mut(id.0) {
                     engine.loan = bytes;
                 }

@@ -155,7 +155,7 @@ impl Ledger {
         let claimed: Bytes = others().map(claim).sum();
         // What is lent to it now is given back before it has another size.
         let mine = self.engines[id.0].claim_of(size).less(self.engines[id.0].loan).max(size.plan.total());
-        if claimed + mine + self.server > self.limits.budget {
+        if claimed + mine + self.server + self.server_loan > self.limits.budget {
             return Some(Lack::Budget);
         }
         let available = self.available?;
@@ -222,7 +222,18 @@ impl Ledger {
         idle.into_iter().map(EngineId).collect()
     }
 
-    /// Whether the engine would fit once those that are busy now, or on their way, had gone.
+    /// The same, once all that is lent was given back; nothing if nothing is.
+    fn without_loans(&self) -> Option<Self> {
+        let is_lent = self.server_loan > Bytes::ZERO || self.engines.iter().any(|engine| engine.loan > Bytes::ZERO);
+        is_lent.then(|| {
+            let mut ledger = self.clone();
+            ledger.server_loan = Bytes::ZERO;
+            ledger.engines.iter_mut().for_each(|engine| engine.loan = Bytes::ZERO);
+            ledger
+        })
+    }
+
+    /// Whether the engine would fit once those that are busy now, or on their way, had gone, and what is lent was given back.
     fn may_fit_soon(&self, id: EngineId, size: &Size) -> bool {
         let goes = |engine: &Engine| match self.limits.strategy {
             _ if engine.state == State::Stopping => true,
@@ -231,7 +242,9 @@ impl Ledger {
         };
         let gone: Vec<_> =
             (0..self.engines.len()).filter(|&i| i != id.0 && goes(&self.engines[i])).map(EngineId).collect();
-        !gone.is_empty() && self.lack(id, size, &gone).is_none()
+        let without_loans = self.without_loans();
+        let may_change = !gone.is_empty() || without_loans.is_some();
+        may_change && without_loans.as_ref().unwrap_or(self).lack(id, size, &gone).is_none()
     }
 
     /// Whether an engine gives no new leases: it drains to grow, or the demand that waits for room needs its place, and

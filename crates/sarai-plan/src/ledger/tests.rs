@@ -86,6 +86,28 @@ fn a_load_that_does_not_fit_is_refused_with_who_holds_what_and_what_would_help()
     assert!(refusal.to_string().contains("unload `m0`, or set memory.strategy to evict_lru, or raise max_ram_gb"));
 }
 
+/// What is lent for a moment is booked, and nobody is refused for it: it comes back.
+#[test]
+fn a_load_that_lacks_only_what_is_lent_waits_for_it() {
+    for to in [Some(A), None] {
+        let mut ledger = ledger(100, 2, Strategy::HybridHttpGguf, 2);
+        ledger.loaded(A, 1, 50);
+        ledger.at_once(PoolEvent::Lent(to, Bytes::mib(20)));
+        assert_eq!(ledger.claimed(), Bytes::mib(70));
+        assert_eq!(ledger.at_once(PoolEvent::Wanted(B, Ticket(2), want(40))), []);
+        assert_eq!(ledger.at_once(PoolEvent::Lent(to, Bytes::ZERO)), [Effect::Load(B, 1024)]);
+        let effects = ledger.at_once(PoolEvent::Wanted(C, Ticket(3), want(60)));
+        assert_eq!(effects, [], "there is no third engine");
+    }
+    // What is taken of it is not beyond the plan.
+    let mut ledger = ledger(100, 2, Strategy::HybridHttpGguf, 1);
+    ledger.loaded(A, 1, 80);
+    ledger.at_once(PoolEvent::Lent(Some(A), Bytes::mib(20)));
+    let o = ledger.observed(0, 1000, &[(A, 99)]);
+    assert_eq!(ledger.at_once(o), []);
+    assert_eq!(ledger.claimed(), Bytes::mib(100));
+}
+
 #[test]
 fn the_number_of_resident_llms_is_limited_apart_from_their_bytes() {
     let mut ledger = ledger(1000, 1, Strategy::HybridHttpGguf, 2);
@@ -400,12 +422,15 @@ enum Step {
     Pressure(bool),
     /// Everything is measured; so many percent of each plan are touched.
     Measure([u64; 4]),
+    /// To an engine, or, beyond them, to the server: MiB.
+    Lend(usize, u64),
 }
 
 fn steps() -> impl proptest::strategy::Strategy<Value = Vec<Step>> {
     let engine = || 0_usize..4;
     let keep = prop_oneof![4 => Just(None), 1 => (0_u64..5_000).prop_map(Some)];
     let step = prop_oneof![
+        2 => (0..5_usize, prop_oneof![Just(0_u64), 1_u64..30]).prop_map(|(i, mib)| Step::Lend(i, mib)),
         5 => (engine(), 0_u32..40, keep).prop_map(|(engine, context, keep)| Step::Want(engine, context, keep)),
         1 => (0_usize..64).prop_map(Step::Abandon),
         6 => engine().prop_map(Step::Progress),
@@ -478,6 +503,19 @@ impl History {
                 PoolEvent::Tick
             }
             Step::Pressure(pressure) => PoolEvent::Pressure(pressure),
+            // No more than is free, as the pool lends it.
+            Step::Lend(4, mib) => {
+                let own = self.ledger.server_loan;
+                PoolEvent::Lent(None, Bytes::mib(mib).min(own + self.ledger.free()))
+            }
+            Step::Lend(i, mib) => {
+                let own = self.ledger.engines[i].loan;
+                let is_there = matches!(state(i), State::Resident);
+                PoolEvent::Lent(
+                    Some(EngineId(i)),
+                    if is_there { Bytes::mib(mib).min(own + self.ledger.free()) } else { Bytes::ZERO },
+                )
+            }
             Step::Measure(percents) => self.measured(percents),
             _ => return None,
         })
@@ -555,6 +593,9 @@ proptest! {
         }
         // Answers end, loads end, time passes: whoever still waits must then be answered.
         history.live(&Step::Pressure(false))?;
+        for lent in 0..5 {
+            history.live(&Step::Lend(lent, 0))?;
+        }
         for _ in 0..20 {
             for engine in 0..4 {
                 history.live(&Step::Progress(engine))?;

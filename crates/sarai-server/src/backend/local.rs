@@ -42,7 +42,7 @@ pub async fn open(
     let id = worker.next_id();
     // No answer has more steps than its context has tokens, each of a few events, and an end.
     let capacity = 3 * worker.info.context_tokens as usize + 8;
-    let Some(events) = worker.routes.enter(id, capacity, Box::new((held, loan))) else {
+    let Some(events) = worker.routes.enter(id, capacity, Box::new((loan, held))) else {
         return Err(Error::WorkerDied {
             model: model.to_owned(),
             detail: "it ended before the request reached it".into(),
@@ -106,7 +106,8 @@ struct Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        self.worker.routes.leave(self.id);
+        // First: whoever gets the place then must find it empty.
         self.worker.send(ToWorker::Cancel { id: self.id });
+        self.worker.routes.leave(self.id);
     }
 }

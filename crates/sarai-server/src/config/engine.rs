@@ -89,14 +89,17 @@ impl Engine {
 }
 
 /// A name for what belongs to a file as it is computed there, told from files of the same name elsewhere.
-pub(super) fn folder_name(path: &Path, projector: Option<&Path>, deterministic: bool) -> String {
+pub(super) fn folder_name(path: &Path, with: Companions<&Path>, deterministic: bool) -> String {
     let mut hasher = DefaultHasher::new();
     path.hash(&mut hasher);
     if deterministic {
         deterministic.hash(&mut hasher);
     }
-    if let Some(projector) = projector {
+    if let Some(projector) = with.projector {
         projector.hash(&mut hasher);
+    }
+    if let Some(draft) = with.draft {
+        ("draft", draft).hash(&mut hasher);
     }
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     format!("{stem}-{:08x}", hasher.finish() & 0xffff_ffff)

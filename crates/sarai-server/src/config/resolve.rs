@@ -157,7 +157,7 @@ pub fn resolve(file: File, folder: &Path, environment: &Environment, mistakes: &
     let most_bytes = Bytes::mib(u64::from(file.park_mb.unwrap_or(256)));
     let parks = config.server.state_dir.join("park");
     for engine in config.engines.iter_mut().filter(|engine| engine.process.is_none() && most_bytes > Bytes::ZERO) {
-        let folder = parks.join(folder_name(&engine.path, engine.projector.as_deref(), engine.settings.deterministic));
+        let folder = parks.join(folder_name(&engine.path, engine.with(), engine.settings.deterministic));
         engine.park = Some(Park { folder, most_bytes });
     }
     config

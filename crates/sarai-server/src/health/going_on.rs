@@ -1,10 +1,12 @@
 //! Whether a host goes on with a raw prompt from its last letter. It is asked once, before that is trusted: one that opens a new turn with it, or
 //! that changes the prompt in any way, says something else.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use sarai_core::{Deadlines, Error, Event, GenerateRequest, Prompt, Sampling};
+use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout};
 
 use super::{Health, key};
@@ -22,39 +24,47 @@ const PROVEN_LASTS: Duration = Duration::from_secs(3_600);
 /// And one that did not after this.
 const REFUSED_LASTS: Duration = Duration::from_secs(300);
 
-/// What came of it, and when.
+/// And one that could not be asked, after this.
+const FAILURE_LASTS: Duration = Duration::from_secs(20);
+
+/// What came of it, and until when that counts.
 #[derive(Clone, Copy)]
 pub struct Proof {
     goes_on: bool,
-    at: Instant,
+    until: Instant,
 }
 
-impl Proof {
-    fn holds(self) -> bool {
-        self.at.elapsed() < if self.goes_on { PROVEN_LASTS } else { REFUSED_LASTS }
-    }
-}
+/// What is known of a deployment; held while it is asked.
+pub type Proven = Arc<Mutex<Option<Proof>>>;
 
 impl Health {
     /// Whether a raw prompt with the beginning of an answer behind it is gone on with there.
     pub async fn goes_on_with_prompts(&self, remote: &Remote, deadlines: &Deadlines) -> bool {
+        let proven = Arc::clone(self.table.lock().going_on.entry(key(remote)).or_default());
         // Many streams break off with their host: one of them asks, for all.
-        let _turn = self.table.proving.lock().await;
-        let known = self.table.lock().going_on.get(&key(remote)).copied();
-        if let Some(proof) = known.filter(|proof| proof.holds()) {
-            return proof.goes_on;
-        }
-        let proven = timeout(WITHIN, prove(&self.table.hosts, remote, deadlines)).await;
-        // One that fails says so to whoever asks it for more.
-        let Ok(Ok(goes_on)) = proven else { return false };
-        if !goes_on {
-            tracing::warn!(
-                deployment = ?remote,
-                "it does not go on with raw prompts from their last letter: they are asked for again instead"
-            );
-        }
-        self.table.lock().going_on.insert(key(remote), Proof { goes_on, at: Instant::now() });
-        goes_on
+        let asked = async {
+            let mut proven = proven.lock().await;
+            if let Some(proof) = proven.filter(|proof| proof.until > Instant::now()) {
+                return proof.goes_on;
+            }
+            let outcome = timeout(WITHIN, prove(&self.table.hosts, remote, deadlines)).await;
+            let lasts = match &outcome {
+                Ok(Ok(true)) => PROVEN_LASTS,
+                Ok(Ok(false)) => {
+                    tracing::warn!(
+                        deployment = ?remote,
+                        "it does not go on with raw prompts from their last letter: they are asked for again instead"
+                    );
+                    REFUSED_LASTS
+                }
+                // One that fails says so to whoever asks it for more.
+                _ => FAILURE_LASTS,
+            };
+            let goes_on = matches!(outcome, Ok(Ok(true)));
+            *proven = Some(Proof { goes_on, until: Instant::now() + lasts });
+            goes_on
+        };
+        timeout(WITHIN * 2, asked).await.unwrap_or(false)
     }
 }
 

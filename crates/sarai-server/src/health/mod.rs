@@ -110,7 +110,7 @@ struct Entries {
     /// What models can do on hosts, and when that was asked.
     capabilities: HashMap<Key, (Vec<String>, Instant)>,
     /// Whether they go on with raw prompts.
-    going_on: HashMap<Key, going_on::Proof>,
+    going_on: HashMap<Key, going_on::Proven>,
 }
 
 /// What is known, and how to find out more. The lock is held for look-ups only.
@@ -125,8 +125,6 @@ struct Table {
     changed: watch::Sender<u64>,
     /// Counts looks that have ended.
     looks: watch::Sender<u64>,
-    /// Held while a host proves that it goes on with prompts.
-    proving: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// A deployment that comes back after this is asked like a new one.
@@ -166,7 +164,7 @@ impl Health {
         let (opened, hears) = mpsc::channel(WAITING);
         let (changed, _) = watch::channel(0);
         let (looks, _) = watch::channel(0);
-        let table = Table { hosts, entries: Arc::default(), learned, opened, changed, looks, proving: Arc::default() };
+        let table = Table { hosts, entries: Arc::default(), learned, opened, changed, looks };
         let health = Self { _probers: Arc::new(EndProbers(table.clone())), table, commands: Commands::default() };
         health.reconfigure(catalog);
         (health, hears)

@@ -2,6 +2,7 @@
 //! validator's as the server's own. It is in the plan of no model, which it would make wrong for as long as nobody asks for a form.
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use sarai_core::{Bytes, form_bytes};
 use sarai_plan::EngineId;
@@ -28,7 +29,12 @@ struct Lent {
     limit: Bytes,
     /// Of which so much was free.
     booked: Bytes,
+    /// When the last one gave it back.
+    ended: Option<Instant>,
 }
+
+/// For so long what was given back may be part of a measure: it was taken before, or the allocator still has it.
+const FELT: Duration = Duration::from_secs(5);
 
 /// What is lent now.
 #[derive(Debug, Default)]
@@ -39,8 +45,14 @@ impl Loans {
     /// less was free, they may take more from now on.
     pub fn lend(&mut self, borrower: Borrower, tokens: u64, free: Bytes) -> Bytes {
         let most = form_bytes(tokens);
-        let lent = self.0.entry(borrower).or_insert(Lent { borrowers: 0, limit: Bytes::ZERO, booked: Bytes::ZERO });
-        lent.booked = most.min(lent.booked + free);
+        let lent = self.0.entry(borrower).or_insert(Lent {
+            borrowers: 0,
+            limit: Bytes::ZERO,
+            booked: Bytes::ZERO,
+            ended: None,
+        });
+        let own = if lent.borrowers > 0 { lent.booked } else { Bytes::ZERO };
+        lent.booked = most.min(own + free);
         lent.limit = lent.booked.max(most.less(DISPENSABLE));
         lent.borrowers += 1;
         lent.limit
@@ -49,16 +61,20 @@ impl Loans {
     /// One of those who borrowed needs it no more.
     pub fn give_back(&mut self, borrower: Borrower) {
         if let Some(lent) = self.0.get_mut(&borrower) {
-            lent.borrowers -= 1;
-            if lent.borrowers == 0 {
-                self.0.remove(&borrower);
-            }
+            lent.borrowers = lent.borrowers.saturating_sub(1);
+            lent.ended = (lent.borrowers == 0).then(Instant::now);
         }
     }
 
     /// What is booked for a borrower.
     pub fn booked(&self, borrower: Borrower) -> Bytes {
-        self.0.get(&borrower).map_or(Bytes::ZERO, |lent| lent.booked)
+        self.0.get(&borrower).filter(|lent| lent.borrowers > 0).map_or(Bytes::ZERO, |lent| lent.booked)
+    }
+
+    /// What a measure may show of it, now or a moment ago.
+    pub fn lately(&self, borrower: Borrower) -> Bytes {
+        let is_felt = |lent: &&Lent| lent.borrowers > 0 || lent.ended.is_some_and(|ended| ended.elapsed() < FELT);
+        self.0.get(&borrower).filter(is_felt).map_or(Bytes::ZERO, |lent| lent.limit)
     }
 }
 
@@ -116,8 +132,11 @@ mod tests {
         assert_eq!(loans.booked(forms), all);
         for borrower in [forms, Borrower::Validator, other, other] {
             loans.give_back(borrower);
-            assert_eq!(loans.booked(borrower), if loans.0.contains_key(&borrower) { FORM_BYTES } else { Bytes::ZERO });
         }
-        assert!(loans.0.is_empty());
+        for borrower in [forms, Borrower::Validator, other] {
+            assert_eq!(loans.booked(borrower), Bytes::ZERO);
+        }
+        assert_eq!(loans.lately(forms), all, "a measure may show it yet");
+        assert_eq!(loans.lend(other, 0, Bytes::mib(12)), Bytes::mib(12), "what it had is not its own any more");
     }
 }

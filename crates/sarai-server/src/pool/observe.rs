@@ -103,12 +103,12 @@ impl Owner {
 
     fn server_takes(&self) -> Bytes {
         let probe = self.probing.map_or(Bytes::ZERO, |engine| self.probe_takes(engine));
-        self.server.max(SERVER_AT_LEAST) + probe + self.loans.booked(Borrower::Validator)
+        self.server.max(SERVER_AT_LEAST) + probe
     }
 
     fn remember(&mut self, engine: EngineId, measured: Measured) {
-        // What was lent is no part of what is learned.
-        let loan = self.loans.booked(Borrower::Forms(engine));
+        // What was lent, a moment ago too, is no part of what is learned.
+        let loan = self.loans.lately(Borrower::Forms(engine));
         let measured = Measured { anonymous: measured.anonymous.less(loan), ..measured };
         let slot = &mut self.workers[engine.0];
         let Some(source) = slot.source.clone() else { return };

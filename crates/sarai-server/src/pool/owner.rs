@@ -221,10 +221,11 @@ impl Owner {
     }
 
     fn book_loan(&mut self, borrower: Borrower) {
-        match borrower {
-            Borrower::Forms(engine) => self.apply(PoolEvent::Lent(engine, self.loans.booked(borrower))),
-            Borrower::Validator => self.look_again(),
-        }
+        let engine = match borrower {
+            Borrower::Forms(engine) => Some(engine),
+            Borrower::Validator => None,
+        };
+        self.apply(PoolEvent::Lent(engine, self.loans.booked(borrower)));
     }
 
     fn reconfigure(&mut self, catalog: Arc<Catalog>, memory: MemoryConfig) {
