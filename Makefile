@@ -28,6 +28,8 @@ WAITING = memory::a_dry_run_refines_the_plan_once_the_server_is_idle_and_is_reme
 	hosts::the_one_that_loses_the_race_is_cancelled_at_the_host \
 	hosts::a_managed_cluster_is_neither_queued_for_nor_asked_twice_and_the_worker_stands_behind_it \
 	hosts::heartbeats_are_signs_of_life_and_not_tokens \
+	hosts::hosts_come_and_go_while_the_server_runs_and_a_bad_file_changes_nothing \
+	refusals::a_request_keeps_its_turn_at_a_full_host_while_the_worker_is_tried \
 	resuming::who_should_go_on_and_hangs_gives_way_to_the_worker \
 	resuming::a_place_is_waited_for_once \
 	resuming::a_host_that_was_late_has_its_turn_again_when_the_worker_fails \

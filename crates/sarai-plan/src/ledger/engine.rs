@@ -183,12 +183,17 @@ impl Engine {
         // What was measured belongs to the size it was measured at.
         let smaller = size.context_tokens < self.size.context_tokens;
         let measured = if smaller || !self.holds_a_place() { Measured::default() } else { self.measured };
-        (anonymous + self.loan).max(measured.anonymous) + file.max(measured.file)
+        (anonymous + self.lent()).max(measured.anonymous) + file.max(measured.file)
+    }
+
+    /// What it may take beyond its plan now: only what serves answers.
+    fn lent(&self) -> Bytes {
+        if self.state == State::Resident { self.loan } else { Bytes::ZERO }
     }
 
     /// Memory that only it has, beyond what was planned and lent.
     pub fn excess(&self) -> Bytes {
-        self.measured.anonymous.less(self.split(&self.size.plan).0 + self.loan)
+        self.measured.anonymous.less(self.split(&self.size.plan).0 + self.lent())
     }
 
     /// What it may still take of what the system counts as available: memory that it has not touched yet, and the
@@ -198,7 +203,7 @@ impl Engine {
             return Bytes::ZERO;
         }
         let (anonymous, file) = self.split(&self.size.plan);
-        (anonymous + self.loan).less(self.measured.anonymous) + file.max(self.measured.file)
+        (anonymous + self.lent()).less(self.measured.anonymous) + file.max(self.measured.file)
     }
 
     /// Memory of its own that a shrink to the usual size gives back.

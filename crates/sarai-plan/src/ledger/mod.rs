@@ -437,7 +437,8 @@ impl Ledger {
             size.plan.raise(raise);
         }
         let was = std::mem::replace(&mut engine.state, State::Absent);
-        // Leases on the dead worker are still out; each is given back once, by its guard.
+        // Leases on the dead worker are still out; each is given back once, by its guard. What was lent to it is gone with it.
+        engine.loan = Bytes::ZERO;
         engine.measured = Measured::default();
         engine.previous = None;
         if was == State::Loading {

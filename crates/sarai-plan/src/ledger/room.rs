@@ -153,8 +153,7 @@ impl Ledger {
         }
         let claim = |index: usize| self.claim_after(index, yields);
         let claimed: Bytes = others().map(claim).sum();
-        // What is lent to it now is given back before it has another size.
-        let mine = self.engines[id.0].claim_of(size).less(self.engines[id.0].loan).max(size.plan.total());
+        let mine = self.engines[id.0].claim_of(size).max(size.plan.total());
         if claimed + mine + self.server + self.server_loan > self.limits.budget {
             return Some(Lack::Budget);
         }

@@ -510,7 +510,8 @@ impl History {
             }
             Step::Lend(i, mib) => {
                 let own = self.ledger.engines[i].loan;
-                let is_there = matches!(state(i), State::Resident);
+                // Only to whoever answers something.
+                let is_there = state(i) == State::Resident && self.leases[i] > 0;
                 PoolEvent::Lent(
                     Some(EngineId(i)),
                     if is_there { Bytes::mib(mib).min(own + self.ledger.free()) } else { Bytes::ZERO },
@@ -534,6 +535,12 @@ impl History {
     }
 
     fn live(&mut self, step: &Step) -> Result<(), TestCaseError> {
+        if let Step::Release(i) = *step
+            && self.leases[i] == 1
+        {
+            // What was lent is given back first.
+            self.live(&Step::Lend(i, 0))?;
+        }
         let Some(event) = self.event(step) else { return Ok(()) };
         let dies = matches!(step, Step::Die(_));
         let asked_to_go = matches!(event, PoolEvent::UnloadAsked(_));
@@ -608,6 +615,11 @@ proptest! {
         prop_assert!(history.open.is_empty(), "{:?} wait for ever", history.open);
         prop_assert_eq!(history.answered, history.asked);
     }
+}
+
+proptest! {
+    // There are six cases.
+    #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
     fn nobody_starves_however_busy_the_others_are(others in 1_usize..3, rounds in 1_usize..4) {

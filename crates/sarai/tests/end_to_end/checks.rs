@@ -95,7 +95,7 @@ fn what_is_broken_or_hostile_is_answered_or_refused_and_ends_nobody() {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/fuzz.py");
     let folder = tempfile::tempdir().unwrap();
     let run = Command::new(python)
-        .args([script, BINARY, &sketch("sensing"), &qwen(), "--minutes", "0.25", "--seed", "3"])
+        .args([script, BINARY, &sketch("sensing"), &qwen(), "--minutes", "0.1", "--seed", "3"])
         .current_dir(folder.path())
         .output()
         .unwrap();

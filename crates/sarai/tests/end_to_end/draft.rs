@@ -23,7 +23,7 @@ const CODE: &str = "Write this code again, and change nothing.\n```python\ndef a
 async fn drafted_tokens_change_nothing_but_the_pace() {
     let (plain, drafting) = (sarai(0), sarai(8));
     let ask = async |more: Value| {
-        let mut all = json!({ "temperature": 0, "max_tokens": 70 });
+        let mut all = json!({ "temperature": 0, "max_tokens": 48 });
         all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let body = chat("coder", CODE, all);
         let (one, other) =
@@ -72,15 +72,15 @@ async fn a_draft_model_changes_nothing_of_the_text() {
             smollm2()
         ))
     };
-    let long = format!("{} What was said most often?", "All work and no play makes a dull day. ".repeat(40));
+    let long = format!("{} What was said most often?", "All work and no play makes a dull day. ".repeat(20));
     let asked = ["Tell me about the sea.", "Name three colours, and why.", &long];
     let ask = async |sarai: &Sarai| {
         let body =
-            |prompt: &str| chat("tiny", prompt, json!({ "temperature": 0, "max_tokens": 60, "ignore_eos": true }));
+            |prompt: &str| chat("tiny", prompt, json!({ "temperature": 0, "max_tokens": 36, "ignore_eos": true }));
         let one = sarai.post("/v1/chat/completions", body(asked[0])).await.json();
         let rest = join_all(asked[1..].iter().map(|prompt| sarai.post("/v1/chat/completions", body(prompt)))).await;
         // A second turn goes on from what is in the cache, and sampled text is followed too.
-        let sampled = json!({ "temperature": 0.9, "seed": 5, "max_tokens": 40, "ignore_eos": true });
+        let sampled = json!({ "temperature": 0.9, "seed": 5, "max_tokens": 24, "ignore_eos": true });
         let last = sarai.post("/v1/chat/completions", chat("tiny", asked[0], sampled)).await.json();
         let mut answers = vec![one];
         answers.extend(rest.into_iter().map(|answer| answer.json()));
@@ -107,7 +107,7 @@ async fn a_draft_model_changes_nothing_of_the_text() {
     }
     let [(drafted, accepted), (guessed, right)] = shares[..] else { unreachable!("two were asked") };
     // Where text repeats, what followed it before is drafted too, which is right less often.
-    assert!(drafted > 30.0 && accepted > 0.7 * drafted, "by itself: {accepted} of {drafted}");
+    assert!(drafted > 15.0 && accepted > 0.7 * drafted, "by itself: {accepted} of {drafted}");
     assert!(right < 0.5 * guessed.max(1.0), "by a spoilt one: {right} of {guessed}");
 }
 

@@ -352,7 +352,7 @@ async fn batches_of_vectors_take_no_more_than_was_planned() {
     let watch = Watch::of(worker["pid"].as_u64().unwrap());
     ask((0..2048).map(|n| format!("text {n}")).collect()).await;
     let long = |n: usize| format!("{n} {}", "words and words ".repeat(70));
-    join_all((0..4).map(|side| ask((0..16).map(|n| long(100 * side + n)).collect()))).await;
+    join_all((0..4).map(|side| ask((0..6).map(|n| long(100 * side + n)).collect()))).await;
     let (most, of) = (watch.most(), |key: &str| worker[key].as_u64().unwrap());
     assert!(most >= of("anonymous_bytes"), "{most} is what it had before: {worker}");
     assert!(most + of("file_bytes") <= of("planned_bytes"), "{most}: {worker}");

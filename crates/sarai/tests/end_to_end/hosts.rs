@@ -756,8 +756,12 @@ async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer
         assert!((common >= 4 || !began_there) && said.len() > 20, "{said:?} for {whole:?}; {what}");
         let is_moved = end["sarai"]["resumed"].is_array() || !end["sarai"]["fallback_reason"].is_null();
         assert_eq!(is_moved, !harm.is_harmless(), "{what}");
+        if after > 40 && matches!(harm, Harm::Cut | Harm::Stall | Harm::Garbage | Harm::Crumbs) {
+            // Whole, it is the same wherever in the answer it happens.
+            continue;
+        }
         if after > 40 {
-            // Whole, it is the same wherever in the answer it happens: in Ollama's API instead.
+            // In Ollama's API.
             let lines = sarai.post("/api/chat", in_ollamas.clone()).await.lines();
             let said: String = lines.iter().filter_map(|line| line["message"]["content"].as_str()).collect();
             let ends = lines.iter().filter(|line| line["done"] == true).count();
