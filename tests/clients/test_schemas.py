@@ -107,7 +107,7 @@ def top(seed):
     return made if made.get("type") == "object" else {"type": "object", "properties": {"value": made}, "required": ["value"]}
 
 
-LIMIT = 48
+LIMIT = 40
 
 
 def whole(messages, wanted, seed):
