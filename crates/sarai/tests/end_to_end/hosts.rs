@@ -1,7 +1,5 @@
 //! Several hosts of a model, how they are chosen, limited, added and left; and what passes through to them.
 
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -68,6 +66,47 @@ async fn what_the_client_says_beyond_what_is_known_here_reaches_the_host_and_wha
         events.sse().into_iter().map(|event| event["usage"].clone()).filter(|usage| !usage.is_null()).collect();
     assert_eq!(said, [counts], "once, at the end");
     assert!(events.text.contains("\"finish_reason\":\"tool_calls\"") && events.text.ends_with("data: [DONE]\n\n"));
+}
+
+/// As servers write them that say all once more in each step, or begin with a mark of their byte order.
+#[tokio::test]
+async fn odd_dialects_of_a_stream_are_understood() {
+    let chunk = |text: &str, so_far: &str| json!({ "choices": [{ "index": 0, "delta": { "role": "assistant", "content": text }, "message": { "role": "assistant", "content": so_far }, "finish_reason": null }] });
+    let end = json!({ "choices": [{ "index": 0, "delta": {}, "message": { "content": "one two" }, "finish_reason": "stop" }] });
+    let lines = [chunk("one ", "one "), chunk("two", "one two"), end]
+        .map(|chunk| format!("event: message\r\ndata: {chunk}\r\n\r\n"));
+    let body = format!("{}\u{feff}{}data: [DONE]\r\n\r\n", ok("text/event-stream"), lines.concat());
+    let host = Host::start(move |_, _| vec![Step::Send(body.clone())]);
+    let url = host.url.replace("http://", "http://me:very%20secret@");
+    let sarai =
+        Sarai::start(&format!("models:\n  solar: {{ backend: openai_http, url: \"{url}/v1\", model_name: m }}\n"));
+    let answer = ask(&sarai, json!({})).await;
+    assert_eq!(answer.json()["choices"][0]["message"]["content"], "one two", "{}", answer.text);
+    // A name and a password in the URL are for the host alone.
+    let asked = host.asked()[0].head.to_ascii_lowercase();
+    assert!(asked.contains("authorization: basic bwu6dmvyesbzzwnyzxq="), "{asked}");
+    let ps = sarai.get("/api/ps").await.text;
+    for text in [&format!("{:?}", answer.headers), &answer.text, &ps] {
+        assert!(!text.contains("secret"), "{text}");
+    }
+}
+
+/// A host says so in a stream of its own where it had to begin before it could know.
+#[tokio::test]
+async fn an_error_of_the_clients_making_within_a_stream_is_the_clients() {
+    let wrong = json!({ "error": { "message": "`response_format` is no schema", "type": "invalid_request_error", "param": null, "code": null } });
+    let body = format!("{}: loading\n\ndata: {wrong}\n\n", ok("text/event-stream"));
+    let host = Host::start(move |_, _| vec![Step::Send(body.clone())]);
+    let sarai = Sarai::start(&format!(
+        "models:\n  solar: {{ backend: openai_http, url: \"{}/v1\", model_name: m }}\n",
+        host.url
+    ));
+    for n in 1..=3 {
+        let answer = ask(&sarai, json!({})).await;
+        assert!(answer.status == 400 && answer.text.contains("is no schema"), "{}", answer.text);
+        assert_eq!(host.asked().len(), n, "asked once");
+    }
+    assert_eq!(sarai.ps().await["models"][0]["deployments"][0]["breaker"], "closed");
 }
 
 /// A real Ollama knows log probabilities, which nothing here reads.
@@ -570,214 +609,6 @@ async fn a_stream_through_sarai_is_passed_on_piece_by_piece() {
     }
     drop(chunks);
     host.until("the client's leave in mid-stream", |asked| asked[0].left.is_some()).await;
-}
-
-/// What a proxy does to a host's answer after so many of its bytes.
-#[derive(Clone, Copy, Debug)]
-enum Harm {
-    Cut,
-    Stall,
-    Garbage,
-    /// All is well, byte by byte for a while.
-    Crumbs,
-    /// All is well, but late.
-    Late,
-    /// All is well, but slow.
-    Slow,
-    /// The transport ends as it should, the answer does not.
-    CleanEnd,
-    /// A chunk of its own, and then a clean end.
-    Last(&'static str),
-    /// Something else instead of the answer.
-    Instead(&'static str),
-    /// A line that does not end.
-    HugeLine,
-}
-
-impl Harm {
-    fn is_harmless(self) -> bool {
-        matches!(self, Self::Crumbs | Self::Late | Self::Slow)
-    }
-}
-
-/// What comes instead of an answer, and never anything of it.
-const INSTEAD: [&str; 6] = [
-    "HTTP/1.1 500 Oops\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
-    "HTTP/1.1 503 Busy\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 4\r\n\r\nbusy",
-    "HTTP/1.1 404 Gone\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 27\r\n\r\n{\"error\":\"model not found\"}",
-    "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: text/html\r\ncontent-length: 15\r\n\r\n<html>Hi</html>",
-    "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: application/x-ndjson\r\ncontent-length: 26\r\n\r\n{\"message\":{\"content\":\"Hal",
-    "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: application/x-ndjson\r\ncontent-length: 0\r\n\r\n",
-];
-
-/// What comes amid an answer, as a chunk.
-const HALF_A_LINE: &str = "{\"model\":\"solar\",\"message\":{\"content\":\" fi";
-const AN_ERROR: &str = "{\"error\":\"an error was encountered while running the model\"}\n";
-
-/// Passes bytes on to a host, and harms the answers to chats.
-fn harming(to: &str, harm: Harm, after: usize) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let to = to.strip_prefix("http://").unwrap().to_owned();
-    std::thread::spawn(move || {
-        for client in listener.incoming().map_while(Result::ok) {
-            let Ok(host) = TcpStream::connect(&to) else { continue };
-            let is_chat = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-            let (asks, mut there, sees_chat) =
-                (client.try_clone().unwrap(), host.try_clone().unwrap(), std::sync::Arc::clone(&is_chat));
-            std::thread::spawn(move || {
-                let (mut asks, mut buffer) = (asks, [0; 65536]);
-                while let Ok(read @ 1..) = asks.read(&mut buffer) {
-                    if buffer.starts_with(b"POST /api/chat") {
-                        sees_chat.store(true, std::sync::atomic::Ordering::SeqCst);
-                    }
-                    if there.write_all(&buffer[..read]).is_err() {
-                        break;
-                    }
-                }
-                let _ = there.shutdown(std::net::Shutdown::Both);
-            });
-            std::thread::spawn(move || drop(harm_answers(host, client, &is_chat, harm, after)));
-        }
-    });
-    url
-}
-
-fn harm_answers(
-    mut host: TcpStream,
-    mut client: TcpStream,
-    is_chat: &std::sync::atomic::AtomicBool,
-    harm: Harm,
-    after: usize,
-) -> std::io::Result<()> {
-    let (mut buffer, mut passed) = ([0; 65536], 0);
-    loop {
-        let read = host.read(&mut buffer)?;
-        if read == 0 {
-            return client.shutdown(std::net::Shutdown::Write);
-        }
-        if !is_chat.load(std::sync::atomic::Ordering::SeqCst) {
-            client.write_all(&buffer[..read])?;
-            continue;
-        }
-        let until = match harm {
-            // Between two chunks, as the host has sent them.
-            Harm::Slow | Harm::CleanEnd | Harm::Last(_) if passed + read > after => {
-                client.write_all(&buffer[..read])?;
-                match harm {
-                    Harm::Slow => std::thread::sleep(Duration::from_millis(150)),
-                    Harm::Last(text) => {
-                        client.write_all(format!("{:x}\r\n{text}\r\n0\r\n\r\n", text.len()).as_bytes())?;
-                        return client.shutdown(std::net::Shutdown::Both);
-                    }
-                    _ => {
-                        client.write_all(b"0\r\n\r\n")?;
-                        return client.shutdown(std::net::Shutdown::Both);
-                    }
-                }
-                continue;
-            }
-            _ => read.min(after.saturating_sub(passed)),
-        };
-        client.write_all(&buffer[..until])?;
-        passed += until;
-        if until == read {
-            continue;
-        }
-        match harm {
-            Harm::Cut => return client.shutdown(std::net::Shutdown::Both),
-            Harm::Stall => {
-                // Until the other side has had enough of it.
-                while host.read(&mut buffer)? > 0 {}
-                return Ok(());
-            }
-            Harm::Garbage => client.write_all(b"\x01\x02 }{ garbage\n")?,
-            Harm::Crumbs => {
-                for byte in &buffer[until..read] {
-                    client.write_all(std::slice::from_ref(byte))?;
-                }
-                continue;
-            }
-            Harm::Late => {
-                if passed == after {
-                    std::thread::sleep(Duration::from_millis(700));
-                    passed += 1;
-                }
-            }
-            Harm::Instead(answer) => {
-                client.write_all(answer.as_bytes())?;
-                return client.shutdown(std::net::Shutdown::Both);
-            }
-            Harm::Slow | Harm::CleanEnd | Harm::Last(_) => unreachable!("done above"),
-            Harm::HugeLine => {
-                client.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n\r\n")?;
-                loop {
-                    client.write_all(&[b'x'; 65536])?;
-                }
-            }
-        }
-        client.write_all(&buffer[until..read])?;
-    }
-}
-
-/// Faults through a proxy in front of a real Ollama, before its first line, in the middle of a line, and later.
-#[tokio::test]
-async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer() {
-    let ollama = Ollama::start();
-    let config = |url: &str| {
-        on_host(url, &with_worker("    deadlines: { gap_seconds: 2, first_token_seconds: 4 }\n"))
-            .replace("model_name: m", "model_name: solar")
-    };
-    let body = chat("solar", "Count from one to twenty.", json!({ "stream": true, "max_tokens": 24 }));
-    let plain = chat("solar", "Count from one to twenty.", json!({ "max_tokens": 24 }));
-    let messages = json!([{ "role": "user", "content": "Count from one to twenty." }]);
-    let in_ollamas =
-        json!({ "model": "solar", "messages": messages, "options": { "num_predict": 24, "temperature": 0 } })
-            .to_string();
-    let direct = Sarai::start(&config(&ollama.url));
-    let whole = direct.post("/v1/chat/completions", body.clone()).await.said();
-    drop(direct);
-    let amid = [Harm::Cut, Harm::Stall, Harm::Garbage, Harm::Crumbs];
-    let amid = amid.into_iter().flat_map(|harm| [40, 900].map(|after| (harm, after)));
-    let between = [Harm::Slow, Harm::CleanEnd, Harm::Last(HALF_A_LINE), Harm::Last(AN_ERROR)].map(|harm| (harm, 900));
-    let first = INSTEAD.map(Harm::Instead).into_iter().chain([Harm::Late, Harm::HugeLine]);
-    for (harm, after) in amid.chain(between).chain(first.map(|harm| (harm, 0))) {
-        let sarai = Sarai::start(&config(&harming(&ollama.url, harm, after)));
-        let streamed = sarai.post("/v1/chat/completions", body.clone()).await;
-        let what = format!("{harm:?} after {after} bytes: {}", streamed.text);
-        assert_eq!(streamed.status, 200, "{what}");
-        assert!(streamed.text.ends_with("data: [DONE]\n\n"), "{what}");
-        let said = streamed.said();
-        // What the host said stands at the beginning, and the rest follows once.
-        let common = said.chars().zip(whole.chars()).take_while(|(a, b)| a == b).count();
-        let end = streamed.sse().into_iter().find(|event| event["sarai"].is_object()).unwrap();
-        // Before its first token, the worker answers alone, in words of its own.
-        let began_there = end["sarai"]["fallback_reason"].is_null();
-        assert!((common >= 4 || !began_there) && said.len() > 20, "{said:?} for {whole:?}; {what}");
-        let is_moved = end["sarai"]["resumed"].is_array() || !end["sarai"]["fallback_reason"].is_null();
-        assert_eq!(is_moved, !harm.is_harmless(), "{what}");
-        if after > 40 && matches!(harm, Harm::Cut | Harm::Stall | Harm::Garbage | Harm::Crumbs) {
-            // Whole, it is the same wherever in the answer it happens.
-            continue;
-        }
-        if after > 40 {
-            // In Ollama's API.
-            let lines = sarai.post("/api/chat", in_ollamas.clone()).await.lines();
-            let said: String = lines.iter().filter_map(|line| line["message"]["content"].as_str()).collect();
-            let ends = lines.iter().filter(|line| line["done"] == true).count();
-            let end = lines.last().unwrap();
-            // A worker that goes on may come to an end of its own.
-            assert!(
-                ends == 1 && ["length", "stop"].contains(&end["done_reason"].as_str().unwrap()),
-                "{harm:?}: {lines:?}"
-            );
-            assert!(said.len() > 10, "{harm:?}: {said:?}");
-            continue;
-        }
-        let whole = sarai.post("/v1/chat/completions", plain.clone()).await;
-        assert_eq!(whole.status, 200, "{harm:?} {after}: {}", whole.text);
-        assert!(whole.json()["choices"][0]["message"]["content"].as_str().unwrap().len() > 20);
-    }
 }
 
 /// Its host holds one request and takes no more; the others wait for it without keeping anybody from an answer.

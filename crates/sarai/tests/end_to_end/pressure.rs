@@ -1,62 +1,34 @@
 //! Memory that is taken behind the ledger's back: caught before the kernel acts, or survived when it does.
 //!
-//! Needs root and a memory control group that can be written, as CI has them.
+//! Needs root, as CI has it.
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::support::cgroup::Group;
 use crate::support::smollm2;
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
 
-/// A memory control group below our own.
-struct Cage {
-    path: PathBuf,
-    v1: bool,
-}
+/// So much memory, and no more.
+struct Cage(Group);
 
 impl Cage {
     fn new(name: &str, limit: u64) -> Self {
-        let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap();
-        let v1 = Path::new("/sys/fs/cgroup/memory").is_dir();
-        let (root, controller) = if v1 { ("/sys/fs/cgroup/memory", "memory") } else { ("/sys/fs/cgroup", "") };
-        let own = groups.lines().find_map(|line| {
-            let mut fields = line.splitn(3, ':').skip(1);
-            (fields.next()?.split(',').any(|found| found == controller)).then(|| fields.next())?
-        });
-        let own = Path::new(root).join(own.unwrap().trim_start_matches('/'));
-        let parent = if own.is_dir() { own } else { PathBuf::from(root) };
-        let path = parent.join(format!("sarai-test-{name}-{}", std::process::id()));
-        std::fs::create_dir(&path).expect("a memory control group cannot be made: these tests need root");
-        let cage = Self { path, v1 };
-        cage.write(if v1 { "memory.limit_in_bytes" } else { "memory.max" }, limit);
-        if !v1 {
-            cage.write("memory.swap.max", 0);
+        let group = Group::new("memory", name);
+        group.write(if group.v1 { "memory.limit_in_bytes" } else { "memory.max" }, limit);
+        if !group.v1 {
+            group.write("memory.swap.max", 0);
         }
-        cage
-    }
-
-    fn write(&self, file: &str, value: u64) {
-        std::fs::write(self.path.join(file), value.to_string()).unwrap();
+        Self(group)
     }
 
     fn kills(&self) -> u64 {
-        let file = if self.v1 { "memory.oom_control" } else { "memory.events" };
-        let text = std::fs::read_to_string(self.path.join(file)).unwrap();
+        let text = self.0.read(if self.0.v1 { "memory.oom_control" } else { "memory.events" });
         text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok()).unwrap()
-    }
-}
-
-impl Drop for Cage {
-    fn drop(&mut self) {
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while std::fs::remove_dir(&self.path).is_err() && Instant::now() < deadline {
-            std::thread::yield_now();
-        }
     }
 }
 
@@ -84,7 +56,7 @@ impl Growing {
             .stdout(Stdio::piped())
             .stderr(Stdio::null());
         if let Some(cage) = cage {
-            let procs = cage.path.join("cgroup.procs");
+            let procs = cage.0.processes();
             // SAFETY: only writes a file between fork and exec.
             #[expect(unsafe_code, reason = "the child must be in the cage before it allocates")]
             unsafe {

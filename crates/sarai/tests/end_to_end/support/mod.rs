@@ -9,9 +9,11 @@
     reason = "tests fail by panicking, and each uses a part"
 )]
 
+pub mod cgroup;
 pub mod gguf;
 pub mod host;
 pub mod media;
+pub mod proxy;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
