@@ -6,7 +6,7 @@
 use std::ffi::CString;
 use std::num::NonZeroU32;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::ptr::NonNull;
 
 use llama_cpp_4::context::LlamaContext;
@@ -15,7 +15,7 @@ use llama_cpp_4::llama_backend::LlamaBackend;
 use llama_cpp_4::model::LlamaModel;
 use llama_cpp_4::quantize::GgmlType;
 use sarai_core::frame::{LoadSpec, LoadedInfo};
-use sarai_core::{Bytes, EngineMemory, KvType, Purpose};
+use sarai_core::{Bytes, EngineMemory, KvType, Purpose, split};
 
 use crate::reference;
 
@@ -88,20 +88,10 @@ fn dry_run(allocation: Allocation) -> bool {
 
 /// Has the file read in the background, in large pieces: mapping it would fault for every piece and wait for each.
 fn read_ahead(path: &Path) {
-    for file in parts(path).into_iter().filter_map(|part| std::fs::File::open(part).ok()) {
+    for file in split::parts(path).into_iter().filter_map(|part| std::fs::File::open(part).ok()) {
         // It is only a hint: without it the load is slower.
         let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::WillNeed);
     }
-}
-
-/// All parts of a file that may be split: `…-00001-of-00003.gguf` has two more.
-pub fn parts(path: &Path) -> Vec<PathBuf> {
-    let text = path.to_string_lossy();
-    let Some((stem, count)) = text.strip_suffix(".gguf").and_then(|text| text.rsplit_once("-00001-of-")) else {
-        return vec![path.to_owned()];
-    };
-    let parts = count.parse().unwrap_or(1_u32);
-    (1..=parts).map(|part| PathBuf::from(format!("{stem}-{part:05}-of-{count}.gguf"))).collect()
 }
 
 /// Makes a context of the sizes that the spec names.
@@ -210,16 +200,4 @@ pub fn memory(context: &LlamaContext<'_>) -> EngineMemory {
         memory.compute += Bytes(entry.compute as u64);
     }
     memory
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn all_parts_of_a_split_file_count() {
-        let split = parts(Path::new("/m/big-00001-of-00003.gguf"));
-        assert_eq!(split, ["1", "2", "3"].map(|n| PathBuf::from(format!("/m/big-0000{n}-of-00003.gguf"))));
-        assert_eq!(parts(Path::new("/m/one.gguf")), [PathBuf::from("/m/one.gguf")]);
-    }
 }

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use sarai_core::frame::LoadSpec;
+use sarai_core::split;
 
 /// Gives back the pages of the file that loading read and nothing reads again: those of tensors that were copied. They
 /// stay in the page cache as long as nobody needs the memory.
@@ -25,7 +26,7 @@ pub fn release_start() {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let executable = std::fs::read_link("/proc/self/exe").unwrap_or_default();
     let code = maps.lines().filter(|line| line.split(' ').nth(1) == Some("r-xp")).collect::<Vec<_>>().join("\n");
-    for mapping in mappings_of(&code, &executable.to_string_lossy(), "") {
+    for mapping in mappings_of(&code, &executable.to_string_lossy()) {
         advise(&executable, (mapping.start, mapping.end), rustix::mm::Advice::LinuxDontNeed);
     }
 }
@@ -39,13 +40,13 @@ pub fn trim_heap() {
 
 fn advise_mapping(path: &Path, bytes: Range<u64>, advice: rustix::mm::Advice) {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-    let name = path.to_string_lossy();
     // Of a split file, all parts are mapped.
-    let (stem, part) = name.rsplit_once("-00001-of-").unwrap_or((&name, ""));
-    for mapping in mappings_of(&maps, stem, part) {
-        let Some((start, end)) = mapping.addresses_of(&bytes) else { continue };
-        advise(&path, (start, end), advice);
+    for part in split::parts(path) {
+        let part = std::fs::canonicalize(&part).unwrap_or(part);
+        for mapping in mappings_of(&maps, &part.to_string_lossy()) {
+            let Some((start, end)) = mapping.addresses_of(&bytes) else { continue };
+            advise(&part, (start, end), advice);
+        }
     }
 }
 
@@ -78,12 +79,9 @@ impl Mapping {
     }
 }
 
-/// Where files are mapped whose names begin and end so.
-fn mappings_of<'a>(maps: &'a str, stem: &'a str, end: &'a str) -> impl Iterator<Item = Mapping> + 'a {
-    let is_ours = move |line: &&str| {
-        let name = line.find('/').map_or("", |at| &line[at..]);
-        name == stem || (!end.is_empty() && name.starts_with(stem) && name.ends_with(end))
-    };
+/// Where a file is mapped.
+fn mappings_of<'a>(maps: &'a str, name: &'a str) -> impl Iterator<Item = Mapping> + 'a {
+    let is_ours = move |line: &&str| line.find('/').is_some_and(|at| &line[at..] == name);
     maps.lines().filter(is_ours).filter_map(|line| {
         let mut fields = line.split_whitespace();
         let (start, end) = fields.next()?.split_once('-')?;
@@ -98,12 +96,12 @@ mod tests {
     use super::{Mapping, mappings_of};
 
     #[test]
-    fn the_pieces_of_a_mapped_file_and_of_all_parts_of_a_split_one_are_found() {
+    fn the_pieces_of_a_mapped_file_are_found() {
         let maps = "7f00-7f10 r--s 00000010 08:01 5  /models/a b.gguf\n7f20-7f30 rw-p 00000000 00:00 0\n\
                     7f40-7f50 r--s 00000000 08:01 6  /m/s-00001-of-00002.gguf\n7f60-7f70 r--s 0 08:01 7  /m/s-00002-of-00002.gguf\n";
-        let one: Vec<_> = mappings_of(maps, "/models/a b.gguf", "").collect();
+        let one: Vec<_> = mappings_of(maps, "/models/a b.gguf").collect();
         assert_eq!(one, [Mapping { start: 0x7f00, end: 0x7f10, offset: 0x10 }]);
-        assert_eq!(mappings_of(maps, "/m/s", "00002.gguf").count(), 2);
+        assert_eq!(mappings_of(maps, "/m/s-00002-of-00002.gguf").count(), 1);
     }
 
     #[test]

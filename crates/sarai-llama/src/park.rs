@@ -13,6 +13,7 @@ use llama_cpp_4::context::LlamaContext;
 use llama_cpp_4::model::LlamaModel;
 use llama_cpp_4::token::LlamaToken;
 use sarai_core::frame::LoadSpec;
+use sarai_core::split;
 use serde::{Deserialize, Serialize};
 
 use crate::cells::{self, Wanted};
@@ -235,7 +236,7 @@ const LLAMA: &str = "llama-cpp-4 0.11.0";
 fn key(spec: &LoadSpec, model: &LlamaModel) -> Option<String> {
     let path = fs::canonicalize(&spec.path).ok()?;
     let mut key = format!("{} {} with {LLAMA}", path.display(), env!("CARGO_PKG_VERSION"));
-    for part in model::parts(&path) {
+    for part in split::parts(&path) {
         let file = fs::metadata(part).ok()?;
         let changed = file.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
         key.push_str(&format!(" {} {changed}", file.len()));

@@ -117,6 +117,10 @@ fn the_parts_of_a_split_file_are_planned_together() {
     let output =
         Command::new(BINARY).arg("plan").arg(folder.path().join("split-00001-of-00002.gguf")).output().unwrap();
     assert!(String::from_utf8_lossy(&output.stderr).contains("split-00002-of-00002.gguf cannot be opened"));
+    let renamed = folder.path().join("renamed.gguf");
+    std::fs::rename(folder.path().join("split-00001-of-00002.gguf"), &renamed).unwrap();
+    let output = Command::new(BINARY).arg("plan").arg(renamed).output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("let it end in `-00001-of-00002.gguf`"), "{output:?}");
 }
 
 #[test]
