@@ -133,7 +133,13 @@ fn merge(into: &mut Value, later: Value, depth: usize) {
         (Value::Array(items), Value::Array(more)) => {
             for item in more {
                 let index = item.get("index").filter(|index| index.is_u64());
-                match index.and_then(|index| items.iter_mut().find(|known| known.get("index") == Some(index))) {
+                let id = |item: &Value| item.get("id").and_then(Value::as_str).unwrap_or_default().to_owned();
+                let new_id = id(&item);
+                // Some servers number all calls alike, and tell them apart by their ids.
+                let is_same = |known: &&mut Value| {
+                    known.get("index") == index && (new_id.is_empty() || id(known).is_empty() || id(known) == new_id)
+                };
+                match index.and_then(|_| items.iter_mut().rev().find(is_same)) {
                     Some(known) => merge(known, item, depth + 1),
                     None => items.push(item),
                 }
@@ -258,6 +264,19 @@ mod tests {
     fn step(message: Value) -> Extra {
         let Value::Object(message) = message else { unreachable!() };
         Extra { api: Api::OpenAi, text: String::new(), top: Map::new(), choice: Map::new(), message }
+    }
+
+    #[test]
+    fn calls_that_a_server_numbers_alike_are_told_apart_by_their_ids() {
+        let begun = |id: &str| json!({ "index": 0, "id": id, "function": { "name": "f", "arguments": "{" } });
+        let further = json!({ "index": 0, "function": { "arguments": "}" } });
+        let mut whole = step(json!({ "tool_calls": [begun("a")] }));
+        for call in [&further, &begun("b"), &further] {
+            whole.absorb(step(json!({ "tool_calls": [call] })));
+        }
+        let calls = whole.message["tool_calls"].as_array().unwrap();
+        let calls: Vec<_> = calls.iter().map(|call| (&call["id"], &call["function"]["arguments"])).collect();
+        assert_eq!(calls, [(&json!("a"), &json!("{}")), (&json!("b"), &json!("{}"))]);
     }
 
     #[test]

@@ -73,7 +73,8 @@ impl Admission {
         self.waiting.load(Ordering::Relaxed)
     }
 
-    fn overloaded(&self) -> Error {
+    /// That no more can be taken now.
+    pub fn overloaded(&self) -> Error {
         Error::Overloaded { in_flight: self.max_in_flight, queued: self.waiting.load(Ordering::Relaxed) }
     }
 }

@@ -9,6 +9,7 @@ use futures_util::future::join_all;
 use sarai_core::{Error, Phase, Residence};
 use thiserror::Error as ThisError;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use crate::admission::Admission;
@@ -27,6 +28,8 @@ use crate::state::State;
 use crate::supervise::spare::spare_the_server;
 use crate::supervise::validate::Validator;
 
+/// Bodies of the largest size that may come at the same time.
+const MOST_BODIES: usize = 8;
 /// How long the workers together may take to end; those that still live are killed with their handles.
 const END_WORKERS: Duration = Duration::from_secs(8);
 
@@ -127,6 +130,7 @@ impl Server {
         let app = App {
             gateway: self.gateway.clone(),
             max_body_bytes: self.config.server.max_body_bytes,
+            bodies: Arc::new(Semaphore::new(MOST_BODIES * (self.config.server.max_body_bytes >> 10))),
             stall: self.config.server.stall,
             heartbeat: self.config.server.heartbeat,
             started: std::time::SystemTime::now(),

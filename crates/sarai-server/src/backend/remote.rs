@@ -24,6 +24,8 @@ use crate::health::Look;
 const MAX_LINE_BYTES: usize = 1 << 20;
 /// Answers to a look that take longer tell of the host's work, and not of its distance.
 const SLOW: Duration = Duration::from_millis(400);
+/// More than any model says: an answer that is wanted whole is kept, and what is out of a stream is remembered.
+const MAX_ANSWER_BYTES: usize = 128 << 20;
 /// How long the end of a body may follow its end mark.
 const END_OF_BODY: Duration = Duration::from_secs(1);
 /// How long it is waited for before the end mark is passed on.
@@ -175,7 +177,7 @@ impl Hosts {
         if !response.status().is_success() {
             return Ok(Look { round_trip, loaded: None });
         }
-        let body = up_to(response, MAX_WHOLE_BYTES).await;
+        let body = up_to(response, MAX_LIST_BYTES).await;
         let listed: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
         Ok(Look { round_trip, loaded: listed::loaded(remote.api, &listed) })
     }
@@ -360,9 +362,10 @@ pub struct Place<'a> {
 }
 
 fn with_key(request: RequestBuilder, remote: &Remote) -> RequestBuilder {
-    match &remote.api_key {
-        Some(key) => request.bearer_auth(key),
-        None => request,
+    match (&remote.api_key, &remote.user) {
+        (Some(key), _) => request.bearer_auth(key),
+        (None, Some((name, password))) => request.basic_auth(name, password.as_ref()),
+        (None, None) => request,
     }
 }
 
@@ -484,6 +487,14 @@ impl Reader {
         }
     }
 
+    /// Whether it has reported that the request is wrong.
+    fn says_that_the_request_is_wrong(&self) -> bool {
+        match self {
+            Self::Ndjson => false,
+            Self::Sse(reader) | Self::Whole(reader) => reader.is_the_clients,
+        }
+    }
+
     /// The end of a body that came without a further mark.
     fn end(&self) -> Option<Event> {
         match self {
@@ -498,6 +509,8 @@ struct Lines {
     reader: Reader,
     chunks: Chunks,
     buffer: BytesMut,
+    /// Bytes that have come.
+    read: usize,
     waiting: VecDeque<Event>,
     /// Whether any of the answer is out.
     has_begun: bool,
@@ -515,6 +528,7 @@ fn events(
         reader,
         chunks: Box::pin(chunks),
         buffer: BytesMut::new(),
+        read: 0,
         waiting: VecDeque::new(),
         has_begun: false,
         finished: false,
@@ -556,6 +570,14 @@ impl Lines {
         self.has_begun |= matches!(step, Ok(Event::Text(_) | Event::Extra(_)));
         Some(step.map_err(|cause| {
             let cause = match cause {
+                RemoteCause::Reported(message)
+                    if !self.has_begun
+                        && self.reader.says_that_the_request_is_wrong()
+                        && !is_about_length(&message) =>
+                {
+                    let message = format!("host {} refuses the request: {message}", self.host);
+                    return Error::InvalidRequest { message, param: None };
+                }
                 // Some refuse a prompt in a stream of their own, with status 200.
                 RemoteCause::Reported(message) if !self.has_begun && is_about_length(&message) => {
                     RemoteCause::TooLong(message)
@@ -581,14 +603,22 @@ impl Lines {
         match next {
             Some(Ok(chunk)) => {
                 self.buffer.extend_from_slice(&chunk);
+                self.read += chunk.len();
+                if self.read > MAX_ANSWER_BYTES && matches!(self.reader, Reader::Ndjson | Reader::Sse(_)) {
+                    return Err(RemoteCause::Garbled(format!("an answer of more than {MAX_ANSWER_BYTES} bytes")));
+                }
                 // Heartbeats, or half a line: it lives.
                 Ok(self.buffered()?.unwrap_or(Event::Alive))
             }
             // What is left without a line end may be garbage, such as an HTML page: say which it is. Or it is all there was.
-            Some(Err(_)) => match self.rest() {
-                Ok(rest) => rest.ok_or(RemoteCause::Cut),
-                Err(cause) => self.reader.end().ok_or(cause),
-            },
+            Some(Err(_)) => {
+                let is_half_a_line = [&b"{"[..], b"data:"].iter().any(|begins| self.buffer.starts_with(begins));
+                match self.rest() {
+                    Ok(rest) => rest.ok_or(RemoteCause::Cut),
+                    Err(RemoteCause::Garbled(_)) if is_half_a_line => self.reader.end().ok_or(RemoteCause::Cut),
+                    Err(cause) => self.reader.end().ok_or(cause),
+                }
+            }
             None => self.rest().and_then(|end| end.ok_or(RemoteCause::Cut)),
         }
     }

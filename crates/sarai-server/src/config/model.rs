@@ -1,5 +1,6 @@
 //! A model as meant: its name, the places that serve it, and what happens when one does not.
 
+use percent_encoding::percent_decode_str;
 use sarai_core::{Api, Deadlines, Sampling};
 use sarai_plan::ledger::EngineId;
 
@@ -124,6 +125,8 @@ pub struct Remote {
     pub context_tokens: Option<u32>,
     /// Sent as a bearer token.
     pub api_key: Option<String>,
+    /// Name and password that stood in the URL: what is shown of it must not have them.
+    pub user: Option<(String, Option<String>)>,
     /// Requests that the host answers for us at the same time; further ones wait here. `None` is without limit.
     pub max_outstanding: Option<usize>,
     /// Its share of the load beside other hosts; 1 is usual.
@@ -143,12 +146,14 @@ pub struct Remote {
 impl Remote {
     /// A model on a host, with nothing else said of it.
     pub fn new(api: Api, url: &str, model_name: String) -> Self {
+        let (url, user) = without_user(url);
         Self {
             api,
-            url: url.to_owned(),
+            url,
             model_name,
             context_tokens: None,
             api_key: None,
+            user,
             max_outstanding: None,
             weight: 1,
             priority: 0,
@@ -158,6 +163,20 @@ impl Remote {
             makes_vectors: false,
         }
     }
+}
+
+/// A URL without the name and password that may stand in it, and these.
+fn without_user(url: &str) -> (String, Option<(String, Option<String>)>) {
+    let plain = || (url.to_owned(), None);
+    let Ok(parsed) = reqwest::Url::parse(url) else { return plain() };
+    let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
+    if parsed.username().is_empty() && parsed.password().is_none() {
+        return plain();
+    }
+    let user = (decoded(parsed.username()), parsed.password().map(decoded));
+    let mut bare = parsed;
+    let _ = bare.set_username("").and_then(|()| bare.set_password(None));
+    (bare.as_str().trim_end_matches('/').to_owned(), Some(user))
 }
 
 impl std::fmt::Debug for Remote {

@@ -156,7 +156,7 @@ impl FirstLimit {
     pub async fn of(health: &Health, candidate: &Candidate, host: &Remote, work: &Work<'_>) -> Self {
         let (expected, known) = work.expected_now(health, host).await;
         let most = candidate.model.deadlines.first_token;
-        let limit = match candidate.model.first_token_is_set {
+        let limit = match candidate.model.first_token_is_set || work.may_call {
             true => most,
             false => known.pace.first_limit(expected, most),
         };
@@ -207,7 +207,9 @@ async fn at_host(
     let first = first_event(&mut events, first_limit, until).await;
     let (early, first) = first.map_err(|limit| silent(Phase::FirstToken, limit))??;
     let took = began.elapsed();
-    let (pace, whole, is_set) = (known.pace, deadlines.gap, candidate.model.gap_is_set);
+    // Of a call, nothing may come before it is whole.
+    let is_set = candidate.model.gap_is_set || request.may_call();
+    let (pace, whole) = (known.pace, deadlines.gap);
     let limits = move |gaps: Gaps| Limits { silence: if is_set { whole } else { pace.gap_limit(gaps, whole) }, whole };
     let events = with_gaps_limited((early, first), events, limits, move |limit| silent(Phase::Gap, limit));
     Ok(observed(events, host.clone(), health.clone(), permit, took))
@@ -299,13 +301,32 @@ struct Observed {
     /// How long its events were waited for; how long the client took to read them is not its matter.
     rest: Duration,
     has_begun: bool,
+    has_called: bool,
     _place: Place,
+}
+
+/// Whether tools are called in it.
+fn is_call(event: &Event) -> bool {
+    match event {
+        Event::ToolCall(_) => true,
+        Event::Extra(extra) => ["tool_calls", "function_call"].iter().any(|name| extra.message.contains_key(*name)),
+        _ => false,
+    }
 }
 
 fn observed(events: EventStream, remote: Remote, health: Health, place: Place, took: Duration) -> EventStream {
     let gaps = Gaps::default();
-    let observed =
-        Observed { events, remote, health, gaps, took, rest: Duration::ZERO, has_begun: false, _place: place };
+    let observed = Observed {
+        events,
+        remote,
+        health,
+        gaps,
+        took,
+        rest: Duration::ZERO,
+        has_begun: false,
+        has_called: false,
+        _place: place,
+    };
     Box::pin(stream::unfold(Some(observed), |observed| async {
         let mut observed = observed?;
         let asked = Instant::now();
@@ -314,12 +335,14 @@ fn observed(events: EventStream, remote: Remote, health: Health, place: Place, t
         observed.rest += gap;
         match &event {
             Ok(Event::Done { usage, timings, .. }) => {
-                let Observed { remote, health, gaps, took, rest, .. } = &observed;
-                let (usage, timings) = (*usage, *timings);
-                health.succeeded(remote, &Sample { gaps: *gaps, first: *took, rest: *rest, usage, timings });
+                let Observed { remote, health, gaps, took, rest, has_called, .. } = &observed;
+                let (usage, timings, is_held_back) = (*usage, *timings, *has_called);
+                let sample = Sample { gaps: *gaps, first: *took, rest: *rest, usage, timings, is_held_back };
+                health.succeeded(remote, &sample);
                 return Some((event, None));
             }
-            Ok(_) => {
+            Ok(event) => {
+                observed.has_called |= is_call(event);
                 if std::mem::replace(&mut observed.has_begun, true) {
                     observed.gaps.saw(gap);
                 }

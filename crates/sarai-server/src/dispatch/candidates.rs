@@ -8,7 +8,9 @@ use sarai_api::ollama::ignored_by_ollama;
 use sarai_api::openai::remote::unknown_to_openai;
 use sarai_api::schema::{not_followed, not_followed_by_calls};
 use sarai_api::translate::can_be_asked;
-use sarai_core::{Api, Error, Extras, Format, GenerateRequest, MediaSource, Need, Purpose, ToolChoice};
+use sarai_core::{
+    Api, Error, Extras, Format, GenerateRequest, MediaSource, Need, Purpose, REASONING_EFFORT, ToolChoice,
+};
 use serde_json::Value;
 
 use crate::catalog::Catalog;
@@ -245,6 +247,15 @@ impl Seeking<'_> {
             && !matches!(deployment, Deployment::Remote(remote) | Deployment::Process { remote, .. } if remote.api == extras.api)
         {
             lost.extend(extras.degrades.iter().cloned());
+        }
+        let knows_effort = || match deployment {
+            Deployment::Local { engine, .. } => self.catalog.known_file(*engine).is_none_or(|file| file.knows_effort()),
+            Deployment::Remote(host) | Deployment::Process { remote: host, .. } => {
+                request.extras.as_ref().is_none_or(|extras| extras.api == host.api)
+            }
+        };
+        if request.says_effort() && !knows_effort() {
+            lost.push(REASONING_EFFORT.to_owned());
         }
         if request.truncate {
             lost.push(TRUNCATED.to_owned());

@@ -228,7 +228,8 @@ impl Dispatch {
                 match host.makes_vectors {
                     true => {
                         let (gaps, usage, timings) = (Gaps::default(), embedded.usage, embedded.timings);
-                        let sample = Sample { gaps, first: began.elapsed(), rest: Duration::ZERO, usage, timings };
+                        let (first, rest) = (began.elapsed(), Duration::ZERO);
+                        let sample = Sample { gaps, first, rest, usage, timings, is_held_back: false };
                         self.health.succeeded(host, &sample);
                     }
                     // Whether it answers in words is another question.

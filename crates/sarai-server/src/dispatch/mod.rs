@@ -220,7 +220,7 @@ impl Dispatch {
         wants: &mut Wants,
         ticket: &Ticket,
     ) -> Result<Answer, Error> {
-        let (request, manner) = (Arc::new(request), wants.manner);
+        let (mut request, manner) = (Arc::new(request), wants.manner);
         self.read_files(model).await;
         if request.media().next().is_some() {
             self.read_capabilities(model).await;
@@ -229,6 +229,9 @@ impl Dispatch {
         if let Some(only) = &wants.only {
             tiers.iter_mut().for_each(|tier| tier.retain(|one| only.contains(&one.label())));
             tiers.retain(|tier| !tier.is_empty());
+        }
+        if !manner.whole && resume::may_be_asked_again(model, &request, tiers.iter().flatten()) {
+            Arc::make_mut(&mut request).sampling.seed = Some(rand::random_range(1..i32::MAX as u32));
         }
         self.health.get_to_know(tiers.iter().flatten().filter_map(Candidate::remote)).await;
         let mut tiers = near_first(tiers, &self.health);

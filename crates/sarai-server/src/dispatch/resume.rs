@@ -51,6 +51,18 @@ pub fn is_resumable(model: &Model, request: &GenerateRequest) -> bool {
     model.resume != Resume::Never && !request.format.is_constrained() && is_understood
 }
 
+/// Whether a seed that nobody asked for lets another host say the same once more: those of Ollama's API have one by chance otherwise; servers of
+/// OpenAI's API may refuse the field.
+pub fn may_be_asked_again<'a>(
+    model: &Model,
+    request: &GenerateRequest,
+    mut all: impl Iterator<Item = &'a Candidate> + Clone,
+) -> bool {
+    let is_ollama = |candidate: &Candidate| candidate.remote().is_none_or(|remote| remote.api == Api::Ollama);
+    let has_host = |candidate: &Candidate| candidate.remote().is_some();
+    !is_determined(request) && is_resumable(model, request) && all.clone().any(has_host) && all.all(is_ollama)
+}
+
 /// Whether a host sees the client's own fields, in which nothing can be put behind the prompt.
 fn is_sent_as_written(request: &GenerateRequest) -> bool {
     request.suffix.is_some() || request.extras.as_ref().is_some_and(|extras| extras.is_generate)

@@ -26,6 +26,8 @@ pub struct Work<'a> {
     pub lane: Lane,
     /// Whether it is vectors that are wanted.
     pub is_of_vectors: bool,
+    /// Whether tools may be called.
+    pub may_call: bool,
 }
 
 impl<'a> Work<'a> {
@@ -33,6 +35,7 @@ impl<'a> Work<'a> {
     pub fn of(request: &'a GenerateRequest) -> Self {
         let begins = match &request.prompt {
             Prompt::Raw(text) => vec![text.as_str()],
+            Prompt::Tokens(_) => Vec::new(),
             Prompt::Chat(messages) => messages.iter().take(2).map(|message| message.content.as_str()).collect(),
         };
         let answer_tokens = request.max_tokens.map_or(USUAL_ANSWER, |most| most.min(USUAL_ANSWER));
@@ -43,6 +46,7 @@ impl<'a> Work<'a> {
             residence: request.residence,
             lane: request.lane,
             is_of_vectors: false,
+            may_call: request.may_call(),
         }
     }
 
@@ -64,12 +68,15 @@ impl<'a> Work<'a> {
             residence: Residence { context_tokens: None, keep_alive: parsed.keep_alive },
             lane: parsed.request.lane,
             is_of_vectors: true,
+            may_call: false,
         }
     }
 
     /// What this would meet at a host, and what is known of it.
     pub fn expected(&self, health: &Health, remote: &Remote) -> (Expected, Known) {
-        health.expected(remote, self.prompt_tokens, self.answer_tokens)
+        let (expected, known) = health.expected(remote, self.prompt_tokens, self.answer_tokens);
+        let held_tokens = if self.may_call { self.answer_tokens } else { 0 };
+        (Expected { held_tokens, ..expected }, known)
     }
 
     /// The same, after a look at a host of which it is not known whether it has the model loaded. One that does not even answer that
@@ -95,6 +102,7 @@ impl<'a> Work<'a> {
 pub fn prompt_tokens(request: &GenerateRequest) -> u32 {
     let bytes = match &request.prompt {
         Prompt::Raw(text) => text.len(),
+        Prompt::Tokens(tokens) => tokens.len() * BYTES_PER_TOKEN,
         Prompt::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
     };
     let tools = request.tools.as_ref().map_or(0, |tools| tools.definitions.len());

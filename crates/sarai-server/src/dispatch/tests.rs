@@ -10,7 +10,8 @@ use std::time::Duration;
 use futures_util::{StreamExt, stream};
 use proptest::prelude::*;
 use sarai_core::{
-    Error, Event, FinishReason, GenerateRequest, Lane, Message, Prompt, RemoteCause, Role, Sampling, Timings, Usage,
+    Error, Event, FinishReason, GenerateRequest, Lane, Message, Prompt, RemoteCause, Role, Sampling, Timings, ToolCall,
+    ToolCallPart, Usage,
 };
 use tokio::time::Instant;
 
@@ -383,6 +384,53 @@ async fn a_probe_that_hangs_holds_its_breaker_open_for_seconds_only() {
     tokio::time::sleep(Duration::from_secs(30)).await;
     let state = dispatch.health.of(&remote).state;
     assert_eq!((state, probes.load(Ordering::SeqCst)), (BreakerState::Closed, 2));
+    dispatch.pool.stop().await;
+}
+
+/// Ollama says nothing of a call before it is whole: that is no stall, and nothing that others would be late by.
+#[tokio::test(start_paused = true)]
+async fn a_call_that_is_held_back_is_waited_for_and_what_is_usual_stays_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let script = Script(Arc::new(|remote: &Remote, request: &GenerateRequest| {
+        let (_, events) = answer(remote, Does::Answers, Answering::at(&Arc::default(), &Arc::default()));
+        let Prompt::Chat(messages) = &request.prompt else { unreachable!() };
+        let (late, pause) = match messages[0].content.as_str() {
+            "call" => (90, 0),
+            "text, then a call" => (0, 50),
+            _ => (0, 0),
+        };
+        let calls = late + pause > 0;
+        let events = events.map(|events| {
+            let paused = events.enumerate().then(move |(n, event)| async move {
+                tokio::time::sleep(Duration::from_secs(if n == 3 { pause } else { 0 })).await;
+                let call = || ToolCallPart { index: 0, call: ToolCall::default() };
+                if calls && n == 3 { Ok(Event::ToolCall(call())) } else { event }
+            });
+            Box::pin(paused) as EventStream
+        });
+        (Duration::from_secs(late), events)
+    }));
+    let dispatch = dispatch(1, "connect_seconds: 2", script, folder.path());
+    let ticket = Arc::new(Admission::new(1, 0, Duration::ZERO)).admit(Lane::Interactive).await.unwrap();
+    let remote = dispatch.catalogs.now().remotes().map(|(_, remote)| remote.clone()).next().unwrap();
+    for _ in 0..10 {
+        assert_eq!(ask(&dispatch, "usual", false).await, (text(PIECES), None));
+    }
+    let usual = Work::of(&request("usual")).expected(&dispatch.health, &remote);
+    for tag in ["call", "text, then a call"].repeat(3) {
+        let tools = sarai_core::Tools {
+            definitions: "[]".into(),
+            names: Vec::new(),
+            choice: sarai_core::ToolChoice::Auto,
+            parallel: None,
+        };
+        let asked = GenerateRequest { tools: Some(tools), ..request(tag) };
+        let (_, error) = ask_with(&dispatch, asked, false, &ticket).await;
+        assert!(error.is_none(), "{tag}: {error:?}");
+        assert_eq!(dispatch.health.of(&remote).state, BreakerState::Closed);
+    }
+    let after = Work::of(&request("usual")).expected(&dispatch.health, &remote);
+    assert_eq!(after.1.pace.late(after.0), usual.1.pace.late(usual.0));
     dispatch.pool.stop().await;
 }
 

@@ -40,6 +40,8 @@ pub struct Host {
     is_looked_at: bool,
     /// Whether one has ended.
     was_looked_at: bool,
+    /// Whether the last one had no end of its own.
+    hangs: bool,
 }
 
 /// Places of a host without limit.
@@ -56,6 +58,7 @@ impl Host {
             looked: None,
             is_looked_at: false,
             was_looked_at: false,
+            hangs: false,
         }
     }
 
@@ -89,7 +92,8 @@ impl Host {
     }
 
     /// A look has ended, whatever it has shown.
-    pub fn has_been_looked_at(&mut self, now: Instant) {
+    pub fn has_been_looked_at(&mut self, now: Instant, hangs: bool) {
+        self.hangs = hangs;
         self.is_looked_at = false;
         self.was_looked_at = true;
         self.looked = Some(now);
@@ -98,6 +102,11 @@ impl Host {
     /// Whether its distance is not known, and a look is under way or due that may tell it.
     pub fn is_to_be_measured(&self, now: Instant) -> bool {
         self.round_trips.is_empty() && (self.is_looked_at || self.is_due(now))
+    }
+
+    /// Whether a look at it is worth waiting for.
+    pub const fn ends_looks(&self) -> bool {
+        !self.hangs
     }
 
     /// Whether nothing is known of it but its name.

@@ -152,6 +152,11 @@ fn key(remote: &Remote) -> Key {
     (remote.url.clone(), remote.model_name.clone())
 }
 
+/// Whether a host's name for a model is this one; Ollama adds a tag.
+fn is_same_model(known: &str, name: &str) -> bool {
+    known == name || known.strip_suffix(":latest") == Some(name)
+}
+
 /// Under which what was learned of a deployment is kept.
 fn state_key(remote: &Remote) -> String {
     format!("host {} {}", remote.url, remote.model_name)
@@ -286,7 +291,7 @@ impl Health {
         self.table.look_if_due(remote);
         let known = self.of(remote);
         let is_resident = known.is_loaded == Some(true) && !known.may_load;
-        (Expected { prompt_tokens, answer_tokens, is_resident }, known)
+        (Expected { prompt_tokens, answer_tokens, held_tokens: 0, is_resident }, known)
     }
 
     /// Looks at a host and waits for it, if its API tells what is loaded and that is not known; whether it answered, as far as it was
@@ -305,7 +310,8 @@ impl Health {
     pub async fn measure(&self, remote: &Remote) {
         let measured = async {
             let mut looks = self.table.looks.subscribe();
-            while self.table.lock().hosts.get(&remote.url).is_some_and(|host| host.is_to_be_measured(Instant::now())) {
+            let is_awaited = |host: &Host| host.ends_looks() && host.is_to_be_measured(Instant::now());
+            while self.table.lock().hosts.get(&remote.url).is_some_and(is_awaited) {
                 self.table.look_if_due(remote);
                 if looks.changed().await.is_err() {
                     break;
@@ -350,12 +356,18 @@ impl Health {
         if entry.loader.as_ref().is_some_and(|loader| !loader.is_finished()) {
             return;
         }
-        let (hosts, remote, deadlines) = (self.table.hosts.clone(), remote.clone(), *deadlines);
+        let (table, hosts) = (self.table.clone(), self.table.hosts.clone());
+        let (remote, deadlines) = (remote.clone(), *deadlines);
         let loading = tokio::spawn(async move {
             let place =
                 remote::Place { remote: &remote, context_tokens: remote.context_tokens, connect: deadlines.connect };
-            // It ends by itself; what comes of it, the next look shows.
-            let _ = timeout(deadlines.load, hosts.load(&place, None)).await;
+            let seconds = deadlines.load.as_secs();
+            let late = || RemoteCause::Silent { phase: Phase::Load, seconds };
+            let loaded = timeout(deadlines.load, hosts.load(&place, None)).await;
+            let loaded = loaded.unwrap_or_else(|_| Err(Error::Remote { host: remote.url.clone(), cause: late() }));
+            if let Err(error) = loaded {
+                table.failed(&remote, &error);
+            }
         });
         entry.loader = Some(loading.abort_handle());
     }
@@ -407,11 +419,37 @@ impl Health {
 
     /// A request failed; only what is the deployment's fault counts.
     pub fn failed(&self, remote: &Remote, error: &Error) {
+        self.table.failed(remote, error);
+    }
+
+    /// Somebody else was faster. A host of which nothing is known yet may just be slow: if it is there, it is given longer the next
+    /// time, and is not to blame before that was long.
+    pub fn was_late(&self, remote: &Remote, late: Duration, error: Error) {
+        if !self.of(remote).pace.may_be_slow(late) {
+            return self.failed(remote, &error);
+        }
+        let (table, remote) = (self.table.clone(), remote.clone());
+        // It ends by itself, soon.
+        tokio::spawn(async move {
+            if timeout(LOOK_NOW, table.look(&remote)).await == Ok(true) {
+                let mut entries = table.lock();
+                if let Some(entry) = entries.deployments.get_mut(&key(&remote)) {
+                    entry.pace.gave_up(late);
+                }
+            } else {
+                table.failed(&remote, &error);
+            }
+        });
+    }
+}
+
+impl Table {
+    fn failed(&self, remote: &Remote, error: &Error) {
         let Error::Remote { cause, .. } = error else { return };
         if cause.is_of_the_request() {
             return;
         }
-        let mut entries = self.table.lock();
+        let mut entries = self.lock();
         let Some(entry) = entries.deployments.get_mut(&key(remote)) else { return };
         match cause {
             RemoteCause::Silent { phase: Phase::Gap, seconds } => entry.pace.cut_for_gap(Duration::from_secs(*seconds)),
@@ -420,7 +458,7 @@ impl Health {
             }
             _ => {}
         }
-        self.table.learned.learn(&state_key(remote), |learned| learned.pace = entry.pace);
+        self.learned.learn(&state_key(remote), |learned| learned.pace = entry.pace);
         if remote.managed_lb && !matches!(cause, RemoteCause::Unreachable(_)) {
             // One machine of the cluster, of which only its own balancer knows the others.
             return;
@@ -428,14 +466,12 @@ impl Health {
         if entry.breaker.failed(error, Instant::now(), rand::random()) {
             tracing::warn!(deployment = ?remote, %error, "breaker opens");
             // Who is too busy to hear of it misses a convenience.
-            let _ = self.table.opened.try_send(remote.clone());
-            self.table.tell();
+            let _ = self.opened.try_send(remote.clone());
+            self.tell();
         }
-        self.table.probe_if_open(entry);
+        self.probe_if_open(entry);
     }
-}
 
-impl Table {
     fn lock(&self) -> MutexGuard<'_, Entries> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -489,9 +525,9 @@ impl Table {
         let (table, remote) = (self.clone(), remote.clone());
         // It ends by itself, soon.
         tokio::spawn(async move {
-            let _ = timeout(LOOK_WITHIN, table.look(&remote)).await;
+            let hangs = timeout(LOOK_WITHIN, table.look(&remote)).await.is_err();
             if let Some(host) = table.lock().hosts.get_mut(&remote.url) {
-                host.has_been_looked_at(Instant::now());
+                host.has_been_looked_at(Instant::now(), hangs);
             }
             table.looks.send_modify(|count| *count += 1);
         });
@@ -510,7 +546,7 @@ impl Table {
 
     /// Recovers without traffic: after each rest, one real token is asked for.
     async fn probe_until_closed(self, remote: Remote, turn: u64) {
-        let nothing = Expected { prompt_tokens: 0, answer_tokens: 1, is_resident: true };
+        let nothing = Expected { prompt_tokens: 0, answer_tokens: 1, held_tokens: 0, is_resident: true };
         let mut within = self.of(&remote).pace.late(nothing).max(PROBE_WITHIN);
         loop {
             let State::Open { until } = self.breaker(&remote).state() else { return };
@@ -584,6 +620,14 @@ impl Table {
             // It does not like this request, but it answers.
             Err(Error::InvalidRequest { .. }) => Ok(()),
             Err(Error::Remote { cause, .. }) if cause.is_of_the_request() => Ok(()),
+            Err(error @ Error::Remote { cause: RemoteCause::ModelMissing(_), .. }) => {
+                // Some make vectors or complete texts only, and know no chats: it is back, if it was away and has the model.
+                let last = self.breaker(remote).last().cloned();
+                let was_away = matches!(last, Some(Error::Remote { cause: RemoteCause::Unreachable(_), .. }));
+                let listed = async { self.hosts.models(remote, deadlines.connect).await.unwrap_or_default() };
+                let is_listed = was_away && listed.await.iter().any(|name| is_same_model(name, &remote.model_name));
+                if is_listed { Ok(()) } else { Err(error) }
+            }
             outcome => outcome,
         }
     }

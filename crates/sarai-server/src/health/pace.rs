@@ -26,6 +26,8 @@ const LATE_FACTOR: u32 = 2;
 const SHORTEST_LATE: Duration = Duration::from_secs(2);
 /// When somebody else is asked as well while nothing is known yet.
 const LATE_UNKNOWN: Duration = Duration::from_secs(10);
+/// And at most, where the host was given up before.
+const LATEST_UNKNOWN: Duration = Duration::from_secs(60);
 /// A host says that it loaded for a few milliseconds with every answer; this is a real load.
 const A_LOAD: Duration = Duration::from_millis(700);
 /// Shorter prompts tell nothing of the speed.
@@ -34,6 +36,9 @@ const TOKENS_TO_LEARN: u32 = 48;
 const NEW: f64 = 0.2;
 /// How much of a longest time is left after one more that was shorter.
 const FADES: f64 = 0.99;
+/// A prompt that is read so many times as fast as usual was mostly read before; what is left then.
+const KEPT_IS_FASTER: f64 = 2.0;
+const FADES_SLOWLY: f64 = 0.999;
 
 /// How long the pauses between pieces of an answer usually are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,6 +75,8 @@ pub struct Sample {
     pub usage: Usage,
     /// What the host says of its time; zero where it says nothing.
     pub timings: Timings,
+    /// Whether some of it came only once it was whole, as calls of tools do: its pauses say nothing of others.
+    pub is_held_back: bool,
 }
 
 /// What was learned of one deployment.
@@ -95,8 +102,12 @@ pub struct Pace {
 impl Pace {
     /// Takes an answer into account.
     pub fn saw(&mut self, sample: &Sample) {
+        let Sample { first, rest, usage, timings, is_held_back, .. } = *sample;
+        (self.gave_up, self.cut_after) = (0.0, 0.0);
+        if is_held_back {
+            return;
+        }
         self.gaps.absorb(sample.gaps);
-        let Sample { first, rest, usage, timings, .. } = *sample;
         let load = if timings.load >= A_LOAD { timings.load } else { Duration::ZERO };
         let working = first.saturating_sub(load);
         let prefill = if timings.prefill.is_zero() { working } else { timings.prefill.min(working) };
@@ -105,7 +116,10 @@ impl Pace {
         }
         let computed = usage.prompt_tokens.saturating_sub(usage.cached_tokens);
         if computed >= TOKENS_TO_LEARN || (self.prefill == 0.0 && computed > 0) {
-            self.prefill = longest(self.prefill, prefill.as_secs_f64() / f64::from(computed));
+            let each = prefill.as_secs_f64() / f64::from(computed);
+            // Ollama does not say what it has kept of an earlier prompt: then it is fast, and nothing is to be learned of that.
+            let is_kept = usage.cached_tokens == 0 && each < self.prefill / KEPT_IS_FASTER;
+            self.prefill = if is_kept { self.prefill * FADES_SLOWLY } else { longest(self.prefill, each) };
         }
         if usage.completion_tokens > 1 {
             let each = rest.as_secs_f64() / f64::from(usage.completion_tokens - 1);
@@ -114,8 +128,6 @@ impl Pace {
         let beyond = working.as_secs_f64() - self.prefill * f64::from(usage.prompt_tokens);
         self.wait = longest(self.wait, beyond.max(0.0));
         self.answers = self.answers.saturating_add(1);
-        self.gave_up = 0.0;
-        self.cut_after = 0.0;
     }
 
     /// A stream was cut for a gap of this length: the limit may have been too short.
@@ -157,15 +169,27 @@ impl Pace {
     /// When the first token is so late that somebody else is asked as well.
     #[must_use]
     pub fn late(&self, expected: Expected) -> Duration {
-        let is_known = self.answers >= ANSWERS_TO_LEARN / 2 && (expected.is_resident || self.load > 0.0);
-        match is_known {
+        let is_known = self.is_known() && (expected.is_resident || self.load > 0.0);
+        let held_back = Duration::try_from_secs_f64(self.decode * f64::from(expected.held_tokens)).unwrap_or_default();
+        let gave_up = Duration::from_secs_f64(self.gave_up);
+        let late = match is_known {
             // A host that has become slower is given longer each time, and has its turn again.
-            true => {
-                let slower = Duration::from_secs_f64(self.gave_up).min(LATE_UNKNOWN);
-                (self.usual(expected).max(slower) * LATE_FACTOR).max(SHORTEST_LATE)
-            }
-            false => LATE_UNKNOWN,
-        }
+            true => (self.usual(expected).max(gave_up.min(LATE_UNKNOWN)) * LATE_FACTOR).max(SHORTEST_LATE),
+            false => (gave_up * LATE_FACTOR).clamp(LATE_UNKNOWN, LATEST_UNKNOWN),
+        };
+        late + held_back
+    }
+
+    /// Whether it is known what is late here.
+    #[must_use]
+    pub const fn is_known(&self) -> bool {
+        self.answers >= ANSWERS_TO_LEARN / 2
+    }
+
+    /// Whether a host of which nothing is known, and which is there, may just be slow: it was not given long yet.
+    #[must_use]
+    pub const fn may_be_slow(&self, late: Duration) -> bool {
+        !self.is_known() && late.as_secs() < LATEST_UNKNOWN.as_secs()
     }
 
     /// What an answer takes, so that hosts can be compared; `None` while nothing is known.
@@ -189,6 +213,8 @@ pub struct Expected {
     pub prompt_tokens: u32,
     /// Tokens of the answer, at most.
     pub answer_tokens: u32,
+    /// Those of them that may come only once they are whole.
+    pub held_tokens: u32,
     /// Whether the model is loaded there.
     pub is_resident: bool,
 }
@@ -210,11 +236,12 @@ mod tests {
             rest: Duration::from_secs(1),
             usage: Usage { prompt_tokens, cached_tokens: 0, completion_tokens: 11 },
             timings: Timings::default(),
+            is_held_back: false,
         }
     }
 
     fn expected(prompt_tokens: u32, is_resident: bool) -> Expected {
-        Expected { prompt_tokens, answer_tokens: 100, is_resident }
+        Expected { prompt_tokens, answer_tokens: 100, held_tokens: 0, is_resident }
     }
 
     fn with_gaps(pace: &mut Pace, gaps: impl IntoIterator<Item = u64>) {
@@ -289,6 +316,46 @@ mod tests {
         }
         slower.saw(&answer(100, 100));
         assert_eq!(slower.late(expected(100, true)), SHORTEST_LATE);
+    }
+
+    #[test]
+    fn a_host_of_which_nothing_is_known_is_given_longer_each_time() {
+        let mut pace = Pace::default();
+        for wanted in [10, 20, 40, 60, 60] {
+            let late = pace.late(expected(1_000, true));
+            assert_eq!((late.as_secs(), pace.may_be_slow(late)), (wanted, wanted < 60));
+            pace.gave_up(late);
+        }
+        pace.saw(&answer(40_000, 1_000));
+        assert_eq!(pace.late(expected(1_000, true)), LATE_UNKNOWN, "until it has answered");
+    }
+
+    #[test]
+    fn prompts_that_were_read_before_do_not_make_others_late() {
+        let mut pace = Pace::default();
+        let of_host = |prefill: u64| {
+            let timings = Timings { prefill: Duration::from_millis(prefill), ..Timings::default() };
+            Sample { timings, ..answer(prefill, 1_000) }
+        };
+        (0..10).for_each(|_| pace.saw(&of_host(10_000)));
+        let before = pace.late(expected(8_000, true));
+        (0..300).for_each(|_| pace.saw(&of_host(200)));
+        assert!(pace.late(expected(8_000, true)) > before.mul_f64(0.7));
+        (0..300).for_each(|_| pace.saw(&of_host(6_000)));
+        assert!(pace.late(expected(8_000, true)) < before.mul_f64(0.7), "and one that became faster is");
+    }
+
+    #[test]
+    fn calls_that_come_whole_teach_nothing_and_are_given_their_time() {
+        let mut pace = Pace::default();
+        (0..10).for_each(|_| pace.saw(&answer(100, 100)));
+        let usual = pace.late(expected(100, true));
+        let called = Sample { is_held_back: true, ..answer(60_000, 100) };
+        (0..10).for_each(|_| pace.saw(&called));
+        assert_eq!(pace.late(expected(100, true)), usual);
+        // A tenth of a second a token.
+        let may_call = Expected { held_tokens: 100, ..expected(100, true) };
+        assert_eq!(pace.late(may_call), usual + Duration::from_secs(10));
     }
 
     #[test]

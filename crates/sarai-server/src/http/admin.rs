@@ -123,7 +123,17 @@ fn model_state(app: &App, model: &Model, snapshot: Option<&Snapshot>, hosts: &Ho
             Deployment::Local { engine, .. } | Deployment::Process { engine, .. } => {
                 local_state(app, *engine, snapshot)
             }
-            Deployment::Remote(remote) => remote_state(&remote.url, &remote.model_name, hosts),
+            Deployment::Remote(remote) => {
+                let state = remote_state(&remote.url, &remote.model_name, hosts);
+                match state {
+                    // Its list is no proof.
+                    ("up", _) if app.gateway.dispatch.health.is_open(remote) => {
+                        let last = app.gateway.dispatch.health.of(remote).last;
+                        ("failing", last.map(|error| error.to_string()))
+                    }
+                    state => state,
+                }
+            }
         };
         let mut row = json!({ "deployment": label(model, deployment), "state": state, "reason": reason });
         if let Deployment::Remote(remote) = deployment {

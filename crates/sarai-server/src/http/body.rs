@@ -7,6 +7,7 @@ use axum::extract::Request;
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use sarai_core::Error;
+use tokio::sync::SemaphorePermit;
 
 use super::App;
 
@@ -19,6 +20,8 @@ const DRAINED_BYTES: usize = 256 << 20;
 /// It is larger, or the client stopped sending.
 pub async fn read(request: Request<Body>, app: &App) -> Result<Bytes, Error> {
     let limit_bytes = app.max_body_bytes;
+    // Given back with the body's end: requests that were read have a bound of their own.
+    let mut held: Option<SemaphorePermit<'_>> = None;
     let mut chunks = request.into_body().into_data_stream();
     let mut body = BytesMut::new();
     let mut total = 0;
@@ -29,9 +32,15 @@ pub async fn read(request: Request<Body>, app: &App) -> Result<Bytes, Error> {
         })?;
         total += chunk.len();
         if total <= limit_bytes {
+            let kib = u32::try_from(chunk.len().div_ceil(1 << 10)).unwrap_or(u32::MAX);
+            let more = app.bodies.try_acquire_many(kib).map_err(|_| app.gateway.admission.overloaded())?;
+            match &mut held {
+                Some(held) => held.merge(more),
+                None => held = Some(more),
+            }
             body.extend_from_slice(&chunk);
         } else {
-            body.clear();
+            (body, held) = (BytesMut::new(), None);
         }
         if total > DRAINED_BYTES {
             break;

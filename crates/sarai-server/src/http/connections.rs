@@ -6,7 +6,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use hyper::server::conn::http1;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -15,6 +15,8 @@ use super::Door;
 
 /// Time for others to close files, where no more can be opened.
 const REST: Duration = Duration::from_secs(1);
+/// How long a connection may say nothing between two requests, or take for the head of one; nginx's usual time.
+const IDLE: Duration = Duration::from_secs(75);
 
 /// Serves until `stop` completes; then takes no more, and waits for those that are served.
 ///
@@ -31,7 +33,9 @@ pub async fn serve(listener: TcpListener, door: Door, stop: impl Future<Output =
         };
         // Tokens are small packets: each must leave at once.
         let _ = socket.set_nodelay(true);
-        let connection = http1::Builder::new().serve_connection(TokioIo::new(socket), door.clone());
+        let mut http = http1::Builder::new();
+        http.timer(TokioTimer::new()).header_read_timeout(IDLE);
+        let connection = http.serve_connection(TokioIo::new(socket), door.clone());
         let connection = graceful.watch(connection);
         connections.spawn(async move {
             // A client that breaks off is no matter of ours.

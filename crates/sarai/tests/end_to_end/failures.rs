@@ -371,3 +371,32 @@ async fn a_client_that_stops_in_the_middle_of_its_body_gets_an_error() {
     socket.read_exact(&mut answer).unwrap();
     assert_eq!(&answer, b"HTTP/1.1 400");
 }
+
+/// Bodies that come slowly are held in memory together: there are eight of the largest size at most.
+#[tokio::test]
+async fn more_bodies_than_there_is_room_for_are_told_to_come_again() {
+    let sarai = Sarai::start(&format!("server: {{ max_body_mb: 1 }}\n{}", config()));
+    let half_sent = || {
+        let mut socket = std::net::TcpStream::connect(sarai.url.trim_start_matches("http://")).unwrap();
+        write!(socket, "POST /api/chat HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n").unwrap();
+        socket.write_all(&[b' '; 999_000]).unwrap();
+        socket
+    };
+    let held: Vec<_> = (0..8).map(|_| half_sent()).collect();
+    let large = || sarai.post("/api/chat", " ".repeat(600_000));
+    let began = Instant::now();
+    let refused = loop {
+        // What was sent has come once it is refused.
+        let answer = large().await;
+        if answer.status == 429 {
+            break answer;
+        }
+        assert!(began.elapsed() < Duration::from_secs(20), "{}", answer.text);
+    };
+    assert_eq!(refused.header("retry-after"), Some("1"), "{}", refused.text);
+    drop(held);
+    while large().await.status == 429 {
+        assert!(began.elapsed() < Duration::from_secs(20), "it is not given back");
+    }
+    assert_eq!(sarai.post("/v1/chat/completions", chat("lfm2", "Hi", json!({}))).await.status, 200);
+}

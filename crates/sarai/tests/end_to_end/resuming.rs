@@ -53,6 +53,40 @@ async fn a_last_line_before_a_connection_breaks_is_passed_on() {
     }
 }
 
+/// Nothing of a whole answer is out when its connection breaks within a line: it is asked for once more.
+#[tokio::test]
+async fn a_whole_answer_that_is_cut_within_a_line_is_asked_for_once_more() {
+    let half = format!("{}{}", ok("application/x-ndjson"), &line("all of it")[..20]);
+    // Longer than it is: the transport breaks.
+    let half = half.replace("connection: close", "content-length: 999");
+    let host = Host::start(move |n, _| if n == 0 { vec![Step::Send(half.clone())] } else { ollama(&["all of it"]) });
+    let sarai =
+        Sarai::start(&format!("models:\n  solar: {{ backend: ollama_http, url: \"{}\", model_name: m }}\n", host.url));
+    let answer = ask(&sarai, json!({})).await;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    assert_eq!(
+        (answer.json()["choices"][0]["message"]["content"].as_str(), host.asked().len()),
+        (Some("all of it"), 2)
+    );
+}
+
+/// With the settings that everybody uses: what is asked once more is asked with the same seed.
+#[tokio::test]
+async fn a_stream_goes_on_at_another_host_though_the_client_has_set_no_seed() {
+    let pieces = ["One ", "and ", "two."];
+    let first = cut("One ");
+    let second = Host::start(move |_, _| ollama(&pieces));
+    let config = format!(
+        "models:\n  solar: {{ backend: ollama_http, urls: [\"{}\", {{ url: \"{}\", priority: 1 }}], model_name: m }}\n",
+        first.url, second.url
+    );
+    let sarai = Sarai::start(&config);
+    let answer = ask(&sarai, json!({ "stream": true, "temperature": null })).await;
+    assert_eq!(answer.said(), "One and two.", "{}", answer.text);
+    let seed = |host: &Host| host.asked()[0].body["options"]["seed"].as_u64();
+    assert!(seed(&first).is_some() && seed(&first) == seed(&second), "{:?} {:?}", seed(&first), seed(&second));
+}
+
 /// As long as what is out is text, whatever else was offered or could have been.
 #[tokio::test]
 async fn an_answer_goes_on_though_tools_are_offered_or_fields_are_empty() {
