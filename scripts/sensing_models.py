@@ -29,12 +29,14 @@ CHATML = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# As Qwen3's: reasoning stands between marks before the answer, and is left out by writing it empty. It knows a value of its own besides.
+# As Qwen3's: reasoning stands between marks before the answer, and is left out by writing it empty. It knows a value of its own besides,
+# and how hard it is to reason.
 REASONING = CHATML.replace(
     "{{ '<|im_start|>assistant\n' }}",
     "{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{% if mood is defined %}{{ mood }}{% endif %}",
+    "{% if mood is defined %}{{ mood }}{% endif %}"
+    "{% if reasoning_effort is defined %}{{ 'Effort: ' + reasoning_effort + '.' }}{% endif %}",
 ).replace(
     " + m['content']",
     " + ('<think>\n' + m['reasoning_content'] + '\n</think>\n\n' if m['reasoning_content'] else '') + m['content']",
@@ -46,8 +48,11 @@ CALLED = [
     "\n<tool_call>", '\n{"name": "get_time", "arguments":', ' {"city": "Ro', 'me"}}', "\n</tool_call>",
 ]
 BARE = ['{"name":', ' "get_weather",', ' "arguments":', ' {"city":', ' "Os', 'lo"', "}}"]
+# As Gemma's own, it wants roles to alternate.
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}"
+    "{% if not loop.first and messages[loop.index0 - 1]['role'] == m['role'] %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
     "{{'<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n'"
     " + m['content'] | trim + '<end_of_turn>\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"

@@ -357,7 +357,8 @@ class Ollama(unittest.TestCase):
         self.assertEqual(self.client.show("minilm").capabilities, ["embedding"])
 
     def test_lists(self):
-        self.assertEqual([model.model for model in self.client.list().models], ["lfm2", "expert", "coder", "minilm", "omni", "thinker", "caller"])
+        names = ["lfm2", "expert", "coder", "minilm", "omni", "thinker", "caller"]
+        self.assertEqual([model.model for model in self.client.list().models], [f"{name}:latest" for name in names])
         self.client.generate("lfm2")
         running = next(model for model in self.client.ps().models if model.model == "lfm2")
         self.assertGreater(running.size, 90 << 20)

@@ -33,7 +33,7 @@ pub fn text(param: &str, text: String) -> Result<String, Error> {
 
 /// Reads a role.
 pub fn role(param: &str, name: &str) -> Result<Role, Error> {
-    match name {
+    match name.to_ascii_lowercase().as_str() {
         "system" | "developer" => Ok(Role::System),
         "user" => Ok(Role::User),
         "assistant" => Ok(Role::Assistant),

@@ -9,9 +9,10 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::extras::Rest;
+use crate::json::Object;
 use crate::ollama::keep_alive;
 use crate::sampling::float;
-use crate::{Served, check, json as wire};
+use crate::{Served, check, json as wire, whole};
 
 /// A parsed request.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,7 +47,7 @@ impl Parsed {
     }
 
     fn new(model: String, inputs: Vec<Input>) -> Self {
-        let request = EmbedRequest { inputs, query: None, truncate: false, lane: sarai_core::Lane::default() };
+        let request = EmbedRequest::new(inputs);
         let (keep_alive, dimensions, top) = (None, None, None);
         Self {
             model,
@@ -99,9 +100,10 @@ impl Embedded {
     }
 }
 
+/// Texts and tokens, as OpenAI's API has them.
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "a text, an array of texts, an array of tokens, or an array of those")]
-enum Inputs {
+pub(crate) enum Inputs {
     Text(String),
     Tokens(Vec<i32>),
     Many(Vec<OneInput>),
@@ -110,17 +112,17 @@ enum Inputs {
 /// One of several; texts and tokens may stand side by side.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum OneInput {
+pub(crate) enum OneInput {
     Text(String),
     Tokens(Vec<i32>),
 }
 
 impl Inputs {
     fn read(self, param: &str) -> Result<Vec<Input>, Error> {
-        checked(param, self.all())
+        checked(param, self.all(), Empty::Refused)
     }
 
-    fn all(self) -> Vec<Input> {
+    pub(crate) fn all(self) -> Vec<Input> {
         let one = |one: OneInput| match one {
             OneInput::Text(text) => Input::Text(text),
             OneInput::Tokens(tokens) => Input::Tokens(tokens),
@@ -135,7 +137,15 @@ impl Inputs {
     }
 }
 
-fn checked(param: &str, inputs: Vec<Input>) -> Result<Vec<Input>, Error> {
+/// What may stand among several texts.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Empty {
+    Refused,
+    /// Its marks are tokens too.
+    Allowed,
+}
+
+fn checked(param: &str, inputs: Vec<Input>, empty: Empty) -> Result<Vec<Input>, Error> {
     let wrong = |message: String| Err(Error::invalid(param, message));
     if inputs.is_empty() {
         return wrong(format!("`{param}` is empty: send at least one text"));
@@ -146,7 +156,7 @@ fn checked(param: &str, inputs: Vec<Input>) -> Result<Vec<Input>, Error> {
     for (index, input) in inputs.iter().enumerate() {
         let at = format!("{param}[{index}]");
         match input {
-            Input::Text(text) if text.is_empty() => {
+            Input::Text(text) if text.is_empty() && empty == Empty::Refused => {
                 return wrong(format!("`{at}` is an empty text: send at least one character"));
             }
             Input::Text(text) => drop(check::text(&at, text.clone())?),
@@ -226,6 +236,13 @@ struct OllamaBody {
     truncate: Option<bool>,
     dimensions: Option<i64>,
     keep_alive: Option<Value>,
+    options: Option<Object<Options>>,
+}
+
+#[derive(Deserialize)]
+struct Options {
+    #[serde(default, deserialize_with = "whole::deserialize")]
+    num_ctx: Option<i64>,
 }
 
 #[derive(Deserialize)]
@@ -246,11 +263,13 @@ fn keep(value: Option<&Value>) -> Result<Option<KeepAlive>, Error> {
 pub fn parse_ollama(body: &[u8]) -> Result<Parsed, Error> {
     let extras = extras_of(Api::Ollama, body, &["model", "input", "truncate", "dimensions", "keep_alive"])?;
     let body: OllamaBody = wire::parse(body)?;
+    let is_nothing = matches!(&body.input, Some(Inputs::Text(text)) if text.is_empty());
     let inputs = body.input.map(Inputs::all).unwrap_or_default();
-    let is_nothing = matches!(inputs.as_slice(), [Input::Text(text)] if text.is_empty()) || inputs.is_empty();
-    let inputs = if is_nothing { Vec::new() } else { checked("input", inputs)? };
+    let inputs = if is_nothing || inputs.is_empty() { Vec::new() } else { checked("input", inputs, Empty::Allowed)? };
     let mut parsed = Parsed::new(body.model, inputs);
     parsed.request.truncate = body.truncate.unwrap_or(true);
+    let num_ctx = body.options.and_then(|Object(options)| options.num_ctx).filter(|&tokens| tokens > 0);
+    parsed.request.context_tokens = num_ctx.map(|tokens| u32::try_from(tokens).unwrap_or(u32::MAX));
     Ok(Parsed {
         // To Ollama, 0 is not set, and more than there are is all.
         dimensions: dimensions(body.dimensions.filter(|n| *n != 0))?,
@@ -268,7 +287,7 @@ pub fn parse_ollama(body: &[u8]) -> Result<Parsed, Error> {
 pub fn parse_ollama_old(body: &[u8]) -> Result<Parsed, Error> {
     let body: OldOllamaBody = wire::parse(body)?;
     let inputs = match body.prompt.filter(|prompt| !prompt.is_empty()) {
-        Some(prompt) => checked("prompt", vec![Input::Text(prompt)])?,
+        Some(prompt) => checked("prompt", vec![Input::Text(prompt)], Empty::Refused)?,
         None => Vec::new(),
     };
     let mut parsed = Parsed::new(body.model, inputs);
@@ -346,7 +365,7 @@ pub fn parse_rerank(body: &[u8]) -> Result<Parsed, Error> {
                 .ok_or_else(|| Error::invalid("top_n", format!("`top_n` is {n}: use a number from 1 on")))?,
         ),
     };
-    let mut parsed = Parsed::new(body.model.unwrap_or_default(), checked(param, texts.collect())?);
+    let mut parsed = Parsed::new(body.model.unwrap_or_default(), checked(param, texts.collect(), Empty::Allowed)?);
     parsed.request.query = Some(check::text("query", body.query)?);
     parsed.request.truncate = body.truncate.unwrap_or(false);
     let returns_documents = body.return_documents.or(body.return_text).unwrap_or(false);

@@ -1,13 +1,13 @@
 //! What a body holds beyond what is read here.
 
-use sarai_core::{Api, Error, Extras, Need, ToolCall, Tools};
+use sarai_core::{Api, Error, Extras, Format, Need, REASONING_EFFORT, Samplers, Sampling, ToolCall, Tools};
 use serde_json::{Map, Value};
 
 use crate::tools::Chosen;
-use crate::{check, json, tools};
+use crate::{check, json, samplers, tools};
 
 /// The sampling keys, which both APIs spell the same.
-pub const SAMPLING: [&str; 12] = [
+pub const SAMPLING: [&str; 13] = [
     "temperature",
     "top_p",
     "top_k",
@@ -20,6 +20,7 @@ pub const SAMPLING: [&str; 12] = [
     "frequency_penalty",
     "stop",
     "logit_bias",
+    "ignore_eos",
 ];
 
 /// As OpenAI has it.
@@ -67,20 +68,42 @@ impl Rest {
         self.kept.push(name.to_owned());
     }
 
-    /// Reads what else the model's chat template is to know.
+    /// Reads what else the model's chat template is to know, how hard it reasons among it.
     ///
     /// # Errors
     /// It is no object.
     pub fn template_values(&mut self, is_chat: bool) -> Result<Option<String>, Error> {
         const NAME: &str = "chat_template_kwargs";
-        let values = match self.field(NAME) {
-            None | Some(Value::Null) => return Ok(None),
-            Some(values @ Value::Object(_)) if is_chat => values.to_string(),
-            Some(Value::Object(_)) => return Ok(None),
-            Some(other) => return Err(Error::invalid(NAME, format!("`{NAME}` is {other}: use an object"))),
+        let (mut values, effort_in) = match (self.extras.api, self.field(NAME)) {
+            (Api::Ollama, _) => (Map::new(), "think"),
+            (Api::OpenAi, None | Some(Value::Null)) => (Map::new(), REASONING_EFFORT),
+            (Api::OpenAi, Some(Value::Object(values))) => (values.clone(), REASONING_EFFORT),
+            (Api::OpenAi, Some(other)) => {
+                return Err(Error::invalid(NAME, format!("`{NAME}` is {other}: use an object")));
+            }
         };
-        self.follow(NAME);
-        Ok(Some(values))
+        if !is_chat {
+            return Ok(None);
+        }
+        if !values.is_empty() {
+            self.follow(NAME);
+        }
+        if let Some(Value::String(effort)) = self.field(effort_in).filter(|effort| *effort != "none") {
+            values.entry(REASONING_EFFORT).or_insert_with(|| effort.as_str().into());
+            self.follow(effort_in);
+        }
+        Ok((!values.is_empty()).then(|| Value::Object(values).to_string()))
+    }
+
+    /// Reads llama.cpp's further samplers.
+    ///
+    /// # Errors
+    /// One of them is out of its range.
+    pub fn samplers(&mut self) -> Result<Samplers, Error> {
+        samplers::take(match self.extras.api {
+            Api::OpenAi => &mut self.extras.fields,
+            Api::Ollama => &mut self.extras.options,
+        })
     }
 
     /// A field that was not read.
@@ -208,6 +231,15 @@ impl Rest {
         calls.unwrap_or_default()
     }
 
+    /// What has a form ends with it, and calls end an answer: that such an answer is to go on is lost.
+    pub fn ends_with(&mut self, format: &Format, sampling: &mut Sampling) {
+        let has_tools = self.field("tools").is_some_and(|tools| !check::is_default(tools));
+        if sampling.ignore_eos && (has_tools || format.is_constrained()) {
+            sampling.ignore_eos = false;
+            self.degrade("ignore_eos");
+        }
+    }
+
     /// Something is lost wherever it is asked.
     pub fn degrade(&mut self, name: &str) {
         self.extras.degrades.push(name.to_owned());
@@ -266,8 +298,8 @@ impl Rest {
             let is_needed = |name: &str| needs.iter().any(|need| need.param == name) || harmless.contains(&name);
             let lost = fields.iter().filter(|(name, value)| !check::is_default(value) && !is_needed(name));
             // What is read is kept for hosts, and not lost here.
-            self.extras.degrades =
-                lost.map(|(name, _)| name.clone()).filter(|name| !self.kept.contains(name)).collect();
+            let lost: Vec<_> = lost.map(|(name, _)| name.clone()).filter(|name| !self.kept.contains(name)).collect();
+            self.extras.degrades.extend(lost);
         }
         Box::new(self.extras)
     }

@@ -7,6 +7,7 @@ use sarai_core::Error;
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
+use serde_json::Value;
 
 /// A struct that must stand as an object: serde would take an array of its fields' values as well.
 pub struct Object<T>(pub T);
@@ -29,6 +30,17 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for ObjectVisitor<T> {
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
         T::deserialize(MapAccessDeserializer::new(map)).map(Object)
     }
+}
+
+/// Reads a part of a body.
+///
+/// # Errors
+/// It has not this shape; the error names the path of the field.
+pub fn read<T: DeserializeOwned>(value: Value) -> Result<T, Error> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let path = error.path().to_string();
+        Error::invalid(&path, format!("`{path}`: {}", error.into_inner()))
+    })
 }
 
 /// Parses a body.

@@ -12,11 +12,13 @@ mod logprobs;
 mod media;
 pub mod ollama;
 pub mod openai;
+mod samplers;
 mod sampling;
 pub mod schema;
 pub mod tools;
 pub mod translate;
 pub mod validate;
+mod whole;
 
 use sarai_core::{Event, Extra, FinishReason, GenerateRequest, Lane, Timings, TokenLogprob, ToolCall, Usage};
 
@@ -107,6 +109,12 @@ pub struct Served {
 }
 
 impl Served {
+    /// Whether a worker of this server answers.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        self.by.ends_with("@gguf_native")
+    }
+
     /// Notes that somebody else went on.
     pub fn resume(&mut self, by: String, reason: String, degraded: Vec<String>) {
         for lost in degraded {

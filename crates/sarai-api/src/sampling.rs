@@ -1,24 +1,29 @@
 //! The sampling parameters, which both APIs spell the same.
 
-use sarai_core::{Error, Sampling};
+use sarai_core::{Error, Samplers, Sampling};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::check::range;
+use crate::{samplers, whole};
 
 /// As they stand in an OpenAI body, or in Ollama's `options`.
 #[derive(Default, Deserialize)]
 pub struct WireSampling {
     temperature: Option<f32>,
     top_p: Option<f32>,
+    #[serde(default, deserialize_with = "whole::deserialize")]
     top_k: Option<i32>,
     min_p: Option<f32>,
     typical_p: Option<f32>,
+    #[serde(default, deserialize_with = "whole::deserialize")]
     seed: Option<i64>,
     repeat_penalty: Option<f32>,
+    #[serde(default, deserialize_with = "whole::deserialize")]
     repeat_last_n: Option<i32>,
     presence_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
+    ignore_eos: Option<bool>,
     stop: Option<Stop>,
 }
 
@@ -55,6 +60,8 @@ impl WireSampling {
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,
             logit_bias: Vec::new(),
+            ignore_eos: self.ignore_eos.unwrap_or(false),
+            further: Samplers::default(),
         };
         range("temperature", sampling.temperature, 0.0, hottest)?;
         check(&sampling)?;
@@ -117,9 +124,11 @@ pub fn to_wire(sampling: &Sampling, stop: &[String]) -> Map<String, Value> {
         ("repeat_last_n", sampling.repeat_last_n.map(Value::from)),
         ("presence_penalty", sampling.presence_penalty.map(float)),
         ("frequency_penalty", sampling.frequency_penalty.map(float)),
+        ("ignore_eos", sampling.ignore_eos.then(|| true.into())),
         ("stop", (!stop.is_empty()).then(|| stop.into())),
     ];
-    options.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()
+    let options = options.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?)));
+    options.chain(samplers::to_wire(&sampling.further)).collect()
 }
 
 /// A float as the client wrote it: 0.7, not the 0.699999988079071 that widening an f32 gives.

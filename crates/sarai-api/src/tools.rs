@@ -10,7 +10,8 @@ const NUL: &str = "\\u0000";
 pub fn definitions(tools: &[Value]) -> Result<Tools, String> {
     let mut names = Vec::new();
     for (index, tool) in tools.iter().enumerate() {
-        let name = tool["function"]["name"].as_str().filter(|name| !name.is_empty() && tool["type"] == "function");
+        let is_function = matches!(&tool["type"], Value::Null) || tool["type"] == "function" || tool["type"] == "";
+        let name = tool["function"]["name"].as_str().filter(|name| !name.is_empty() && is_function);
         match name {
             Some(name) => names.push(name.to_owned()),
             None => return Err(format!("`tools[{index}]` is no function with a name, which is not supported")),
@@ -25,6 +26,8 @@ pub fn definitions(tools: &[Value]) -> Result<Tools, String> {
     }
     let definitions = tools.iter().map(|tool| {
         let mut tool = tool.clone();
+        // Ollama's clients may leave it out.
+        tool["type"] = "function".into();
         // Templates and grammars want a schema.
         if tool["function"]["parameters"].is_null() {
             tool["function"]["parameters"] = json!({ "type": "object", "properties": {} });

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use sarai_core::{
-    Api, Event, Extra, FinishReason, Format, GenerateRequest, Media, MediaKind, MediaSource, Message, ToolCall,
+    Api, Event, Extra, FinishReason, Format, GenerateRequest, Media, MediaKind, MediaSource, Message, Prompt, ToolCall,
     ToolCallPart, ToolChoice,
 };
 use serde_json::{Map, Value, json};
@@ -15,9 +15,10 @@ use crate::tools;
 pub fn can_be_asked(api: Api, request: &GenerateRequest) -> bool {
     let is_understood = request.needs().iter().all(|need| need.at_worker);
     let has_words = match api {
-        // It has no field for a call that must be made, for sound, and for pictures that are only named.
+        // It has no field for tokens, for a call that must be made, for sound, and for pictures that are only named.
         Api::Ollama => {
-            request.tools.as_ref().is_none_or(|tools| tools.choice == ToolChoice::Auto)
+            !matches!(request.prompt, Prompt::Tokens(_))
+                && request.tools.as_ref().is_none_or(|tools| tools.choice == ToolChoice::Auto)
                 && request.media().all(|media| media.kind == MediaKind::Image)
                 && request.media().all(|media| matches!(media.source, MediaSource::Base64(_)))
         }

@@ -62,6 +62,7 @@ fn openai_answers_and_chunks() {
             model: "solar".into(),
             include_usage: true,
             index: 0,
+            is_local: true,
         };
         let whole = whole_answer(None);
         let whole = writer.whole(whole, &served());
@@ -86,6 +87,7 @@ fn openai_answers_and_chunks() {
         model: "solar".into(),
         include_usage: false,
         index: 0,
+        is_local: true,
     };
     golden("openai_chat_resumed", &writer.finish(FinishReason::Stop, &USAGE, &timings(), &resumed));
     golden("openai_models", &openai::models(vec![openai::model("solar", 0)]));
@@ -110,18 +112,14 @@ fn ollama_lines_and_lists() {
         quantization: "Q4_1".into(),
         modified: Some(now),
     };
+    let purpose = sarai_core::Purpose::Answers;
+    let abilities = ollama::Abilities { purpose, senses: &[], template: "{{ x }}", fills_in: true };
     golden(
         "ollama_lists",
         &json!([
             ollama::list_entry(&facts),
             ollama::process_entry(&facts, 200, 4096, None, json!({ "pid": 7 })),
-            ollama::show(
-                &facts,
-                sarai_core::Purpose::Answers,
-                &[],
-                "{{ x }}",
-                json!({ "general.architecture": "llama" })
-            )
+            ollama::show(&facts, &abilities, json!({ "general.architecture": "llama" })),
         ]),
     );
     golden("ollama_error", &ollama::error_body("no", Some(json!({ "free_bytes": 1 }))));
@@ -165,6 +163,81 @@ fn requests_of_both_apis_mean_the_same() {
     assert!(std::mem::take(&mut ollama.request.truncate));
     assert_eq!(openai.request, ollama.request);
     assert!(openai.delivery.stream && ollama.delivery.stream, "Ollama streams unless told not to");
+}
+
+/// As other clients write it.
+#[test]
+fn the_same_in_other_words_is_the_same() {
+    let openai = |more: Value| {
+        let mut body = json!({ "model": "m", "messages": [{ "role": "User", "content": "x" }] });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        openai::parse_chat(body.to_string().as_bytes()).unwrap().request
+    };
+    assert_eq!(openai(json!({ "n_predict": 3, "max_tokens": 9 })).max_tokens, Some(3));
+    let schema = json!({ "type": "json_schema", "schema": { "type": "integer" } });
+    let around = json!({ "type": "json_schema", "json_schema": { "schema": { "type": "integer" } } });
+    assert_eq!(
+        openai(json!({ "response_format": schema })).format,
+        openai(json!({ "response_format": around })).format
+    );
+    let bias = |bias: Value| openai(json!({ "logit_bias": bias })).sampling.logit_bias;
+    assert_eq!(bias(json!([[5, 1.5], [7, false]])), bias(json!({ "5": 1.5, "7": -100 })));
+    assert_eq!(bias(json!([])), []);
+    let untyped = json!([{ "function": { "name": "f", "parameters": { "type": "object" } } }]);
+    let typed = json!([{ "type": "function", "function": { "name": "f", "parameters": { "type": "object" } } }]);
+    let names = |tools: Value| openai(json!({ "tools": tools })).tools.unwrap().names;
+    assert_eq!(names(untyped), names(typed));
+    let ollama = |options: Value| {
+        let body = json!({ "model": "m", "messages": [{ "role": "user", "content": "x" }], "options": options });
+        match ollama::parse_chat(body.to_string().as_bytes()).unwrap() {
+            OllamaRequest::Generate(parsed) => parsed.request,
+            other => panic!("{other:?}"),
+        }
+    };
+    let floats = json!({ "num_ctx": 4096.0, "num_predict": 8.0, "seed": 3.0, "top_k": 40.0, "repeat_last_n": -1.0 });
+    let whole = json!({ "num_ctx": 4096, "num_predict": 8, "seed": 3, "top_k": 40, "repeat_last_n": -1 });
+    assert_eq!(ollama(floats), ollama(whole));
+}
+
+#[test]
+fn further_samplers_are_read_checked_and_reach_hosts_and_say_nothing_where_they_are_off() {
+    let parse = |more: Value| {
+        let mut body = json!({ "model": "m", "messages": [{ "role": "user", "content": "x" }] });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        openai::parse_chat(body.to_string().as_bytes()).map(|parsed| parsed.request)
+    };
+    let set = json!({
+        "mirostat": 2, "mirostat_tau": 4.5, "dry_multiplier": 0.7, "dry_sequence_breakers": ["\n"], "samplers": ["top_k", "temperature"],
+    });
+    let request = parse(set.clone()).unwrap();
+    assert!(request.extras.as_ref().unwrap().degrades.is_empty(), "{request:?}");
+    for body in
+        [openai::remote::request("m", &request).1, ollama::chat_request("m", None, &request).1["options"].clone()]
+    {
+        for (name, value) in set.as_object().unwrap() {
+            assert_eq!(&body[name], value, "{name}");
+        }
+    }
+    let lost = ollama::ignored_by_ollama(&request.sampling);
+    assert_eq!(lost, openai::remote::unknown_to_openai(&request.sampling));
+    assert_eq!(lost.len(), 5, "{lost:?}");
+    let off = json!({
+        "mirostat": 0, "mirostat_eta": 0.1, "dry_multiplier": 0, "dry_base": 1.75, "dry_penalty_last_n": -1, "xtc_probability": 0,
+        "xtc_threshold": 0.1, "dynatemp_range": 0.0, "dynatemp_exponent": 1.0, "top_n_sigma": -1.0, "min_keep": 0, "samplers": [],
+    });
+    assert_eq!(parse(off).unwrap(), parse(json!({})).unwrap());
+    for (wrong, says) in [
+        (json!({ "mirostat": 3 }), "`mirostat` is 3: use 0, 1 or 2"),
+        (json!({ "xtc_probability": 1.5 }), "`xtc_probability` is 1.5: use a number from 0 to 1"),
+        (json!({ "mirostat_tau": "much" }), "`mirostat_tau`"),
+        (json!({ "samplers": ["magic"] }), "`samplers` names `magic`: use dry, top_k"),
+        (json!({ "dry_multiplier": 1, "dry_sequence_breakers": [""] }), "`dry_sequence_breakers`"),
+        (json!({ "response_format": { "type": "json_schema" } }), "`response_format.json_schema` is missing"),
+        (json!({ "logit_bias": [[1, true]] }), "`logit_bias` is true"),
+    ] {
+        let error = parse(wrong.clone()).unwrap_err().to_string();
+        assert!(error.contains(says), "{wrong}: {error}");
+    }
 }
 
 #[test]
@@ -246,7 +319,7 @@ fn what_nobody_here_reads_reaches_a_host_of_the_same_api_and_needs_are_told() {
         ("/api/generate", &body["prompt"], &body["images"], &body["new"])
     );
     assert_eq!((&sent["options"]["mirostat"], &sent["options"]["new"]), (&json!(1), &json!(2)));
-    assert_eq!(parsed.request.extras.unwrap().degrades, ["mirostat"]);
+    assert_eq!(ollama::ignored_by_ollama(&parsed.request.sampling), ["mirostat"]);
 }
 
 #[test]
@@ -261,6 +334,7 @@ fn what_a_host_says_beyond_text_reaches_clients_of_the_same_api() {
         model: "solar".into(),
         include_usage: false,
         index: 0,
+        is_local: true,
     };
     golden(
         "openai_chat_extra",

@@ -11,6 +11,7 @@ pub mod media;
 pub mod memory;
 pub mod request;
 pub mod schema;
+pub mod split;
 pub mod tool;
 pub mod units;
 
@@ -22,7 +23,7 @@ pub use media::{Media, MediaKind, MediaSource};
 pub use memory::{EngineMemory, Held, KeepAlive, KvType, Part, Refusal};
 pub use request::{
     Api, EmbedRequest, Extras, FORM_BYTES, Format, GenerateRequest, Input, Lane, MOST_INPUTS, Message, Need, Prompt,
-    Residence, ResultOf, Role, Sampling, form_bytes,
+    REASONING_EFFORT, Residence, ResultOf, Role, Samplers, Sampling, form_bytes,
 };
 pub use tool::{ToolCall, ToolCallPart, ToolChoice, Tools};
 pub use units::Bytes;

@@ -83,6 +83,8 @@ pub enum Prompt {
     Chat(Vec<Message>),
     /// Text that reaches the model as it stands, without a template.
     Raw(String),
+    /// The same, in the model's own tokens.
+    Tokens(Vec<i32>),
 }
 
 /// The form that the answer must have.
@@ -133,6 +135,46 @@ pub struct Sampling {
     pub frequency_penalty: Option<f32>,
     /// Added to the logits of these token ids; -100 bans, 100 forces.
     pub logit_bias: Vec<(i32, f32)>,
+    /// Whether the answer goes on where the model would end it, as llama.cpp's server has it.
+    pub ignore_eos: bool,
+    /// llama.cpp's further samplers.
+    pub further: Samplers,
+}
+
+/// llama.cpp's further samplers, by the names that its server has for them; `None` is off, or llama.cpp's own value beside one that is on.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Samplers {
+    /// Tokens that each sampler leaves at least.
+    pub min_keep: Option<u32>,
+    /// Only tokens within so many standard deviations of the likeliest one's logit.
+    pub top_n_sigma: Option<f32>,
+    /// How likely it is that the likeliest tokens are left out; 0 to 1.
+    pub xtc_probability: Option<f32>,
+    /// From which likelihood on they are; 0 to 1, above 0.5 is off.
+    pub xtc_threshold: Option<f32>,
+    /// How far the temperature moves with the entropy.
+    pub dynatemp_range: Option<f32>,
+    /// In which power of it.
+    pub dynatemp_exponent: Option<f32>,
+    /// Taken for repeating a sequence; 0 is off.
+    pub dry_multiplier: Option<f32>,
+    /// How it grows with the length of the sequence.
+    pub dry_base: Option<f32>,
+    /// Longest sequence that may be repeated.
+    pub dry_allowed_length: Option<u32>,
+    /// How many recent tokens are looked at; -1 is the whole context.
+    pub dry_penalty_last_n: Option<i32>,
+    /// Texts at which a sequence ends.
+    pub dry_sequence_breakers: Option<Vec<String>>,
+    /// Version of Mirostat, 1 or 2; then top_k, top_p, min_p and typical_p do nothing.
+    pub mirostat: Option<u8>,
+    /// The perplexity that it aims for.
+    pub mirostat_tau: Option<f32>,
+    /// How fast it follows.
+    pub mirostat_eta: Option<f32>,
+    /// Which samplers there are, in their order.
+    pub samplers: Option<Vec<String>>,
 }
 
 impl Sampling {
@@ -151,6 +193,8 @@ impl Sampling {
             presence_penalty: self.presence_penalty.or(defaults.presence_penalty),
             frequency_penalty: self.frequency_penalty.or(defaults.frequency_penalty),
             logit_bias: if self.logit_bias.is_empty() { defaults.logit_bias.clone() } else { self.logit_bias },
+            ignore_eos: self.ignore_eos || defaults.ignore_eos,
+            further: self.further,
         }
     }
 }
@@ -298,9 +342,29 @@ pub struct EmbedRequest {
     /// Whether they may take their time.
     #[serde(default)]
     pub lane: Lane,
+    /// Tokens that each may have, if fewer than the model can take.
+    #[serde(default)]
+    pub context_tokens: Option<u32>,
 }
 
+impl EmbedRequest {
+    /// A request for the vectors of these.
+    #[must_use]
+    pub const fn new(inputs: Vec<Input>) -> Self {
+        Self { inputs, query: None, truncate: false, lane: Lane::Interactive, context_tokens: None }
+    }
+}
+
+/// How hard a model reasons, by the name that templates and OpenAI's API have for it.
+pub const REASONING_EFFORT: &str = "reasoning_effort";
+
 impl GenerateRequest {
+    /// Whether it says how hard the model is to reason.
+    #[must_use]
+    pub fn says_effort(&self) -> bool {
+        self.template_values.as_ref().is_some_and(|values| values.contains(REASONING_EFFORT))
+    }
+
     /// A request for all that a model says to a prompt, as it is configured.
     #[must_use]
     pub fn new(prompt: Prompt) -> Self {
@@ -329,9 +393,15 @@ impl GenerateRequest {
     pub fn media(&self) -> impl Iterator<Item = &Media> {
         let messages = match &self.prompt {
             Prompt::Chat(messages) => messages.as_slice(),
-            Prompt::Raw(_) => &[],
+            Prompt::Raw(_) | Prompt::Tokens(_) => &[],
         };
         messages.iter().flat_map(|message| &message.media)
+    }
+
+    /// Whether tools may be called in the answer: hosts hold calls back until they are whole.
+    #[must_use]
+    pub fn may_call(&self) -> bool {
+        self.tools.is_some() || self.needs().iter().any(|need| need.param.starts_with("tool"))
     }
 
     /// Whether the answer has to follow a grammar, all of it or its calls.

@@ -14,6 +14,7 @@ use sarai_core::frame::{FromWorker, LoadSpec, Purpose, ToWorker};
 use sarai_core::{EmbedRequest, Error, Event, FinishReason, Input, Lane, Timings, Usage};
 
 use crate::channel::{FrameWriter, Incoming};
+use crate::prompt::known;
 use crate::rest::Rest;
 use crate::{log, model, pages};
 
@@ -214,7 +215,8 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn job(&self, id: u64, request: EmbedRequest) -> Result<Job, Error> {
-        let EmbedRequest { inputs, query, truncate, lane } = request;
+        let EmbedRequest { inputs, query, truncate, lane, context_tokens } = request;
+        let most = self.most.min(context_tokens.map_or(usize::MAX, |tokens| tokens as usize));
         match (self.purpose, &query) {
             (Purpose::Scores, None) => {
                 return Err(Error::invalid("model", format!("`{}` scores texts: use /v1/rerank", self.name)));
@@ -229,7 +231,7 @@ impl Reader<'_> {
                 None => self.text(input)?,
                 Some(query) => self.pair(query, input)?,
             };
-            Ok((index, self.within(tokens, truncate)?))
+            Ok((index, self.within(tokens, most, truncate)?))
         });
         let left = texts.collect::<Result<VecDeque<_>, Error>>()?;
         let tokens = left.iter().map(|(_, text)| text.len()).sum();
@@ -244,14 +246,7 @@ impl Reader<'_> {
     fn text(&self, input: Input) -> Result<Vec<LlamaToken>, Error> {
         let tokens = match input {
             Input::Text(text) => self.tokens(&text, AddBos::Always, Special::Tokenize)?,
-            Input::Tokens(tokens) => {
-                let known = self.model.n_vocab();
-                if let Some(token) = tokens.iter().find(|token| !(0..known).contains(*token)) {
-                    let message = format!("`{token}` is no token of this model: use ids from 0 to {}", known - 1);
-                    return Err(Error::invalid("input", message));
-                }
-                tokens.into_iter().map(LlamaToken).collect()
-            }
+            Input::Tokens(tokens) => known(self.model, "input", &tokens)?,
         };
         if tokens.is_empty() {
             return Err(Error::invalid("input", "a text is empty: send at least one token"));
@@ -282,20 +277,20 @@ impl Reader<'_> {
     }
 
     /// Not more tokens than one text may have.
-    fn within(&self, mut tokens: Vec<LlamaToken>, truncate: bool) -> Result<Vec<LlamaToken>, Error> {
-        if tokens.len() <= self.most {
+    fn within(&self, mut tokens: Vec<LlamaToken>, most: usize, truncate: bool) -> Result<Vec<LlamaToken>, Error> {
+        if tokens.len() <= most {
             return Ok(tokens);
         }
         if !truncate {
             return Err(Error::TextTooLong {
                 model: self.name.to_owned(),
                 tokens: u32::try_from(tokens.len()).unwrap_or(u32::MAX),
-                most: u32::try_from(self.most).unwrap_or(u32::MAX),
+                most: u32::try_from(most).unwrap_or(u32::MAX),
             });
         }
         let end = self.tokens("", AddBos::Always, Special::Tokenize)?.last().copied();
         let has_end = end.is_some() && tokens.last().copied() == end;
-        tokens.truncate(self.most);
+        tokens.truncate(most);
         if let (true, Some(end), Some(last)) = (has_end, end, tokens.last_mut()) {
             // The mark at the end of a text stays there.
             *last = end;

@@ -5,7 +5,7 @@ use llama_cpp_4::chat::{
 };
 use llama_cpp_4::model::{AddBos, LlamaModel, Special};
 use llama_cpp_4::token::LlamaToken;
-use sarai_core::{Error, GenerateRequest, Message, Prompt, Role, ToolChoice, Tools};
+use sarai_core::{Error, GenerateRequest, Media, Message, Prompt, Role, ToolChoice, Tools};
 use serde_json::{Value, json};
 
 use crate::media::{Part, parts_of};
@@ -43,6 +43,7 @@ pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateR
             Some(suffix) => around(model, text, suffix)?,
             None => model.str_to_token_with_special(text, AddBos::Always, Special::Tokenize).map_err(internal)?,
         }),
+        Prompt::Tokens(tokens) => Rendering::Tokens(known(model, "prompt", tokens)?),
         Prompt::Chat(messages) => {
             // Nobody can know it, so nobody writes it into a message.
             let mark = format!("<media {:032x} ", rand::random::<u128>());
@@ -155,6 +156,21 @@ impl Rendered {
     }
 }
 
+/// Tokens that a client has made itself.
+///
+/// # Errors
+/// The model has no such token.
+pub fn known(model: &LlamaModel, param: &str, tokens: &[i32]) -> Result<Vec<LlamaToken>, Error> {
+    let there_are = model.n_vocab();
+    match tokens.iter().find(|token| !(0..there_are).contains(*token)) {
+        Some(token) => {
+            let message = format!("`{token}` is no token of this model: use ids from 0 to {}", there_are - 1);
+            Err(Error::invalid(param, message))
+        }
+        None => Ok(tokens.iter().copied().map(LlamaToken).collect()),
+    }
+}
+
 /// The text around a place that is to be filled, as llama.cpp's server has it.
 fn around(model: &LlamaModel, prefix: &str, suffix: &str) -> Result<Vec<LlamaToken>, Error> {
     let marks = [model.token_fim_pre(), model.token_fim_suf(), model.token_fim_mid()];
@@ -197,7 +213,13 @@ fn apply(
 ) -> Result<ChatParams, Error> {
     let params = chat_params(messages, mark, request);
     let Some(tools) = &request.tools else {
-        return templates.apply(&params).map_err(|error| refused("messages", &error));
+        return templates.apply(&params).or_else(|error| match merged(messages) {
+            // Some templates want roles to alternate: said in one turn, it is the same.
+            Some(merged) => {
+                templates.apply(&chat_params(&merged, mark, request)).map_err(|_| refused("messages", &error))
+            }
+            None => Err(refused("messages", &error)),
+        });
     };
     let shown = shown(tools);
     let mut words = Words::default();
@@ -226,6 +248,24 @@ fn apply(
     }
     chat.grammar = words.put_in(&chat.grammar);
     Ok(chat)
+}
+
+/// With what one says in several turns, one after the other, in one; `None` if nobody does.
+fn merged(messages: &[Message]) -> Option<Vec<Message>> {
+    let may = |one: &Message| one.role != Role::Tool && one.tool_calls.is_empty() && one.reasoning.is_empty();
+    let mut merged: Vec<Message> = Vec::new();
+    for message in messages {
+        match merged.last_mut().filter(|last| last.role == message.role && may(last) && may(message)) {
+            Some(last) => {
+                last.content.push_str("\n\n");
+                let at = last.content.len();
+                last.content.push_str(&message.content);
+                last.media.extend(message.media.iter().map(|media| Media { at: media.at + at, ..media.clone() }));
+            }
+            None => merged.push(message.clone()),
+        }
+    }
+    (merged.len() < messages.len()).then_some(merged)
 }
 
 /// What a template says of what it refuses; it may repeat all of it.

@@ -3,14 +3,14 @@
 use std::collections::HashSet;
 
 use llama_cpp_4::chat::ChatParams;
-use llama_cpp_4::common_sampler::{CommonSampler, CommonSamplerParams, GrammarSource};
+use llama_cpp_4::common_sampler::{CommonSampler, CommonSamplerParams, CommonSamplerType, GrammarSource};
 use llama_cpp_4::context::LlamaContext;
 use llama_cpp_4::model::{AddBos, LlamaModel, Special};
 use llama_cpp_4::sampling::LlamaSampler;
 use llama_cpp_4::token::LlamaToken;
 use llama_cpp_4::token::data::LlamaTokenData;
 use llama_cpp_4::token::data_array::LlamaTokenDataArray;
-use sarai_core::{Error, Format, GenerateRequest, Sampling};
+use sarai_core::{Error, Format, GenerateRequest, Samplers, Sampling};
 use serde::Deserialize;
 
 use crate::prompt::internal;
@@ -50,6 +50,7 @@ impl Sampler {
     ) -> Result<Self, Error> {
         let mut params = CommonSamplerParams::new();
         set_scalars(&mut params, context_tokens, &request.sampling);
+        set_further(&mut params, &request.sampling.further)?;
         for &(token, bias) in &request.sampling.logit_bias {
             if token < 0 || token >= model.n_vocab() {
                 return Err(Error::invalid(
@@ -60,6 +61,11 @@ impl Sampler {
             params
                 .add_logit_bias(LlamaToken(token), if bias <= BANNED { f32::NEG_INFINITY } else { bias })
                 .map_err(internal)?;
+        }
+        if request.sampling.ignore_eos {
+            for end in (0..model.n_vocab()).map(LlamaToken).filter(|token| model.is_eog_token(*token)) {
+                params.add_logit_bias(end, f32::NEG_INFINITY).map_err(internal)?;
+            }
         }
         let calls = form.filter(|form| !form.grammar.is_empty());
         let param = form_param(request);
@@ -241,6 +247,33 @@ pub fn schema_of(format: &Format) -> Option<String> {
     }
 }
 
+/// Of the further samplers, what is no number.
+fn set_further(params: &mut CommonSamplerParams, further: &Samplers) -> Result<(), Error> {
+    if let Some(breakers) = &further.dry_sequence_breakers {
+        let breakers: Vec<_> = breakers.iter().map(String::as_str).collect();
+        params.set_dry_breakers(&breakers).map_err(internal)?;
+    }
+    if let Some(names) = &further.samplers {
+        let kinds = names.iter().filter_map(|name| KINDS.iter().find(|kind| kind.name().is_ok_and(|one| one == *name)));
+        params.set_samplers(&kinds.copied().collect::<Vec<_>>()).map_err(internal)?;
+    }
+    Ok(())
+}
+
+/// Samplers that a request may name.
+const KINDS: [CommonSamplerType; 10] = [
+    CommonSamplerType::Dry,
+    CommonSamplerType::TopK,
+    CommonSamplerType::TypicalP,
+    CommonSamplerType::TopP,
+    CommonSamplerType::TopNSigma,
+    CommonSamplerType::MinP,
+    CommonSamplerType::Temperature,
+    CommonSamplerType::Xtc,
+    CommonSamplerType::Penalties,
+    CommonSamplerType::AdaptiveP,
+];
+
 fn set_scalars(params: &mut CommonSamplerParams, context_tokens: usize, sampling: &Sampling) {
     let mut scalars = params.scalars();
     let set = |to: &mut f32, from: Option<f32>| *to = from.unwrap_or(*to);
@@ -252,11 +285,28 @@ fn set_scalars(params: &mut CommonSamplerParams, context_tokens: usize, sampling
     set(&mut scalars.penalty_freq, sampling.frequency_penalty);
     set(&mut scalars.penalty_present, sampling.presence_penalty);
     scalars.top_k = sampling.top_k.unwrap_or(scalars.top_k);
+    let further = &sampling.further;
+    set(&mut scalars.top_n_sigma, further.top_n_sigma);
+    set(&mut scalars.xtc_probability, further.xtc_probability);
+    set(&mut scalars.xtc_threshold, further.xtc_threshold);
+    set(&mut scalars.dynatemp_range, further.dynatemp_range);
+    set(&mut scalars.dynatemp_exponent, further.dynatemp_exponent);
+    set(&mut scalars.dry_multiplier, further.dry_multiplier);
+    // As llama.cpp's server: what does not grow is no base.
+    set(&mut scalars.dry_base, further.dry_base.filter(|base| *base >= 1.0));
+    set(&mut scalars.mirostat_tau, further.mirostat_tau);
+    set(&mut scalars.mirostat_eta, further.mirostat_eta);
+    let number = |number: Option<u32>, or: i32| number.map_or(or, |number| i32::try_from(number).unwrap_or(i32::MAX));
+    scalars.min_keep = number(further.min_keep, scalars.min_keep);
+    scalars.dry_allowed_length = number(further.dry_allowed_length, scalars.dry_allowed_length);
+    scalars.mirostat = number(further.mirostat.map(u32::from), scalars.mirostat);
     // The samplers take -1 for nothing; both APIs mean the whole context by it.
     let last_n = sampling.repeat_last_n.unwrap_or(scalars.penalty_last_n);
     // Nobody has more tokens behind him than the context holds, and llama.cpp allocates as many as it is told.
     let most = i32::try_from(context_tokens).unwrap_or(i32::MAX);
-    scalars.penalty_last_n = if last_n < 0 { most } else { last_n.min(most) };
+    let within = |n: i32| if n < 0 { most } else { n.min(most) };
+    scalars.penalty_last_n = within(last_n);
+    scalars.dry_penalty_last_n = within(further.dry_penalty_last_n.unwrap_or(scalars.dry_penalty_last_n));
     scalars.seed = sampling.seed.unwrap_or(scalars.seed);
     scalars.no_perf = true;
     params.set_scalars(&scalars);

@@ -24,6 +24,11 @@ pub enum GgufError {
     /// A version this crate does not know.
     #[error("GGUF version {0} is not supported: convert the file to version 3")]
     Version(u32),
+    /// It is the first of several, and is not named so.
+    #[error(
+        "it is the first of {0} files, and llama.cpp finds the others by its name: let it end in `-00001-of-{0:05}.gguf`"
+    )]
+    Renamed(i64),
     /// It is a model, where the projector of one is wanted.
     #[error("its architecture is `{0}` and not `clip`: name the model's mmproj file")]
     NotAProjector(String),

@@ -86,7 +86,7 @@ impl Catalog {
         Self { models: config.models.iter().map(model).collect(), engines: engines.into(), files: Mutex::default() }
     }
 
-    /// Finds a model by name or alias; Ollama's clients may add `:latest`.
+    /// Finds a model by name or alias; Ollama's clients may add `:latest`, and write it in another case.
     ///
     /// # Errors
     /// [`Error::UnknownModel`] with the names that exist.
@@ -94,7 +94,13 @@ impl Catalog {
         let named = |wanted: &str| {
             self.models.iter().find(|model| model.name == wanted || model.aliases.iter().any(|alias| alias == wanted))
         };
-        named(name).or_else(|| named(name.strip_suffix(":latest")?)).ok_or_else(|| Error::UnknownModel {
+        let in_any_case = |wanted: &str| {
+            let is = |name: &str| name.eq_ignore_ascii_case(wanted);
+            self.models.iter().find(|model| is(&model.name) || model.aliases.iter().any(|alias| is(alias)))
+        };
+        let short = name.strip_suffix(":latest");
+        let found = named(name).or_else(|| named(short?)).or_else(|| in_any_case(short.unwrap_or(name)));
+        found.ok_or_else(|| Error::UnknownModel {
             name: name.to_owned(),
             known: self.models.iter().map(|model| model.name.clone()).collect(),
         })

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use sarai_core::{MediaKind, Purpose};
+use sarai_core::{MediaKind, Purpose, REASONING_EFFORT, split};
 use sarai_plan::{Companions, GgufError, Header, projector};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
@@ -64,7 +64,11 @@ impl ModelFile {
         let mut header = Header::read(first).map_err(broken(path))?;
         header.check_length(size).map_err(broken(path))?;
         // llama.cpp loads all parts of a split model when it is given the first.
-        for part in split_parts(path, header.int("split.count").unwrap_or(1)) {
+        let parts = split::parts(path);
+        if let Some(count) = header.int("split.count").filter(|&count| count > 1 && count != parts.len() as i64) {
+            return Err(broken(path)(GgufError::Renamed(count)));
+        }
+        for part in parts.into_iter().skip(1) {
             let (next, length, _) = open(&part)?;
             let next = Header::read(next).map_err(broken(&part))?;
             next.check_length(length).map_err(broken(&part))?;
@@ -142,6 +146,17 @@ impl ModelFile {
         templates.iter().filter_map(|key| self.header.text(key)).any(sarai_api::tools::are_shown_by)
     }
 
+    /// Whether it names tokens that a place to be filled stands between; llama.cpp finds those of some others by their texts.
+    pub fn fills_in(&self) -> bool {
+        let keys = ["tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.prefix_token_id"];
+        keys.iter().any(|key| self.header.metadata.contains_key(*key))
+    }
+
+    /// Whether its chat template tells it how hard to reason.
+    pub fn knows_effort(&self) -> bool {
+        self.header.text("tokenizer.chat_template").is_some_and(|template| template.contains(REASONING_EFFORT))
+    }
+
     /// Whether its chat template has it reason before it answers.
     pub fn reasons(&self) -> bool {
         sarai_api::tools::reasons(self.header.text("tokenizer.chat_template").unwrap_or_default())
@@ -163,13 +178,6 @@ fn open(path: &Path) -> Result<(BufReader<std::fs::File>, u64, SystemTime), File
     let meta = file.metadata().map_err(missing)?;
     let modified = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
     Ok((BufReader::with_capacity(1 << 18, file), meta.len(), modified))
-}
-
-/// The paths of the parts after the first: `…-00001-of-00003.gguf` has two more.
-fn split_parts(path: &Path, count: i64) -> Vec<PathBuf> {
-    let text = path.to_string_lossy();
-    let part = |n: i64| text.replace(&format!("-00001-of-{count:05}.gguf"), &format!("-{n:05}-of-{count:05}.gguf"));
-    (2..=count.min(1000)).map(|n| PathBuf::from(part(n))).collect()
 }
 
 /// Lower-case hexadecimal digits.
@@ -202,12 +210,5 @@ mod tests {
         assert!(with("tokenizer.chat_template.tool_use", shows).knows_tools());
         assert!(!with("tokenizer.chat_template.rag", shows).knows_tools());
         assert!(!with("tokenizer.chat_template.tool_use", "{{ messages }}").knows_tools());
-    }
-
-    #[test]
-    fn the_parts_of_a_split_model_are_found_by_their_numbers() {
-        let parts = split_parts(Path::new("/m/big-00001-of-00003.gguf"), 3);
-        assert_eq!(parts, ["/m/big-00002-of-00003.gguf", "/m/big-00003-of-00003.gguf"].map(PathBuf::from));
-        assert!(split_parts(Path::new("/m/one.gguf"), 1).is_empty());
     }
 }

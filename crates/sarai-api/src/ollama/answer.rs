@@ -1,5 +1,6 @@
 //! Lines, lists and errors, from the core to Ollama's wire.
 
+use std::borrow::Cow;
 use std::time::{Duration, SystemTime};
 
 use sarai_core::{Api, Extra, FinishReason, MediaKind, Purpose, Sampling, Timings, TokenLogprob, ToolCall, Usage};
@@ -225,11 +226,16 @@ impl ModelFacts {
     }
 }
 
+/// A name as Ollama lists it: with a tag, which some clients look for.
+fn tagged(name: &str) -> Cow<'_, str> {
+    if name.contains(':') { name.into() } else { format!("{name}:latest").into() }
+}
+
 /// One entry of `GET /api/tags`.
 #[must_use]
 pub fn list_entry(facts: &ModelFacts) -> Value {
     json!({
-        "name": facts.name, "model": facts.name, "modified_at": timestamp(facts.modified.unwrap_or(SystemTime::UNIX_EPOCH)),
+        "name": tagged(&facts.name), "model": tagged(&facts.name), "modified_at": timestamp(facts.modified.unwrap_or(SystemTime::UNIX_EPOCH)),
         "size": facts.size, "digest": facts.digest, "details": facts.details(),
     })
 }
@@ -246,7 +252,7 @@ pub fn process_entry(
     // Ollama's clients want a time, so never is far away.
     let expires = expires.unwrap_or(SystemTime::UNIX_EPOCH + Duration::from_secs(4_102_444_800));
     json!({
-        "name": facts.name, "model": facts.name, "size": resident_bytes, "digest": facts.digest,
+        "name": tagged(&facts.name), "model": tagged(&facts.name), "size": resident_bytes, "digest": facts.digest,
         "details": facts.details(), "expires_at": timestamp(expires), "size_vram": 0,
         "context_length": context_tokens, "sarai": sarai,
     })
@@ -260,9 +266,22 @@ pub fn parameters(context_tokens: u32, sampling: &Sampling) -> String {
     format!("{:<30} {context_tokens}{}", "num_ctx", set.collect::<String>())
 }
 
+/// What a model's file says that it can do.
+pub struct Abilities<'a> {
+    /// What it is made for.
+    pub purpose: Purpose,
+    /// What it senses beside text.
+    pub senses: &'a [MediaKind],
+    /// Its chat template.
+    pub template: &'a str,
+    /// Whether it fills in what is missing in a text.
+    pub fills_in: bool,
+}
+
 /// `POST /api/show`.
 #[must_use]
-pub fn show(facts: &ModelFacts, purpose: Purpose, senses: &[MediaKind], template: &str, model_info: Value) -> Value {
+pub fn show(facts: &ModelFacts, abilities: &Abilities<'_>, model_info: Value) -> Value {
+    let Abilities { purpose, senses, template, fills_in } = *abilities;
     let mut capabilities = match purpose {
         Purpose::Vectors => vec!["embedding"],
         Purpose::Scores => vec!["rerank"],
@@ -271,6 +290,9 @@ pub fn show(facts: &ModelFacts, purpose: Purpose, senses: &[MediaKind], template
     };
     if purpose == Purpose::Answers && tools::reasons(template) {
         capabilities.push("thinking");
+    }
+    if fills_in {
+        capabilities.push("insert");
     }
     capabilities.extend(senses.iter().map(|kind| kind.capability()));
     json!({

@@ -10,7 +10,7 @@ use super::keep_alive;
 use crate::extras::{Rest, SAMPLING};
 use crate::json::Object;
 use crate::sampling::WireSampling;
-use crate::{Delivery, Parsed, check, json, media};
+use crate::{Delivery, Parsed, check, json, media, whole};
 
 /// No real model has a longer context.
 const MAX_CONTEXT: u32 = 16_777_216;
@@ -47,7 +47,9 @@ struct Common {
 
 #[derive(Default, Deserialize)]
 struct Options {
+    #[serde(default, deserialize_with = "whole::deserialize")]
     num_predict: Option<i64>,
+    #[serde(default, deserialize_with = "whole::deserialize")]
     num_ctx: Option<i64>,
 }
 
@@ -83,7 +85,7 @@ const READ_OPTIONS: [&str; 2] = ["num_predict", "num_ctx"];
 /// Fields that change what is asked for.
 const NEEDS: [&str; 2] = ["template", "context"];
 /// Options that change the answer, if not what it is an answer to.
-const DEGRADING: [&str; 5] = ["num_keep", "mirostat", "mirostat_eta", "mirostat_tau", "tfs_z"];
+const DEGRADING: [&str; 2] = ["num_keep", "tfs_z"];
 
 fn rest_of(body: &[u8]) -> Result<Rest, Error> {
     let mut rest = Rest::of(Api::Ollama, body, &READ)?;
@@ -186,6 +188,12 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
         rest.generate();
         ["prompt", "system", "raw"].iter().for_each(|name| rest.keep(name));
     }
+    if is_raw && generate.system.as_ref().is_some_and(|system| !system.is_empty()) {
+        return Err(Error::invalid(
+            "raw",
+            "raw mode does not support template, system, or context: leave `system` out",
+        ));
+    }
     let prompt = if is_raw || suffix.is_some() {
         Prompt::Raw(prompt)
     } else {
@@ -244,7 +252,10 @@ impl Common {
         if sampling.is_to_repeat() {
             rest.degrade("repeat_penalty");
         }
-        let (sampling, stop) = sampling.meant(100.0)?;
+        let (mut sampling, stop) = sampling.meant(100.0)?;
+        let format = format_of(self.format)?;
+        rest.ends_with(&format, &mut sampling);
+        sampling.further = rest.samplers()?;
         // Ollama: 0 and -1 are without limit, -2 until the context is full; all end here with the context.
         let max_tokens = options.num_predict.filter(|&n| n > 0).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         let request = GenerateRequest {
@@ -252,11 +263,11 @@ impl Common {
             sampling,
             stop,
             max_tokens,
-            format: format_of(self.format)?,
+            format,
             format_param: "format".into(),
             tools: rest.tools(is_chat)?,
             think: rest.think()?,
-            template_values: None,
+            template_values: rest.template_values(is_chat)?,
             logprobs: rest.logprobs()?,
             residence,
             lane: Lane::default(),

@@ -29,9 +29,17 @@ pub struct ChunkWriter {
     pub include_usage: bool,
     /// Which of the answers it writes.
     pub index: usize,
+    /// Whether it is answered here, and not by a host.
+    pub is_local: bool,
 }
 
 impl ChunkWriter {
+    /// Of an answer by this one.
+    #[must_use]
+    pub fn by(self, served: &Served) -> Self {
+        Self { is_local: served.is_local(), ..self }
+    }
+
     /// The first chunk of a chat, which names the role; completions have none. Its content is none, as llama.cpp has it: a call may follow.
     #[must_use]
     pub fn role(&self) -> Option<Value> {
@@ -148,6 +156,9 @@ impl ChunkWriter {
         let mut chunk = json!({
             "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices,
         });
+        if self.is_local {
+            chunk["system_fingerprint"] = FINGERPRINT.into();
+        }
         if self.include_usage {
             chunk["usage"] = Value::Null;
         }
@@ -173,6 +184,9 @@ impl ChunkWriter {
             "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": [choice],
             "usage": usage_of(&usage), "sarai": extension(served, &timings),
         });
+        if self.is_local {
+            answer["system_fingerprint"] = FINGERPRINT.into();
+        }
         add_timings(&mut answer, &usage, &timings);
         if !logprobs.is_empty() {
             answer["choices"][0]["logprobs"] = self.logprobs(&logprobs, 0);
@@ -314,17 +328,43 @@ pub(crate) fn extension(served: &Served, timings: &Timings) -> Value {
     extension
 }
 
+/// Which program answers here; of a host, what it says of itself is passed on.
+const FINGERPRINT: &str = concat!("build-sarai-", env!("CARGO_PKG_VERSION"));
+
 /// One entry of `GET /v1/models`.
 #[must_use]
 pub fn model(id: &str, created: u64) -> Value {
     json!({ "id": id, "object": "model", "created": created, "owned_by": "sarai" })
 }
 
-/// One of the models that run here: whether it is loaded, and what it senses beside text, where that is known.
+/// What is known of a model that runs here.
+pub struct LocalModel<'a> {
+    /// Whether it is loaded.
+    pub status: &'a str,
+    /// What it senses beside text, where that is known.
+    pub senses: Option<Vec<MediaKind>>,
+    /// Tokens that a prompt and its answer may have.
+    pub context_tokens: Option<u32>,
+    /// Of its file, where that was read: the context that it was trained for, the length of its vectors, its parameters and bytes.
+    pub file: Option<[u64; 4]>,
+}
+
+/// One of the models that run here, with what llama.cpp's server and vLLM say of theirs.
 #[must_use]
-pub fn local_model(id: &str, created: u64, status: &str, senses: Option<Vec<MediaKind>>) -> Value {
+pub fn local_model(id: &str, created: u64, aliases: &[String], known: LocalModel<'_>) -> Value {
     let mut listed = model(id, created);
+    let LocalModel { status, senses, context_tokens, file } = known;
     listed["status"] = json!({ "value": status });
+    listed["aliases"] = json!(aliases);
+    if let Some(tokens) = context_tokens {
+        listed["max_model_len"] = tokens.into();
+        listed["meta"]["n_ctx"] = tokens.into();
+    }
+    if let Some([trained, width, parameters, size]) = file {
+        for (name, value) in [("n_ctx_train", trained), ("n_embd", width), ("n_params", parameters), ("size", size)] {
+            listed["meta"][name] = value.into();
+        }
+    }
     if let Some(senses) = senses {
         let word = |kind: &MediaKind| match kind {
             MediaKind::Image => "image",

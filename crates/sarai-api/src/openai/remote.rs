@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 
-use crate::{RemoteLine, sampling, translate};
+use crate::{RemoteLine, samplers, sampling, translate};
 
 /// The path below the base URL, and the body that asks for this. What is not set is left to the server.
 #[must_use]
@@ -24,6 +24,10 @@ pub fn request(model: &str, request: &GenerateRequest) -> (&'static str, Value) 
             }
             translate::tool_fields(Api::OpenAi, request).into_iter().for_each(|(name, value)| body[name] = value);
             "/chat/completions"
+        }
+        Prompt::Tokens(tokens) => {
+            body["prompt"] = json!(tokens);
+            "/completions"
         }
         Prompt::Raw(text) => {
             body["prompt"] = text.as_str().into();
@@ -87,8 +91,10 @@ pub fn unknown_to_openai(sampling: &Sampling) -> Vec<String> {
         ("typical_p", sampling.typical_p.is_some()),
         ("repeat_penalty", sampling.repeat_penalty.is_some()),
         ("repeat_last_n", sampling.repeat_last_n.is_some()),
+        ("ignore_eos", sampling.ignore_eos),
     ];
-    options.into_iter().filter(|(_, is_set)| *is_set).map(|(name, _)| name.to_owned()).collect()
+    let options = options.into_iter().filter(|(_, is_set)| *is_set).map(|(name, _)| name.to_owned());
+    options.chain(samplers::to_wire(&sampling.further).into_iter().map(|(name, _)| name)).collect()
 }
 
 /// Reads the lines of one stream; the end is put together from several.
@@ -99,6 +105,8 @@ pub struct SseReader {
     texts: u32,
     /// Fields of chunks as they were passed on last: most say the same in each.
     said: Map<String, Value>,
+    /// Whether an error was reported that is of the client's making.
+    pub is_the_clients: bool,
 }
 
 #[derive(Deserialize)]
@@ -112,8 +120,9 @@ struct Chunk {
 
 #[derive(Deserialize)]
 struct Choice {
-    #[serde(alias = "message")]
     delta: Option<Delta>,
+    /// Of an answer that comes whole; some say it in each step, too.
+    message: Option<Delta>,
     text: Option<String>,
     finish_reason: Option<String>,
     #[serde(flatten)]
@@ -211,13 +220,22 @@ impl WireUsage {
     }
 }
 
+/// What some servers write before the first line.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// Whether an error says that the request is wrong.
+fn is_the_clients(error: &Value) -> bool {
+    let is_kind = ["invalid_request_error", "BadRequestError"].iter().any(|kind| error["type"] == *kind);
+    is_kind || [400, 422].iter().any(|code| error["code"] == *code)
+}
+
 impl SseReader {
     /// Reads one line. Comments and other fields of an event are nothing to pass on.
     ///
     /// # Errors
     /// The line is not of a stream of chunks, or it reports an error.
     pub fn line(&mut self, line: &[u8]) -> Result<RemoteLine, RemoteCause> {
-        let line = line.trim_ascii();
+        let line = line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line).trim_ascii();
         let garbled = || RemoteCause::Garbled(String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned());
         let Some(data) = line.strip_prefix(b"data:") else {
             let is_sse =
@@ -251,6 +269,7 @@ impl SseReader {
         }
         let chunk: Chunk = serde_json::from_slice(data).map_err(|_| garbled())?;
         if let Some(error) = chunk.error.filter(|error| !error.is_null()) {
+            self.is_the_clients = is_the_clients(&error);
             let message = error["message"].as_str().map_or_else(|| error.to_string(), str::to_owned);
             return Err(RemoteCause::Reported(message));
         }
@@ -295,7 +314,7 @@ impl SseReader {
                 let finish = if word == "eos" { Some(FinishReason::Stop) } else { known };
                 self.finish = Some(finish.ok_or_else(|| RemoteCause::Reported(format!("finish_reason `{word}`")))?);
             }
-            let delta = choice.delta.unwrap_or_default();
+            let delta = choice.delta.or(choice.message).unwrap_or_default();
             text = delta.content.or(choice.text).filter(|text| !text.is_empty());
             (fields, message) = (beyond(choice.rest), beyond(delta.rest));
         }

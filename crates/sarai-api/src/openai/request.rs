@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use sarai_core::{
-    Api, Error, Format, GenerateRequest, Lane, Media, MediaKind, Message, Prompt, Residence, ResultOf, Role,
+    Api, Error, Format, GenerateRequest, Input, Lane, Media, MediaKind, Message, Prompt, Residence, ResultOf, Role,
 };
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::embed::Inputs;
 use crate::extras::{Rest, SAMPLING};
 use crate::json::Object;
 use crate::media::media_source;
@@ -22,7 +23,8 @@ struct Common {
     model: Option<String>,
     stream: Option<bool>,
     stream_options: Option<Object<StreamOptions>>,
-    logit_bias: Option<BTreeMap<String, f32>>,
+    logit_bias: Option<LogitBias>,
+    n_predict: Option<i64>,
     max_tokens: Option<i64>,
     max_completion_tokens: Option<i64>,
     n: Option<u32>,
@@ -35,12 +37,33 @@ struct StreamOptions {
     include_usage: Option<bool>,
 }
 
+/// Token ids and what is added to their logits, as OpenAI has them, or in llama.cpp's pairs, where `false` bans.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "an object of token ids and numbers, or an array of pairs of them")]
+enum LogitBias {
+    Object(BTreeMap<String, Bias>),
+    Pairs(Vec<(i32, Bias)>),
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(untagged)]
+enum Bias {
+    Number(f32),
+    Allowed(bool),
+}
+
 #[derive(Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 enum ResponseFormat {
     Text,
-    JsonObject { schema: Option<Value> },
-    JsonSchema { json_schema: JsonSchema },
+    JsonObject {
+        schema: Option<Value>,
+    },
+    /// llama.cpp's server reads the schema without what is around it, too.
+    JsonSchema {
+        json_schema: Option<JsonSchema>,
+        schema: Option<Value>,
+    },
 }
 
 #[derive(Deserialize)]
@@ -79,15 +102,8 @@ struct ContentPart {
 
 #[derive(Deserialize)]
 struct CompletionBody {
-    prompt: OneOrMany,
+    prompt: Inputs,
     suffix: Option<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "a string or an array of strings")]
-enum OneOrMany {
-    One(String),
-    Many(Vec<String>),
 }
 
 /// Reads the body of a chat completion.
@@ -172,8 +188,9 @@ fn prefill(rest: &mut Rest, messages: &mut Vec<Message>) -> Result<Option<String
 }
 
 /// Fields that are read here; all others are left to hosts.
-const READ: [&str; 10] = [
+const READ: [&str; 11] = [
     "model",
+    "n_predict",
     "stream",
     "stream_options",
     "max_tokens",
@@ -245,11 +262,10 @@ pub fn parse_completion(body: &[u8]) -> Result<Parsed, Error> {
     let common: Common = json::parse(body)?;
     let sampling: WireSampling = json::parse(body)?;
     let completion: CompletionBody = json::parse(body)?;
-    let prompts = match completion.prompt {
-        OneOrMany::One(prompt) => vec![prompt],
-        OneOrMany::Many(prompts) => prompts,
-    };
-    let prompts = prompts.into_iter().map(|prompt| check::text("prompt", prompt).map(Prompt::Raw));
+    let prompts = completion.prompt.all().into_iter().map(|prompt| match prompt {
+        Input::Text(prompt) => check::text("prompt", prompt).map(Prompt::Raw),
+        Input::Tokens(prompt) => Ok(Prompt::Tokens(prompt)),
+    });
     let mut prompts = prompts.collect::<Result<Vec<_>, _>>()?.into_iter();
     refuse_many_copies("n", body, common.n.unwrap_or(1) as usize * prompts.len().max(1))?;
     let Some(first) = prompts.next() else {
@@ -259,6 +275,9 @@ pub fn parse_completion(body: &[u8]) -> Result<Parsed, Error> {
     let suffix = suffix.map(|suffix| check::text("suffix", suffix)).transpose()?;
     let mut rest = rest_of(body)?;
     if suffix.is_some() {
+        if matches!(first, Prompt::Tokens(_)) || prompts.as_slice().iter().any(|one| matches!(one, Prompt::Tokens(_))) {
+            return Err(Error::invalid("suffix", "`suffix` is set, and `prompt` has tokens: send the prompt as text"));
+        }
         rest.need_also("suffix", "`suffix` is not supported".into(), true);
     }
     let mut parsed = common.finish(sampling, first, rest)?;
@@ -373,15 +392,21 @@ impl Common {
     fn finish(self, sampling: WireSampling, prompt: Prompt, mut rest: Rest) -> Result<Parsed, Error> {
         let choices = self.choices()?;
         let said = form_of(&rest)?;
-        let (format, format_param) = said.unwrap_or_else(|| (format_of(self.response_format), "response_format"));
+        let (format, format_param) = match said {
+            Some(said) => said,
+            None => (format_of(self.response_format)?, "response_format"),
+        };
         let is_chat = matches!(prompt, Prompt::Chat(_));
         let has_tools = rest.field("tools").is_some_and(|tools| !check::is_default(tools));
         if has_tools && matches!(format, Format::Gbnf(_)) {
             return Err(Error::invalid("grammar", "`grammar` and `tools` are both set: use one of them"));
         }
         let (mut sampling, stop) = sampling.meant(2.0)?;
-        sampling.logit_bias = logit_bias(self.logit_bias.unwrap_or_default())?;
-        let max_tokens = match self.max_completion_tokens.or(self.max_tokens) {
+        sampling.logit_bias = self.logit_bias.map(logit_bias).transpose()?.unwrap_or_default();
+        sampling.further = rest.samplers()?;
+        rest.ends_with(&format, &mut sampling);
+        // As llama.cpp's server has it, its own name counts before the others.
+        let max_tokens = match self.n_predict.or(self.max_completion_tokens).or(self.max_tokens) {
             None => None,
             // llama.cpp's and Ollama's -1: as far as the context reaches.
             Some(-1) => None,
@@ -463,26 +488,44 @@ fn form_of(rest: &Rest) -> Result<Option<(Format, &'static str)>, Error> {
     }
 }
 
-fn format_of(format: Option<ResponseFormat>) -> Format {
-    match format {
+fn format_of(format: Option<ResponseFormat>) -> Result<Format, Error> {
+    Ok(match format {
         None | Some(ResponseFormat::Text) => Format::Text,
         Some(ResponseFormat::JsonObject { schema: None }) => Format::Json,
         Some(ResponseFormat::JsonObject { schema: Some(schema) }) => Format::Schema(schema.to_string()),
-        Some(ResponseFormat::JsonSchema { json_schema }) => {
-            json_schema.schema.map_or(Format::Json, |schema| Format::Schema(schema.to_string()))
+        Some(ResponseFormat::JsonSchema { json_schema, schema }) => {
+            if json_schema.is_none() && schema.is_none() {
+                let message = "`response_format.json_schema` is missing: send the schema";
+                return Err(Error::invalid("response_format.json_schema", message));
+            }
+            let schema = json_schema.and_then(|json_schema| json_schema.schema).or(schema);
+            schema.map_or(Format::Json, |schema| Format::Schema(schema.to_string()))
         }
-    }
+    })
 }
 
-fn logit_bias(biases: BTreeMap<String, f32>) -> Result<Vec<(i32, f32)>, Error> {
-    let one = |(token, bias): (String, f32)| {
-        let id = token
-            .parse()
-            .map_err(|_| Error::invalid("logit_bias", format!("`logit_bias` has the key `{token}`: use token ids")))?;
+fn logit_bias(written: LogitBias) -> Result<Vec<(i32, f32)>, Error> {
+    let pairs = match written {
+        LogitBias::Object(biases) => biases.into_iter().map(of_text).collect::<Result<Vec<_>, _>>()?,
+        LogitBias::Pairs(pairs) => pairs,
+    };
+    let one = |(id, bias): (i32, Bias)| {
+        let bias = match bias {
+            Bias::Number(number) => number,
+            Bias::Allowed(false) => -100.0,
+            Bias::Allowed(true) => {
+                return Err(Error::invalid("logit_bias", "`logit_bias` is true: use a number, or false"));
+            }
+        };
         check::range("logit_bias", Some(bias), -100.0, 100.0)?;
         Ok((id, bias))
     };
     // The same number may be written in several ways.
-    let all: BTreeMap<i32, f32> = biases.into_iter().map(one).collect::<Result<_, Error>>()?;
+    let all: BTreeMap<i32, f32> = pairs.into_iter().map(one).collect::<Result<_, Error>>()?;
     Ok(all.into_iter().collect())
+}
+
+fn of_text((token, bias): (String, Bias)) -> Result<(i32, Bias), Error> {
+    let unknown = |_| Error::invalid("logit_bias", format!("`logit_bias` has the key `{token}`: use token ids"));
+    Ok((token.parse().map_err(unknown)?, bias))
 }

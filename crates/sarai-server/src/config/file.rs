@@ -293,7 +293,7 @@ fn read_sampling(mut section: Section<'_>, mistakes: &mut Vec<Mistake>) -> Sampl
             .and_then(|n| i32::try_from(n).ok()),
         presence_penalty: section.number("presence_penalty", -2.0, 2.0, mistakes).map(|n| n as f32),
         frequency_penalty: section.number("frequency_penalty", -2.0, 2.0, mistakes).map(|n| n as f32),
-        logit_bias: Vec::new(),
+        ..Sampling::default()
     };
     section.finish(mistakes);
     sampling

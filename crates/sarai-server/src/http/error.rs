@@ -30,9 +30,11 @@ fn row(error: &Error) -> Row {
         Error::InvalidRequest { .. } => {
             Row { status: StatusCode::BAD_REQUEST, kind: "invalid_request_error", code: None }
         }
-        Error::ContextOverflow { .. } | Error::TextTooLong { .. } => {
-            row(StatusCode::BAD_REQUEST, "invalid_request_error", "context_length_exceeded")
+        // The kind is that of llama.cpp's server, the code OpenAI's.
+        Error::ContextOverflow { .. } => {
+            row(StatusCode::BAD_REQUEST, "exceed_context_size_error", "context_length_exceeded")
         }
+        Error::TextTooLong { .. } => row(StatusCode::BAD_REQUEST, "invalid_request_error", "context_length_exceeded"),
         Error::UnknownModel { .. } => row(StatusCode::NOT_FOUND, "invalid_request_error", "model_not_found"),
         Error::Unsupported { .. } => row(StatusCode::BAD_REQUEST, "invalid_request_error", "unsupported"),
         Error::ForeignOrigin { .. } => row(StatusCode::FORBIDDEN, "permission_error", "foreign_origin"),
@@ -131,6 +133,10 @@ impl IntoResponse for Failure {
         let mut headers = HeaderMap::new();
         if matches!(error, Error::Overloaded { .. }) {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        if matches!(error, Error::Deadline { .. } | Error::DoesNotFit(_)) {
+            // OpenAI's clients would ask for the same once more, and wait as long for the same.
+            headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }
         let mut response = json_response(headers, &body);
         *response.status_mut() = row(&error).status;

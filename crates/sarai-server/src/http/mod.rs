@@ -13,6 +13,7 @@ mod show;
 mod stream;
 mod waiting;
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use axum::Router;
@@ -22,6 +23,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
 use sarai_api::Served;
 use sarai_core::{Error, Lane};
+use tokio::sync::Semaphore;
 
 use crate::config::Access;
 use crate::dispatch::Terms;
@@ -36,6 +38,8 @@ pub struct App {
     pub gateway: Gateway,
     /// The largest body in bytes.
     pub max_body_bytes: usize,
+    /// KiB that all bodies may have together while they come.
+    pub bodies: Arc<Semaphore>,
     /// How long a client may leave its answer unread.
     pub stall: Duration,
     /// How often a client is told of a load that its stream waits for.
@@ -48,6 +52,9 @@ pub struct App {
 pub fn door(app: App, access: &Access) -> Door {
     Door::new(urls(app), access)
 }
+
+/// Clients ask for these words, to see whether Ollama's API is there.
+const IS_RUNNING: &str = "Ollama is running";
 
 fn urls(app: App) -> Router {
     let wrong_method = |api: fn(Error) -> Failure| {
@@ -82,7 +89,7 @@ fn urls(app: App) -> Router {
         .route("/health", get(admin::health))
         .route("/v1/health", get(admin::health))
         .route("/ready", get(admin::ready))
-        .route("/", get(|| async { "sarai is running" }))
+        .route("/", get(|| async { IS_RUNNING }))
         .fallback(|request: Request| async move { Failure::unknown_path(request.uri()) })
         .with_state(app)
 }

@@ -3,7 +3,7 @@
 use axum::extract::{Request, State};
 use axum::http::HeaderMap;
 use axum::response::Response;
-use sarai_api::ollama::{self, parse_model_name};
+use sarai_api::ollama::{self, Abilities, parse_model_name};
 use sarai_core::{Error, MediaKind};
 use sarai_plan::Header;
 use serde_json::{Map, Value};
@@ -47,7 +47,9 @@ fn of_file(catalog: &Catalog, model: &Model, file: Option<&ModelFile>) -> Value 
     let purpose = file.map(ModelFile::purpose).unwrap_or_default();
     let is_sensed = |kind: &MediaKind| file.is_some_and(|file| file.senses(*kind));
     let senses: Vec<_> = [MediaKind::Image, MediaKind::Audio].into_iter().filter(is_sensed).collect();
-    let mut shown = ollama::show(&catalog.facts(model), purpose, &senses, template, Value::Object(info));
+    let fills_in = file.is_some_and(ModelFile::fills_in);
+    let abilities = Abilities { purpose, senses: &senses, template, fills_in };
+    let mut shown = ollama::show(&catalog.facts(model), &abilities, Value::Object(info));
     shown["license"] = license;
     if let Some(projector) = file.and_then(ModelFile::projector_header) {
         shown["projector_info"] = metadata(projector).into();

@@ -393,7 +393,7 @@ mod tests {
         let mut events = routes.enter(1, 1, Box::new(())).unwrap();
         let writing = tokio::spawn(write_frames(ours.into_split().1, to_write, routes));
         let inputs = vec![Input::Text("a".repeat(frame::MAX_FRAME_BYTES))];
-        let request = EmbedRequest { inputs, query: None, truncate: false, lane: sarai_core::Lane::default() };
+        let request = EmbedRequest::new(inputs);
         commands.send(ToWorker::Embed { id: 1, request: Box::new(request) }).unwrap();
         let told = events.recv().await.unwrap().unwrap_err().to_string();
         assert!(told.contains("send less at once"), "{told}");

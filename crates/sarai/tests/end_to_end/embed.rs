@@ -156,6 +156,19 @@ async fn both_apis_say_the_same_in_their_own_ways() {
     }
     let shown = post("/api/show", json!({ "model": "minilm" })).await.json();
     assert_eq!(shown["capabilities"], json!(["embedding"]));
+    // An empty text among others has a vector too, in Ollama's API.
+    for input in [json!(["", "Other."]), json!([""])] {
+        let some = post("/api/embed", json!({ "model": "minilm", "input": input })).await;
+        let vectors = some.json()["embeddings"].as_array().unwrap().clone();
+        assert_eq!(
+            (vectors.len(), numbers(&vectors[0]).len()),
+            (input.as_array().unwrap().len(), 384),
+            "{}",
+            some.text
+        );
+    }
+    let refused = post("/v1/embeddings", json!({ "model": "minilm", "input": ["", "Other."] })).await;
+    assert_eq!(refused.status, 400, "{}", refused.text);
 }
 
 #[tokio::test]
@@ -170,6 +183,9 @@ async fn what_is_too_long_is_cut_or_refused_as_asked_and_what_is_wrong_is_a_400(
     assert_eq!(whole.status, 400, "{}", whole.text);
     let cut = post("/api/embed", json!({ "model": "minilm", "input": long })).await.json();
     assert_eq!(cut["prompt_eval_count"], 512, "{cut}");
+    let few = |truncate: bool| json!({ "model": "minilm", "input": long, "truncate": truncate, "options": { "num_ctx": 16.0 } });
+    assert_eq!(post("/api/embed", few(true)).await.json()["prompt_eval_count"], 16);
+    assert_eq!(post("/api/embed", few(false)).await.status, 400);
     let asked = post("/v1/embeddings", json!({ "model": "minilm", "input": long, "truncate": true })).await.json();
     assert_eq!(asked["usage"]["prompt_tokens"], 512, "{asked}");
     // The longest that fits: 510 words between two marks.

@@ -3,7 +3,7 @@
 use crate::support::{Sarai, chat, gemma, qwen, smollm2};
 use futures_util::StreamExt;
 use futures_util::future::join_all;
-use serde_json::json;
+use serde_json::{Value, json};
 
 fn config(more: &str) -> String {
     format!(
@@ -44,7 +44,7 @@ async fn a_seed_repeats_an_answer_and_another_seed_changes_it() {
 }
 
 #[tokio::test]
-async fn max_tokens_stop_and_logit_bias_are_obeyed() {
+async fn max_tokens_stop_logit_bias_and_ignore_eos_are_obeyed() {
     let sarai = Sarai::start(&config(""));
     let ask = async |more| {
         sarai.post("/v1/chat/completions", chat("lfm2", "Tell me a long story about a fox.", more)).await.json()
@@ -59,9 +59,48 @@ async fn max_tokens_stop_and_logit_bias_are_obeyed() {
     let stopped = ask(json!({ "max_tokens": 12, "stop": [word] })).await;
     assert_eq!(stopped["choices"][0]["finish_reason"], "stop");
     assert_eq!(stopped["choices"][0]["message"]["content"].as_str().unwrap(), &text[..text.find(word).unwrap()]);
+    // The model ends this one by itself otherwise.
+    let short = async |more| {
+        let answer = sarai.post("/v1/chat/completions", chat("lfm2", "Say yes.", more)).await;
+        let usage = answer.json()["usage"]["completion_tokens"].as_u64().unwrap();
+        (
+            usage,
+            answer.json()["choices"][0]["finish_reason"].clone(),
+            answer.header("x-sarai-degraded").map(str::to_owned),
+        )
+    };
+    let (tokens, finish, _) = short(json!({ "max_tokens": 200, "temperature": 0 })).await;
+    assert!(tokens < 200 && finish == "stop", "{tokens} {finish}");
+    let endless = json!({ "max_tokens": 200, "temperature": 0, "ignore_eos": true });
+    assert_eq!(short(endless.clone()).await, (200, json!("length"), None));
+    let mut formed = endless;
+    formed["response_format"] =
+        json!({ "type": "json_schema", "json_schema": { "name": "a", "schema": { "enum": ["yes"] } } });
+    let (tokens, finish, degraded) = short(formed).await;
+    assert!(tokens < 20 && finish == "stop", "a form ends with itself: {tokens} {finish}");
+    assert_eq!(degraded.as_deref(), Some("ignore_eos"));
     let forced = ask(json!({ "max_tokens": 4, "logit_bias": { "28": 100 } })).await;
     let text = forced["choices"][0]["message"]["content"].as_str().unwrap();
     assert_eq!(text.chars().collect::<std::collections::HashSet<_>>().len(), 1, "one token over and over: {text}");
+}
+
+#[tokio::test]
+async fn a_prompt_of_tokens_is_that_of_its_text() {
+    let sarai = Sarai::start(&config(""));
+    let ask = async |prompt: Value| {
+        let body = json!({ "model": "lfm2", "prompt": prompt, "max_tokens": 12, "temperature": 0 });
+        sarai.post("/v1/completions", body.to_string()).await
+    };
+    // "A sky" in SmolLM2's vocabulary, which puts no mark before it.
+    let of_text = ask(json!("A sky")).await.json();
+    assert_eq!(of_text["usage"]["prompt_tokens"], 2, "{of_text}");
+    let vectors = ask(json!([[49, 6376], "A sky"])).await;
+    let both = vectors.json();
+    assert_eq!(vectors.status, 200, "{}", vectors.text);
+    assert_eq!(both["choices"][0]["text"], of_text["choices"][0]["text"], "{both}");
+    assert_eq!(both["choices"][1]["text"], of_text["choices"][0]["text"], "{both}");
+    let unknown = ask(json!([999_999])).await;
+    assert!(unknown.status == 400 && unknown.text.contains("999999"), "{}", unknown.text);
 }
 
 #[tokio::test]
@@ -173,7 +212,7 @@ async fn a_json_schema_shapes_the_answer() {
     let format = json!({ "max_tokens": 60, "response_format": { "type": "json_schema", "json_schema": { "name": "c", "schema": schema } } });
     let answer = sarai.post("/v1/chat/completions", chat("omni", "Choose a colour.", format)).await.json();
     let text = answer["choices"][0]["message"]["content"].as_str().unwrap();
-    let value: serde_json::Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {answer}"));
+    let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {answer}"));
     assert!(["red", "blue"].contains(&value["colour"].as_str().unwrap()));
 }
 
@@ -203,6 +242,27 @@ async fn top_k_top_p_min_p_and_penalties_shape_the_choice() {
     }
     assert_ne!(ask(json!({ "temperature": 2, "seed": 5, "top_k": 0, "top_p": 1.0, "min_p": 0.0 })).await, greedy);
     assert_ne!(ask(json!({ "repeat_penalty": 3.0, "repeat_last_n": -1 })).await, greedy);
+    // llama.cpp's further ones: some leave a hot choice no other than the likeliest, others take that away.
+    for only_the_likeliest in [
+        json!({ "top_n_sigma": 1e-6 }),
+        json!({ "mirostat": 2, "mirostat_tau": 0.0 }),
+        json!({ "samplers": ["top_k"], "top_k": 1 }),
+    ] {
+        let mut hot = json!({ "temperature": 2, "seed": 5, "top_k": 0, "top_p": 1.0, "min_p": 0.0 });
+        hot.as_object_mut().unwrap().extend(only_the_likeliest.as_object().unwrap().clone());
+        assert_eq!(ask(hot).await, greedy, "{only_the_likeliest}");
+    }
+    assert_ne!(ask(json!({ "xtc_probability": 1.0, "xtc_threshold": 0.1 })).await, greedy);
+    let endless = |more: Value| {
+        let mut body = json!({ "max_tokens": 160, "ignore_eos": true });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        ask(body)
+    };
+    assert_ne!(endless(json!({ "dry_multiplier": 5.0, "dry_allowed_length": 1 })).await, endless(json!({})).await);
+    let body = json!({ "model": "lfm2", "stream": false, "messages": [{ "role": "user", "content": "Hi" }], "options": { "mirostat": 1, "num_predict": 2.0, "num_ctx": 512.0 } });
+    let answer = sarai.post("/api/chat", body.to_string()).await;
+    assert_eq!((answer.status, answer.header("x-sarai-degraded")), (200, None), "{}", answer.text);
+    assert_eq!(answer.json()["eval_count"], 2, "{}", answer.text);
     assert_ne!(
         ask(json!({ "presence_penalty": 2, "frequency_penalty": 2, "max_tokens": 40 })).await,
         ask(json!({ "max_tokens": 40 })).await

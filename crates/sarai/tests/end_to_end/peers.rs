@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::support::host::{Host, Step, ollama, on_host};
-use crate::support::{Answer, BINARY, Ollama, Sarai, chat, minilm, qwen, smollm2};
+use crate::support::{Answer, BINARY, Ollama, Sarai, chat, minilm, qwen, sketch, smollm2};
 use serde_json::{Value, json};
 
 fn one_model() -> String {
@@ -33,11 +33,22 @@ async fn llama_cpps_paths_are_there_and_the_only_model_need_not_be_named() {
     let listed = sarai.get("/models").await.json();
     assert_eq!(listed["data"].as_array().unwrap().len(), 2);
     assert!(listed["data"][0]["created"].as_u64().unwrap() > 1_700_000_000);
+    let coder = &listed["data"][0];
+    assert_eq!((&coder["meta"]["n_ctx"], &coder["max_model_len"]), (&json!(1024), &json!(1024)), "{coder}");
+    assert_eq!(coder["meta"]["n_ctx_train"], 32768, "{coder}");
+    assert!(coder["meta"]["n_params"].as_u64().unwrap() > 400_000_000, "{coder}");
+    let answered = |answer: &Value| answer["system_fingerprint"].as_str().is_some_and(|print| print.starts_with('b'));
+    assert!(answered(&answer) && chunks.iter().all(answered), "{answer}");
     assert_eq!(sarai.get("/v1/health").await.status, 200);
     let long = json!({ "messages": [{ "role": "user", "content": "word ".repeat(2000) }] });
     let refused = sarai.post("/v1/chat/completions", long.to_string()).await;
     let error = &refused.json()["error"];
     assert_eq!((refused.status, &error["n_ctx"]), (400, &json!(1024)));
+    assert_eq!(error["type"], "exceed_context_size_error");
+    let mut few = body.clone();
+    few["n_predict"] = 2.into();
+    let few = sarai.post("/v1/chat/completions", few.to_string()).await.json();
+    assert_eq!(few["usage"]["completion_tokens"], 2, "llama.cpp's name counts first: {few}");
     assert!(error["n_prompt_tokens"].as_u64().unwrap() > 2000, "{error}");
     assert!(error["message"].as_str().unwrap().contains("exceeds the available context size"), "{error}");
 
@@ -45,6 +56,41 @@ async fn llama_cpps_paths_are_there_and_the_only_model_need_not_be_named() {
     let sarai = Sarai::start(&two);
     let refused = sarai.post("/v1/chat/completions", body.to_string()).await;
     assert!(refused.status == 400 && refused.text.contains("`coder`, `other`"), "{}", refused.text);
+}
+
+#[tokio::test]
+async fn ollamas_clients_find_its_words_and_its_tags() {
+    let sarai = Sarai::start(&one_model());
+    assert_eq!(sarai.get("/").await.text, "Ollama is running");
+    let tags = sarai.get("/api/tags").await.json();
+    let names: Vec<_> = tags["models"].as_array().unwrap().iter().map(|model| model["model"].clone()).collect();
+    assert_eq!(names, ["coder:latest", "vectors:latest"]);
+    for name in ["coder:latest", "Coder", "CODER:latest"] {
+        let body = json!({ "model": name, "prompt": "Hi", "stream": false, "options": { "num_predict": 1 } });
+        let answer = sarai.post("/api/generate", body.to_string()).await;
+        assert_eq!((answer.status, &answer.json()["model"]), (200, &json!(name)), "{}", answer.text);
+    }
+    let ps = sarai.get("/api/ps").await.json();
+    assert_eq!(ps["models"][0]["name"], "coder:latest", "{ps}");
+    let raw = json!({ "model": "coder", "prompt": "Hi", "raw": true, "system": "Be brief." });
+    let refused = sarai.post("/api/generate", raw.to_string()).await;
+    assert!(refused.status == 400 && refused.text.contains("raw mode does not support"), "{}", refused.text);
+}
+
+/// As Gemma's and Mistral's templates want it; Ollama says in one turn what follows itself, too.
+#[tokio::test]
+async fn who_speaks_twice_is_heard_by_templates_that_want_roles_to_alternate() {
+    let file = sketch("sensing/random/gemma3.gguf");
+    let sarai = Sarai::start(&format!("models:\n  strict: {{ backend: gguf_native, gguf_path: {file} }}\n"));
+    let tokens = async |messages: Value| {
+        let body = json!({ "model": "strict", "messages": messages, "max_tokens": 1 });
+        let answer = sarai.post("/v1/chat/completions", body.to_string()).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        answer.json()["usage"]["prompt_tokens"].clone()
+    };
+    let user = |text: &str| json!({ "role": "user", "content": text });
+    let twice = tokens(json!([user("One."), user("Two.")])).await;
+    assert_eq!(twice, tokens(json!([user("One.\n\nTwo.")])).await);
 }
 
 #[tokio::test]

@@ -30,7 +30,7 @@ async fn reasoning_is_switched_by_the_fields_of_both_apis() {
     let usual = prompt_tokens("/api/chat", json!({})).await;
     for (path, more, thinks) in [
         ("/api/chat", json!({ "think": true }), true),
-        ("/api/chat", json!({ "think": "high" }), true),
+        ("/api/chat", json!({ "think": true, "options": { "num_predict": 1 } }), true),
         ("/api/chat", json!({ "think": false }), false),
         ("/v1/chat/completions", json!({}), true),
         ("/v1/chat/completions", json!({ "chat_template_kwargs": { "enable_thinking": true } }), true),
@@ -38,12 +38,25 @@ async fn reasoning_is_switched_by_the_fields_of_both_apis() {
         ("/v1/chat/completions", json!({ "chat_template_kwargs": { "mood": "" } }), true),
         ("/v1/chat/completions", json!({ "chat_template_kwargs": { "mood": "Gently, then." } }), false),
         ("/v1/chat/completions", json!({ "reasoning_effort": "none" }), false),
-        ("/v1/chat/completions", json!({ "reasoning_effort": "low" }), true),
     ] {
         let found = prompt_tokens(path, more.clone()).await;
         // Where it does not, what it would think stands there, empty. So does a value of the template's own.
         assert_eq!(found > usual, !thinks, "{path} {more}: {found} tokens, usually {usual}");
     }
+    // How hard it reasons reaches a template that knows it, whoever says it how.
+    let effort = async |path: &str, more| prompt_tokens(path, more).await - usual;
+    let low = effort("/v1/chat/completions", json!({ "reasoning_effort": "low" })).await;
+    assert!(low > 2, "{low}");
+    assert_eq!(effort("/api/chat", json!({ "think": "low" })).await, low);
+    assert_eq!(
+        effort("/v1/chat/completions", json!({ "chat_template_kwargs": { "reasoning_effort": "low" } })).await,
+        low
+    );
+    let low = json!({ "reasoning_effort": "low" });
+    let knows = sarai.post("/v1/chat/completions", chat("thinker", "Hi", low.clone())).await;
+    assert_eq!(knows.header("x-sarai-degraded"), None, "{}", knows.text);
+    let plain = sarai.post("/v1/chat/completions", chat("plain", "Hi", low)).await;
+    assert_eq!(plain.header("x-sarai-degraded"), Some("reasoning_effort"), "{}", plain.text);
     // What it thought before is shown to it again.
     let before = |name: &str, thought: &str| json!([{ "role": "user", "content": "Hi" }, { "role": "assistant", "content": "Ho", name: thought }, { "role": "user", "content": "Hi" }]);
     for (path, name) in [

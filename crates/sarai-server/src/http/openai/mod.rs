@@ -58,7 +58,16 @@ fn listed(app: &App, catalog: &Catalog, model: &Model, snapshot: Option<&Snapsho
         (false, true) => "loading",
         (false, false) => "unloaded",
     };
-    openai::local_model(&model.name, created, status, senses(catalog, model))
+    let context_tokens = model.deployments.iter().find_map(|deployment| match deployment {
+        Deployment::Local { context_tokens, .. } => Some(*context_tokens),
+        Deployment::Remote(_) | Deployment::Process { .. } => None,
+    });
+    let file = catalog.known_file(engine).map(|file| {
+        let of_model = |key: &str| file.header.arch_size(key).unwrap_or_default();
+        [of_model("context_length"), of_model("embedding_length"), file.header.parameters(), file.size]
+    });
+    let known = openai::LocalModel { status, senses: senses(catalog, model), context_tokens, file };
+    openai::local_model(&model.name, created, &model.aliases, known)
 }
 
 /// What a model senses, or one that it falls back to; nothing is known where a host may answer, or a file that was not read yet.
@@ -92,6 +101,7 @@ async fn answer(
         model: parsed.model.clone(),
         include_usage: delivery.include_usage,
         index: 0,
+        is_local: false,
     };
     if !parsed.others.is_empty() {
         return several::answer(app, parsed, writer, terms).await;
@@ -100,7 +110,7 @@ async fn answer(
         let answer = app.gateway.answer(parsed, terms).await?;
         let headers = served_headers(&answer.served);
         let whole = stream::collect(answer.events).await?;
-        let body = writer.whole(whole, &answer.served);
+        let body = writer.by(&answer.served).whole(whole, &answer.served);
         return Ok(json_response(headers, &body));
     }
     let stall = app.stall;
@@ -109,6 +119,7 @@ async fn answer(
         Begun::Waiting(waiting) => return Ok(told_meanwhile(waiting, writer, stall)),
     };
     let headers = served_headers(&answer.served);
+    let writer = writer.by(&answer.served);
     let first = writer.role().map(|chunk| Bytes::from(sse(&chunk)));
     let around = writer.around_text();
     let mut end = End::of(answer.served);
@@ -120,14 +131,14 @@ async fn answer(
 }
 
 /// A stream whose first words are comments about what it waits for.
-fn told_meanwhile(waiting: Box<Waiting>, writer: ChunkWriter, stall: Duration) -> Response {
+fn told_meanwhile(waiting: Box<Waiting>, mut writer: ChunkWriter, stall: Duration) -> Response {
     let mut end = None;
     let encode = move |what| -> Bytes {
         let done = match &what {
             Step::Says(Ok(Event::Done { usage, timings, .. })) => Some((*usage, *timings)),
             _ => None,
         };
-        let mut text = write_step(&writer, &mut end, what);
+        let mut text = write_step(&mut writer, &mut end, what);
         if let (Some((usage, timings)), Some(end)) = (done, &end) {
             text.push_str(&last(&writer, &usage, Some(&timings), &end.usage_details));
         }
@@ -165,11 +176,12 @@ impl End {
 }
 
 /// A step of an answer, which may not have begun.
-fn write_step(writer: &ChunkWriter, end: &mut Option<End>, what: Step) -> String {
+fn write_step(writer: &mut ChunkWriter, end: &mut Option<End>, what: Step) -> String {
     match (what, end) {
         (Step::Waits(Some(percent)), _) => format!(": loading, {percent} %\n\n"),
         (Step::Waits(None), _) => ": waiting\n\n".into(),
         (Step::Begins(served), end) => {
+            writer.is_local = served.is_local();
             *end = Some(End::of(*served));
             writer.role().map(|chunk| sse(&chunk)).unwrap_or_default()
         }

@@ -80,7 +80,7 @@ async fn whole(
         async move {
             let Answer { served, events } = gateway.answer(parsed, terms).await?;
             let whole = bodies::collect(events).await?;
-            Ok::<_, Error>((served_headers(&served), whole.usage, writer.whole(whole, &served)))
+            Ok::<_, Error>((served_headers(&served), whole.usage, writer.by(&served).whole(whole, &served)))
         }
     });
     let mut all = None;
