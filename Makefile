@@ -34,6 +34,12 @@ WAITING = memory::a_dry_run_refines_the_plan_once_the_server_is_idle_and_is_reme
 	resuming::a_place_is_waited_for_once \
 	resuming::a_host_that_was_late_has_its_turn_again_when_the_worker_fails \
 	sharing::a_model_is_asked_where_it_is_loaded \
+	sharing::a_host_that_makes_no_vectors_is_left_alone_until_it_does \
+	remote::every_fault_before_the_first_token_leads_to_the_fallback_with_its_reason \
+	refusals::vectors_are_waited_for_once_and_refused_where_they_would_lack_something \
+	refusals::a_host_recovers_without_traffic_by_a_token_and_not_by_its_list \
+	refusals::a_host_whose_queue_of_connections_is_full_is_given_up_in_the_time_of_a_connection \
+	hosts::a_stall_is_noticed_within_a_few_of_the_hosts_usual_gaps_also_after_a_restart \
 	drill::with_a_second_host_that_speaks_openais_api_too_and_the_text_is_whole \
 	drill::with_nobody_else_every_fault_is_an_honest_failure
 
