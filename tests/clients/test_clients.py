@@ -360,7 +360,7 @@ class Ollama(unittest.TestCase):
         names = ["lfm2", "expert", "coder", "minilm", "omni", "thinker", "caller"]
         self.assertEqual([model.model for model in self.client.list().models], [f"{name}:latest" for name in names])
         self.client.generate("lfm2")
-        running = next(model for model in self.client.ps().models if model.model == "lfm2")
+        running = next(model for model in self.client.ps().models if model.model == "lfm2:latest")
         self.assertGreater(running.size, 90 << 20)
         shown = self.client.show("lfm2")
         self.assertEqual(shown.details.quantization_level, "Q4_1")

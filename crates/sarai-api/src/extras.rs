@@ -1,13 +1,13 @@
 //! What a body holds beyond what is read here.
 
-use sarai_core::{Api, Error, Extras, Format, Need, REASONING_EFFORT, Samplers, Sampling, ToolCall, Tools};
+use sarai_core::{Api, Error, Extras, Need, REASONING_EFFORT, Samplers, ToolCall, Tools};
 use serde_json::{Map, Value};
 
 use crate::tools::Chosen;
 use crate::{check, json, samplers, tools};
 
 /// The sampling keys, which both APIs spell the same.
-pub const SAMPLING: [&str; 13] = [
+pub const SAMPLING: [&str; 12] = [
     "temperature",
     "top_p",
     "top_k",
@@ -20,7 +20,6 @@ pub const SAMPLING: [&str; 13] = [
     "frequency_penalty",
     "stop",
     "logit_bias",
-    "ignore_eos",
 ];
 
 /// As OpenAI has it.
@@ -95,15 +94,17 @@ impl Rest {
         Ok((!values.is_empty()).then(|| Value::Object(values).to_string()))
     }
 
-    /// Reads llama.cpp's further samplers.
+    /// Reads llama.cpp's further samplers; hosts of the client's API get them as they were sent.
     ///
     /// # Errors
     /// One of them is out of its range.
     pub fn samplers(&mut self) -> Result<Samplers, Error> {
-        samplers::take(match self.extras.api {
-            Api::OpenAi => &mut self.extras.fields,
-            Api::Ollama => &mut self.extras.options,
-        })
+        let (samplers, followed) = samplers::read(match self.extras.api {
+            Api::OpenAi => &self.extras.fields,
+            Api::Ollama => &self.extras.options,
+        })?;
+        followed.into_iter().for_each(|name| self.follow(name));
+        Ok(samplers)
     }
 
     /// A field that was not read.
@@ -229,15 +230,6 @@ impl Rest {
         let calls = tools::calls(written);
         self.need_also(param, format!("`{param}` is not supported"), calls.is_some());
         calls.unwrap_or_default()
-    }
-
-    /// What has a form ends with it, and calls end an answer: that such an answer is to go on is lost.
-    pub fn ends_with(&mut self, format: &Format, sampling: &mut Sampling) {
-        let has_tools = self.field("tools").is_some_and(|tools| !check::is_default(tools));
-        if sampling.ignore_eos && (has_tools || format.is_constrained()) {
-            sampling.ignore_eos = false;
-            self.degrade("ignore_eos");
-        }
     }
 
     /// Something is lost wherever it is asked.

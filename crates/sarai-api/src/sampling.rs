@@ -5,7 +5,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::check::range;
-use crate::{samplers, whole};
+use crate::whole;
 
 /// As they stand in an OpenAI body, or in Ollama's `options`.
 #[derive(Default, Deserialize)]
@@ -124,11 +124,9 @@ pub fn to_wire(sampling: &Sampling, stop: &[String]) -> Map<String, Value> {
         ("repeat_last_n", sampling.repeat_last_n.map(Value::from)),
         ("presence_penalty", sampling.presence_penalty.map(float)),
         ("frequency_penalty", sampling.frequency_penalty.map(float)),
-        ("ignore_eos", sampling.ignore_eos.then(|| true.into())),
         ("stop", (!stop.is_empty()).then(|| stop.into())),
     ];
-    let options = options.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?)));
-    options.chain(samplers::to_wire(&sampling.further)).collect()
+    options.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()
 }
 
 /// A float as the client wrote it: 0.7, not the 0.699999988079071 that widening an f32 gives.

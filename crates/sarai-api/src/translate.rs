@@ -3,12 +3,12 @@
 use std::collections::VecDeque;
 
 use sarai_core::{
-    Api, Event, Extra, FinishReason, Format, GenerateRequest, Media, MediaKind, MediaSource, Message, Prompt, ToolCall,
-    ToolCallPart, ToolChoice,
+    Api, Event, Extra, FinishReason, Format, GenerateRequest, Media, MediaKind, MediaSource, Message, Prompt, Sampling,
+    ToolCall, ToolCallPart, ToolChoice,
 };
 use serde_json::{Map, Value, json};
 
-use crate::tools;
+use crate::{samplers, tools};
 
 /// Whether a host of this API can be asked all that the request needs, in its own words.
 #[must_use]
@@ -29,6 +29,16 @@ pub fn can_be_asked(api: Api, request: &GenerateRequest) -> bool {
         && request.prefill.is_empty()
         && request.logprobs.is_none()
         && !matches!(request.format, Format::Gbnf(_))
+}
+
+/// What a host of the other API is not asked for, since it may refuse what it does not know.
+#[must_use]
+pub fn not_asked_across(sampling: &Sampling) -> Vec<String> {
+    let mut lost = samplers::names(&sampling.further);
+    if sampling.ignore_eos {
+        lost.push("ignore_eos".to_owned());
+    }
+    lost
 }
 
 /// Messages as Ollama has them: pictures beside the text, calls with arguments that are an object, results by the tool's name.

@@ -7,7 +7,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use sarai_api::ollama::{self, End, LineWriter, ModelFacts, OllamaRequest};
 use sarai_api::openai::{self, ChunkWriter};
-use sarai_api::{Served, Whole};
+use sarai_api::{Served, Whole, translate};
 use sarai_core::{Api, Event, Extra, FinishReason, GenerateRequest, Message, Prompt, Role, Sampling, Timings, Usage};
 use serde_json::{Value, json};
 
@@ -200,40 +200,41 @@ fn the_same_in_other_words_is_the_same() {
 }
 
 #[test]
-fn further_samplers_are_read_checked_and_reach_hosts_and_say_nothing_where_they_are_off() {
+fn further_samplers_are_read_checked_and_reach_hosts_of_the_same_api_and_say_nothing_where_they_are_off() {
     let parse = |more: Value| {
         let mut body = json!({ "model": "m", "messages": [{ "role": "user", "content": "x" }] });
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         openai::parse_chat(body.to_string().as_bytes()).map(|parsed| parsed.request)
     };
-    let set = json!({
-        "mirostat": 2, "mirostat_tau": 4.5, "dry_multiplier": 0.7, "dry_sequence_breakers": ["\n"], "samplers": ["top_k", "temperature"],
-    });
+    let degrades = |request: &GenerateRequest| request.extras.as_ref().unwrap().degrades.clone();
+    let set = json!({ "mirostat": 2.0, "mirostat_tau": 4.5, "samplers": ["top-k", "magic", "temp", "top_k"] });
     let request = parse(set.clone()).unwrap();
-    assert!(request.extras.as_ref().unwrap().degrades.is_empty(), "{request:?}");
-    for body in
-        [openai::remote::request("m", &request).1, ollama::chat_request("m", None, &request).1["options"].clone()]
-    {
-        for (name, value) in set.as_object().unwrap() {
-            assert_eq!(&body[name], value, "{name}");
-        }
+    assert_eq!(degrades(&request), [""; 0]);
+    let further = &request.sampling.further;
+    assert_eq!((further.mirostat, further.mirostat_tau), (Some(2), Some(4.5)));
+    assert_eq!(further.samplers.as_deref(), Some(&["top_k".to_owned(), "temperature".to_owned()][..]));
+    let sent = openai::remote::request("m", &request).1;
+    for (name, value) in set.as_object().unwrap() {
+        assert_eq!(&sent[name], value, "{name}");
     }
-    let lost = ollama::ignored_by_ollama(&request.sampling);
-    assert_eq!(lost, openai::remote::unknown_to_openai(&request.sampling));
-    assert_eq!(lost.len(), 5, "{lost:?}");
+    let across = ollama::chat_request("m", None, &request).1;
+    assert_eq!((&across["mirostat"], &across["options"]["mirostat"]), (&Value::Null, &Value::Null));
+    let lost = translate::not_asked_across(&request.sampling);
+    assert_eq!(lost, ["mirostat", "mirostat_tau", "samplers"]);
     let off = json!({
         "mirostat": 0, "mirostat_eta": 0.1, "dry_multiplier": 0, "dry_base": 1.75, "dry_penalty_last_n": -1, "xtc_probability": 0,
-        "xtc_threshold": 0.1, "dynatemp_range": 0.0, "dynatemp_exponent": 1.0, "top_n_sigma": -1.0, "min_keep": 0, "samplers": [],
+        "xtc_threshold": 0.1, "dynatemp_range": 0.0, "dynatemp_exponent": 1.0, "top_n_sigma": -1.0, "min_keep": 0.0,
     });
-    assert_eq!(parse(off).unwrap(), parse(json!({})).unwrap());
+    let quiet = parse(off).unwrap();
+    assert_eq!((&quiet.sampling, degrades(&quiet).len()), (&parse(json!({})).unwrap().sampling, 0));
+    assert_eq!(degrades(&parse(json!({ "dry_multiplier": 0.8 })).unwrap()), ["dry_multiplier"]);
     for (wrong, says) in [
         (json!({ "mirostat": 3 }), "`mirostat` is 3: use 0, 1 or 2"),
         (json!({ "xtc_probability": 1.5 }), "`xtc_probability` is 1.5: use a number from 0 to 1"),
-        (json!({ "mirostat_tau": "much" }), "`mirostat_tau`"),
-        (json!({ "samplers": ["magic"] }), "`samplers` names `magic`: use dry, top_k"),
-        (json!({ "dry_multiplier": 1, "dry_sequence_breakers": [""] }), "`dry_sequence_breakers`"),
+        (json!({ "mirostat": 1, "mirostat_tau": "much" }), "`mirostat_tau`"),
         (json!({ "response_format": { "type": "json_schema" } }), "`response_format.json_schema` is missing"),
         (json!({ "logit_bias": [[1, true]] }), "`logit_bias` is true"),
+        (json!({ "n_predict": 0 }), "`n_predict` is 0"),
     ] {
         let error = parse(wrong.clone()).unwrap_err().to_string();
         assert!(error.contains(says), "{wrong}: {error}");
@@ -319,7 +320,7 @@ fn what_nobody_here_reads_reaches_a_host_of_the_same_api_and_needs_are_told() {
         ("/api/generate", &body["prompt"], &body["images"], &body["new"])
     );
     assert_eq!((&sent["options"]["mirostat"], &sent["options"]["new"]), (&json!(1), &json!(2)));
-    assert_eq!(ollama::ignored_by_ollama(&parsed.request.sampling), ["mirostat"]);
+    assert_eq!(parsed.request.extras.unwrap().degrades, [""; 0], "workers know it");
 }
 
 #[test]

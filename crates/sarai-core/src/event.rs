@@ -136,9 +136,10 @@ fn merge(into: &mut Value, later: Value, depth: usize) {
                 let id = |item: &Value| item.get("id").and_then(Value::as_str).unwrap_or_default().to_owned();
                 let new_id = id(&item);
                 // Some servers number all calls alike, and tell them apart by their ids.
-                let is_same = |known: &&mut Value| {
-                    known.get("index") == index && (new_id.is_empty() || id(known).is_empty() || id(known) == new_id)
-                };
+                let is_named = item["function"]["name"].as_str().is_some_and(|name| !name.is_empty());
+                let is_new =
+                    |known: &Value| is_named && !new_id.is_empty() && !id(known).is_empty() && id(known) != new_id;
+                let is_same = |known: &&mut Value| known.get("index") == index && !is_new(known);
                 match index.and_then(|_| items.iter_mut().rev().find(is_same)) {
                     Some(known) => merge(known, item, depth + 1),
                     None => items.push(item),

@@ -157,17 +157,7 @@ pub struct Samplers {
     pub dynatemp_range: Option<f32>,
     /// In which power of it.
     pub dynatemp_exponent: Option<f32>,
-    /// Taken for repeating a sequence; 0 is off.
-    pub dry_multiplier: Option<f32>,
-    /// How it grows with the length of the sequence.
-    pub dry_base: Option<f32>,
-    /// Longest sequence that may be repeated.
-    pub dry_allowed_length: Option<u32>,
-    /// How many recent tokens are looked at; -1 is the whole context.
-    pub dry_penalty_last_n: Option<i32>,
-    /// Texts at which a sequence ends.
-    pub dry_sequence_breakers: Option<Vec<String>>,
-    /// Version of Mirostat, 1 or 2; then top_k, top_p, min_p and typical_p do nothing.
+    /// Version of Mirostat, 1 or 2; then nothing else counts but the temperature.
     pub mirostat: Option<u8>,
     /// The perplexity that it aims for.
     pub mirostat_tau: Option<f32>,
@@ -401,7 +391,11 @@ impl GenerateRequest {
     /// Whether tools may be called in the answer: hosts hold calls back until they are whole.
     #[must_use]
     pub fn may_call(&self) -> bool {
-        self.tools.is_some() || self.needs().iter().any(|need| need.param.starts_with("tool"))
+        let is_forbidden = || {
+            let choice = self.extras.as_ref().and_then(|extras| extras.fields.get("tool_choice"));
+            choice.is_some_and(|choice| choice == "none")
+        };
+        self.tools.is_some() || (self.needs().iter().any(|need| need.param.starts_with("tool")) && !is_forbidden())
     }
 
     /// Whether the answer has to follow a grammar, all of it or its calls.

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 pub fn parts(first: &Path) -> Vec<PathBuf> {
     let text = first.to_string_lossy();
     let name = text.strip_suffix(".gguf").and_then(|text| text.rsplit_once("-00001-of-"));
-    match name.and_then(|(stem, count)| Some((stem, count, count.parse::<u32>().ok()?))) {
+    let numbered = name.filter(|(_, count)| count.len() == 5);
+    match numbered.and_then(|(stem, count)| Some((stem, count, count.parse::<u32>().ok()?))) {
         Some((stem, count, parts @ 1..)) => {
             (1..=parts).map(|part| PathBuf::from(format!("{stem}-{part:05}-of-{count}.gguf"))).collect()
         }

@@ -47,7 +47,11 @@ pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateR
         Prompt::Chat(messages) => {
             // Nobody can know it, so nobody writes it into a message.
             let mark = format!("<media {:032x} ", rand::random::<u128>());
-            let chat = apply(templates, messages, &mark, request)?;
+            let chat = apply(templates, messages, &mark, request).or_else(|error| match merged(messages) {
+                // Some templates want roles to alternate: said in one turn, it is the same.
+                Some(merged) => apply(templates, &merged, &mark, request).map_err(|_| error),
+                None => Err(error),
+            })?;
             let media: Vec<_> = request.media().cloned().collect();
             let rendering = match media.is_empty() {
                 true => Rendering::Tokens(chat.tokenize_prompt(model, AddBos::Always).map_err(internal)?),
@@ -213,13 +217,7 @@ fn apply(
 ) -> Result<ChatParams, Error> {
     let params = chat_params(messages, mark, request);
     let Some(tools) = &request.tools else {
-        return templates.apply(&params).or_else(|error| match merged(messages) {
-            // Some templates want roles to alternate: said in one turn, it is the same.
-            Some(merged) => {
-                templates.apply(&chat_params(&merged, mark, request)).map_err(|_| refused("messages", &error))
-            }
-            None => Err(refused("messages", &error)),
-        });
+        return templates.apply(&params).map_err(|error| refused("messages", &error));
     };
     let shown = shown(tools);
     let mut words = Words::default();

@@ -62,7 +62,8 @@ impl Sampler {
                 .add_logit_bias(LlamaToken(token), if bias <= BANNED { f32::NEG_INFINITY } else { bias })
                 .map_err(internal)?;
         }
-        if request.sampling.ignore_eos {
+        // A form ends with itself, and calls end an answer.
+        if request.sampling.ignore_eos && !request.has_form() {
             for end in (0..model.n_vocab()).map(LlamaToken).filter(|token| model.is_eog_token(*token)) {
                 params.add_logit_bias(end, f32::NEG_INFINITY).map_err(internal)?;
             }
@@ -247,12 +248,8 @@ pub fn schema_of(format: &Format) -> Option<String> {
     }
 }
 
-/// Of the further samplers, what is no number.
+/// Which samplers there are.
 fn set_further(params: &mut CommonSamplerParams, further: &Samplers) -> Result<(), Error> {
-    if let Some(breakers) = &further.dry_sequence_breakers {
-        let breakers: Vec<_> = breakers.iter().map(String::as_str).collect();
-        params.set_dry_breakers(&breakers).map_err(internal)?;
-    }
     if let Some(names) = &further.samplers {
         let kinds = names.iter().filter_map(|name| KINDS.iter().find(|kind| kind.name().is_ok_and(|one| one == *name)));
         params.set_samplers(&kinds.copied().collect::<Vec<_>>()).map_err(internal)?;
@@ -261,8 +258,7 @@ fn set_further(params: &mut CommonSamplerParams, further: &Samplers) -> Result<(
 }
 
 /// Samplers that a request may name.
-const KINDS: [CommonSamplerType; 10] = [
-    CommonSamplerType::Dry,
+const KINDS: [CommonSamplerType; 8] = [
     CommonSamplerType::TopK,
     CommonSamplerType::TypicalP,
     CommonSamplerType::TopP,
@@ -271,13 +267,18 @@ const KINDS: [CommonSamplerType; 10] = [
     CommonSamplerType::Temperature,
     CommonSamplerType::Xtc,
     CommonSamplerType::Penalties,
-    CommonSamplerType::AdaptiveP,
 ];
+
+/// Less likely ones are not left out for being likely.
+const LEAST_THRESHOLD: f32 = 1e-6;
+/// What is colder is greedy.
+const LEAST_TEMPERATURE: f32 = 1e-4;
 
 fn set_scalars(params: &mut CommonSamplerParams, context_tokens: usize, sampling: &Sampling) {
     let mut scalars = params.scalars();
     let set = |to: &mut f32, from: Option<f32>| *to = from.unwrap_or(*to);
-    set(&mut scalars.temp, sampling.temperature);
+    // A logit divided by less is no number.
+    set(&mut scalars.temp, sampling.temperature.map(|heat| if heat < LEAST_TEMPERATURE { 0.0 } else { heat }));
     set(&mut scalars.top_p, sampling.top_p);
     set(&mut scalars.min_p, sampling.min_p);
     set(&mut scalars.typ_p, sampling.typical_p);
@@ -288,25 +289,20 @@ fn set_scalars(params: &mut CommonSamplerParams, context_tokens: usize, sampling
     let further = &sampling.further;
     set(&mut scalars.top_n_sigma, further.top_n_sigma);
     set(&mut scalars.xtc_probability, further.xtc_probability);
-    set(&mut scalars.xtc_threshold, further.xtc_threshold);
+    // At 0 it would take tokens away that are none, such as those that a form does not allow.
+    set(&mut scalars.xtc_threshold, further.xtc_threshold.map(|threshold| threshold.max(LEAST_THRESHOLD)));
     set(&mut scalars.dynatemp_range, further.dynatemp_range);
     set(&mut scalars.dynatemp_exponent, further.dynatemp_exponent);
-    set(&mut scalars.dry_multiplier, further.dry_multiplier);
-    // As llama.cpp's server: what does not grow is no base.
-    set(&mut scalars.dry_base, further.dry_base.filter(|base| *base >= 1.0));
     set(&mut scalars.mirostat_tau, further.mirostat_tau);
     set(&mut scalars.mirostat_eta, further.mirostat_eta);
     let number = |number: Option<u32>, or: i32| number.map_or(or, |number| i32::try_from(number).unwrap_or(i32::MAX));
     scalars.min_keep = number(further.min_keep, scalars.min_keep);
-    scalars.dry_allowed_length = number(further.dry_allowed_length, scalars.dry_allowed_length);
     scalars.mirostat = number(further.mirostat.map(u32::from), scalars.mirostat);
     // The samplers take -1 for nothing; both APIs mean the whole context by it.
     let last_n = sampling.repeat_last_n.unwrap_or(scalars.penalty_last_n);
     // Nobody has more tokens behind him than the context holds, and llama.cpp allocates as many as it is told.
     let most = i32::try_from(context_tokens).unwrap_or(i32::MAX);
-    let within = |n: i32| if n < 0 { most } else { n.min(most) };
-    scalars.penalty_last_n = within(last_n);
-    scalars.dry_penalty_last_n = within(further.dry_penalty_last_n.unwrap_or(scalars.dry_penalty_last_n));
+    scalars.penalty_last_n = if last_n < 0 { most } else { last_n.min(most) };
     scalars.seed = sampling.seed.unwrap_or(scalars.seed);
     scalars.no_perf = true;
     params.set_scalars(&scalars);

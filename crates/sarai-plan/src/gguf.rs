@@ -24,9 +24,9 @@ pub enum GgufError {
     /// A version this crate does not know.
     #[error("GGUF version {0} is not supported: convert the file to version 3")]
     Version(u32),
-    /// It is the first of several, and is not named so.
+    /// It is one of several, and is not named as the first.
     #[error(
-        "it is the first of {0} files, and llama.cpp finds the others by its name: let it end in `-00001-of-{0:05}.gguf`"
+        "it is one of {0} files, which llama.cpp finds by their names: name the first, and let it end in `-00001-of-{0:05}.gguf`"
     )]
     Renamed(i64),
     /// It is a model, where the projector of one is wanted.
@@ -92,6 +92,8 @@ pub struct Header {
     pub tensors: Vec<Tensor>,
     /// Where the tensor data ends: the least size that the file must have.
     pub end_of_data: u64,
+    /// Whether its vocabulary has a token that text before a gap begins with.
+    pub fills_in: bool,
 }
 
 impl Header {
@@ -100,7 +102,7 @@ impl Header {
     /// # Errors
     /// The bytes are not a GGUF header; nothing is allocated on the word of a broken one.
     pub fn read(from: impl Read) -> Result<Self, GgufError> {
-        let mut from = Reader { from, at: 0 };
+        let mut from = Reader { from, at: 0, fills_in: false };
         let magic = from.array::<4>()?;
         if &magic != b"GGUF" {
             return Err(GgufError::NotGguf(magic));
@@ -118,6 +120,8 @@ impl Header {
             let value = from.value(kind)?;
             header.metadata.insert(key, value);
         }
+        let keys = ["tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.prefix_token_id"];
+        header.fills_in = from.fills_in || keys.iter().any(|key| header.metadata.contains_key(*key));
         let mut end = 0;
         for _ in 0..tensors {
             let tensor = from.tensor()?;
@@ -306,6 +310,8 @@ fn block_of(kind: u32) -> Option<(u64, u64)> {
 struct Reader<R> {
     from: R,
     at: u64,
+    /// Whether a token was passed that text before a gap begins with.
+    fills_in: bool,
 }
 
 impl<R: Read> Reader<R> {
@@ -400,8 +406,7 @@ impl<R: Read> Reader<R> {
         match kind {
             8 => {
                 for _ in 0..length {
-                    let bytes = self.u64()?;
-                    self.skip(bytes)?;
+                    self.pass_text()?;
                 }
             }
             6 => self.skip(length * 4)?,
@@ -421,6 +426,20 @@ impl<R: Read> Reader<R> {
             }
         }
         Ok(Value::Length(length))
+    }
+
+    /// A text of a list, of which only some are of interest.
+    fn pass_text(&mut self) -> Result<(), GgufError> {
+        match self.u64()? {
+            14 => self.fills_in |= &self.array::<14>()? == b"<|fim_prefix|>",
+            12 => {
+                let text = self.array::<12>()?;
+                self.fills_in |= [b"<fim_prefix>", b"<fim-prefix>"].contains(&&text);
+            }
+            5 => self.fills_in |= &self.array::<5>()? == b"<PRE>",
+            bytes => self.skip(bytes)?,
+        }
+        Ok(())
     }
 
     fn tensor(&mut self) -> Result<Tensor, GgufError> {

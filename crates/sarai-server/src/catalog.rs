@@ -41,6 +41,15 @@ impl Catalogs {
     }
 }
 
+/// What Ollama adds to a name without a tag.
+const TAG: &str = ":latest";
+
+/// A name as it is told apart where case and tag do not count.
+fn untagged(name: &str) -> String {
+    let name = name.to_ascii_lowercase();
+    name.strip_suffix(TAG).map(str::to_owned).unwrap_or(name)
+}
+
 impl Catalog {
     /// The models of a configuration.
     pub fn new(config: &Config) -> Self {
@@ -94,12 +103,13 @@ impl Catalog {
         let named = |wanted: &str| {
             self.models.iter().find(|model| model.name == wanted || model.aliases.iter().any(|alias| alias == wanted))
         };
-        let in_any_case = |wanted: &str| {
-            let is = |name: &str| name.eq_ignore_ascii_case(wanted);
-            self.models.iter().find(|model| is(&model.name) || model.aliases.iter().any(|alias| is(alias)))
+        let in_any_case = || {
+            let wanted = untagged(name);
+            self.models.iter().find(|model| {
+                untagged(&model.name) == wanted || model.aliases.iter().any(|alias| untagged(alias) == wanted)
+            })
         };
-        let short = name.strip_suffix(":latest");
-        let found = named(name).or_else(|| named(short?)).or_else(|| in_any_case(short.unwrap_or(name)));
+        let found = named(name).or_else(|| named(name.strip_suffix(TAG)?)).or_else(in_any_case);
         found.ok_or_else(|| Error::UnknownModel {
             name: name.to_owned(),
             known: self.models.iter().map(|model| model.name.clone()).collect(),

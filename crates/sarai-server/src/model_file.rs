@@ -64,8 +64,9 @@ impl ModelFile {
         let mut header = Header::read(first).map_err(broken(path))?;
         header.check_length(size).map_err(broken(path))?;
         // llama.cpp loads all parts of a split model when it is given the first.
-        let parts = split::parts(path);
-        if let Some(count) = header.int("split.count").filter(|&count| count > 1 && count != parts.len() as i64) {
+        let count = header.int("split.count").unwrap_or(1);
+        let parts = if count > 1 { split::parts(path) } else { Vec::new() };
+        if count > 1 && usize::try_from(count) != Ok(parts.len()) {
             return Err(broken(path)(GgufError::Renamed(count)));
         }
         for part in parts.into_iter().skip(1) {
@@ -144,12 +145,6 @@ impl ModelFile {
         // Where tools are given, llama.cpp takes the second one if there is one.
         let templates = ["tokenizer.chat_template", "tokenizer.chat_template.tool_use"];
         templates.iter().filter_map(|key| self.header.text(key)).any(sarai_api::tools::are_shown_by)
-    }
-
-    /// Whether it names tokens that a place to be filled stands between; llama.cpp finds those of some others by their texts.
-    pub fn fills_in(&self) -> bool {
-        let keys = ["tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.prefix_token_id"];
-        keys.iter().any(|key| self.header.metadata.contains_key(*key))
     }
 
     /// Whether its chat template tells it how hard to reason.

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::keep_alive;
-use crate::{RemoteLine, samplers, sampling, translate};
+use crate::{RemoteLine, sampling, translate};
 
 /// The path and the body that ask an Ollama host for this. Options that are not set are left to the host; a prompt
 /// that does not fit its context is to be refused, and cut only where that is asked for.
@@ -62,8 +62,7 @@ pub fn chat_request(model: &str, context_tokens: Option<u32>, request: &Generate
 #[must_use]
 pub fn ignored_by_ollama(sampling: &Sampling) -> Vec<String> {
     let options = [("logit_bias", !sampling.logit_bias.is_empty()), ("ignore_eos", sampling.ignore_eos)];
-    let options = options.into_iter().filter(|(_, is_set)| *is_set).map(|(name, _)| name.to_owned());
-    options.chain(samplers::to_wire(&sampling.further).into_iter().map(|(name, _)| name)).collect()
+    options.into_iter().filter(|(_, is_set)| *is_set).map(|(name, _)| name.to_owned()).collect()
 }
 
 fn options(request: &GenerateRequest, context_tokens: Option<u32>) -> Value {

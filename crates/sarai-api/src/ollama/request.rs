@@ -85,13 +85,14 @@ const READ_OPTIONS: [&str; 2] = ["num_predict", "num_ctx"];
 /// Fields that change what is asked for.
 const NEEDS: [&str; 2] = ["template", "context"];
 /// Options that change the answer, if not what it is an answer to.
-const DEGRADING: [&str; 2] = ["num_keep", "tfs_z"];
+const DEGRADING: [&str; 3] = ["num_keep", "tfs_z", "logit_bias"];
 
 fn rest_of(body: &[u8]) -> Result<Rest, Error> {
     let mut rest = Rest::of(Api::Ollama, body, &READ)?;
     rest.need(&NEEDS);
     let all: AllOptions = json::parse(body)?;
-    rest.options(all.options.unwrap_or_default(), &[&READ_OPTIONS[..], &SAMPLING[..]].concat(), &DEGRADING);
+    let read: Vec<_> = READ_OPTIONS.iter().chain(&SAMPLING).copied().filter(|name| !DEGRADING.contains(name)).collect();
+    rest.options(all.options.unwrap_or_default(), &read, &DEGRADING);
     Ok(rest)
 }
 
@@ -254,10 +255,10 @@ impl Common {
         }
         let (mut sampling, stop) = sampling.meant(100.0)?;
         let format = format_of(self.format)?;
-        rest.ends_with(&format, &mut sampling);
         sampling.further = rest.samplers()?;
         // Ollama: 0 and -1 are without limit, -2 until the context is full; all end here with the context.
         let max_tokens = options.num_predict.filter(|&n| n > 0).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        let is_templated = matches!(prompt, Prompt::Chat(_));
         let request = GenerateRequest {
             prompt,
             sampling,
@@ -267,7 +268,7 @@ impl Common {
             format_param: "format".into(),
             tools: rest.tools(is_chat)?,
             think: rest.think()?,
-            template_values: rest.template_values(is_chat)?,
+            template_values: rest.template_values(is_templated)?,
             logprobs: rest.logprobs()?,
             residence,
             lane: Lane::default(),

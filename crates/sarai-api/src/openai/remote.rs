@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 
-use crate::{RemoteLine, samplers, sampling, translate};
+use crate::{RemoteLine, sampling, translate};
 
 /// The path below the base URL, and the body that asks for this. What is not set is left to the server.
 #[must_use]
@@ -91,10 +91,8 @@ pub fn unknown_to_openai(sampling: &Sampling) -> Vec<String> {
         ("typical_p", sampling.typical_p.is_some()),
         ("repeat_penalty", sampling.repeat_penalty.is_some()),
         ("repeat_last_n", sampling.repeat_last_n.is_some()),
-        ("ignore_eos", sampling.ignore_eos),
     ];
-    let options = options.into_iter().filter(|(_, is_set)| *is_set).map(|(name, _)| name.to_owned());
-    options.chain(samplers::to_wire(&sampling.further).into_iter().map(|(name, _)| name)).collect()
+    options.into_iter().filter(|(_, is_set)| *is_set).map(|(name, _)| name.to_owned()).collect()
 }
 
 /// Reads the lines of one stream; the end is put together from several.
@@ -225,7 +223,10 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Whether an error says that the request is wrong.
 fn is_the_clients(error: &Value) -> bool {
-    let is_kind = ["invalid_request_error", "BadRequestError"].iter().any(|kind| error["type"] == *kind);
+    // Some call by this kind what another host may well do, or what is wrong with their own keys.
+    let elsewhere = ["invalid_api_key", "model_not_found", "unsupported", "json_validate_failed"];
+    let may_do = elsewhere.iter().any(|code| error["code"] == *code);
+    let is_kind = !may_do && ["invalid_request_error", "BadRequestError"].iter().any(|kind| error["type"] == *kind);
     is_kind || [400, 422].iter().any(|code| error["code"] == *code)
 }
 

@@ -274,10 +274,13 @@ pub fn parse_completion(body: &[u8]) -> Result<Parsed, Error> {
     let suffix = completion.suffix.filter(|suffix| !suffix.is_empty());
     let suffix = suffix.map(|suffix| check::text("suffix", suffix)).transpose()?;
     let mut rest = rest_of(body)?;
-    if suffix.is_some() {
-        if matches!(first, Prompt::Tokens(_)) || prompts.as_slice().iter().any(|one| matches!(one, Prompt::Tokens(_))) {
+    if matches!(first, Prompt::Tokens(_)) || prompts.as_slice().iter().any(|one| matches!(one, Prompt::Tokens(_))) {
+        rest.need_also("prompt", "a `prompt` of tokens is not supported".into(), true);
+        if suffix.is_some() {
             return Err(Error::invalid("suffix", "`suffix` is set, and `prompt` has tokens: send the prompt as text"));
         }
+    }
+    if suffix.is_some() {
         rest.need_also("suffix", "`suffix` is not supported".into(), true);
     }
     let mut parsed = common.finish(sampling, first, rest)?;
@@ -404,14 +407,19 @@ impl Common {
         let (mut sampling, stop) = sampling.meant(2.0)?;
         sampling.logit_bias = self.logit_bias.map(logit_bias).transpose()?.unwrap_or_default();
         sampling.further = rest.samplers()?;
-        rest.ends_with(&format, &mut sampling);
+        rest.follow("ignore_eos");
         // As llama.cpp's server has it, its own name counts before the others.
-        let max_tokens = match self.n_predict.or(self.max_completion_tokens).or(self.max_tokens) {
+        let named = [
+            ("n_predict", self.n_predict),
+            ("max_completion_tokens", self.max_completion_tokens),
+            ("max_tokens", self.max_tokens),
+        ];
+        let max_tokens = match named.into_iter().find_map(|(name, tokens)| Some((name, tokens?))) {
             None => None,
-            // llama.cpp's and Ollama's -1: as far as the context reaches.
-            Some(-1) => None,
-            Some(n) => Some(u32::try_from(n).ok().filter(|&n| n > 0).ok_or_else(|| {
-                Error::invalid("max_tokens", format!("`max_tokens` is {n}: use a number from 1 to {}", u32::MAX))
+            // llama.cpp's and Ollama's: as far as the context reaches.
+            Some((_, -1 | -2)) => None,
+            Some((name, n)) => Some(u32::try_from(n).ok().filter(|&n| n > 0).ok_or_else(|| {
+                Error::invalid(name, format!("`{name}` is {n}: use a number from 1 to {}", u32::MAX))
             })?),
         };
         if self.stream != Some(true) {

@@ -570,6 +570,9 @@ impl Lines {
         self.has_begun |= matches!(step, Ok(Event::Text(_) | Event::Extra(_)));
         Some(step.map_err(|cause| {
             let cause = match cause {
+                RemoteCause::Reported(message) if !self.has_begun && is_about_ability(&message) => {
+                    RemoteCause::Unable(message)
+                }
                 RemoteCause::Reported(message)
                     if !self.has_begun
                         && self.reader.says_that_the_request_is_wrong()

@@ -371,7 +371,8 @@ impl Resolver<'_> {
             }
         }
         if let Some(host) = hosts.iter().find(|host| written.dns && host.url.starts_with("https:")) {
-            let message = format!("`{}` proves its name, not its addresses: use dns with http only", host.url);
+            let url = Remote::new(Api::OpenAi, &host.url, String::new()).url;
+            let message = format!("`{url}` proves its name, not its addresses: use dns with http only");
             mistakes.push(self.mistake("dns", message));
         }
         hosts

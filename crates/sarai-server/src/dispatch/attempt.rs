@@ -146,8 +146,9 @@ async fn within_deadlines(
 pub struct FirstLimit {
     /// By what is usual there, or configured.
     limit: Duration,
-    /// While it loads.
+    /// While it loads, or writes a call.
     most: Duration,
+    may_call: bool,
     known: Known,
 }
 
@@ -156,11 +157,11 @@ impl FirstLimit {
     pub async fn of(health: &Health, candidate: &Candidate, host: &Remote, work: &Work<'_>) -> Self {
         let (expected, known) = work.expected_now(health, host).await;
         let most = candidate.model.deadlines.first_token;
-        let limit = match candidate.model.first_token_is_set || work.may_call {
+        let limit = match candidate.model.first_token_is_set {
             true => most,
             false => known.pace.first_limit(expected, most),
         };
-        Self { limit, most, known }
+        Self { limit, most, known, may_call: work.may_call }
     }
 
     /// What a host says within it.
@@ -174,8 +175,10 @@ impl FirstLimit {
         mut asking: Pin<Box<impl Future<Output = Result<T, Error>>>>,
     ) -> Result<T, Error> {
         let (mut said, mut waited) = (timeout(self.limit, &mut asking).await, self.limit);
-        if said.is_err() && self.limit < self.most && health.loads_now(host).await {
-            // Somebody had another model loaded meanwhile, or its disk is slower than usual.
+        let may_be_at_work =
+            async || if self.may_call { health.is_there(host).await } else { health.loads_now(host).await };
+        if said.is_err() && self.limit < self.most && may_be_at_work().await {
+            // Somebody had another model loaded meanwhile, or its disk is slower than usual; or a call is long.
             (said, waited) = (timeout(self.most - self.limit, &mut asking).await, self.most);
         }
         said.unwrap_or_else(|_| {
@@ -301,7 +304,8 @@ struct Observed {
     /// How long its events were waited for; how long the client took to read them is not its matter.
     rest: Duration,
     has_begun: bool,
-    has_called: bool,
+    /// Steps that calls of tools came in: if it is one, they were held back until they were whole.
+    calls: u32,
     _place: Place,
 }
 
@@ -324,7 +328,7 @@ fn observed(events: EventStream, remote: Remote, health: Health, place: Place, t
         took,
         rest: Duration::ZERO,
         has_begun: false,
-        has_called: false,
+        calls: 0,
         _place: place,
     };
     Box::pin(stream::unfold(Some(observed), |observed| async {
@@ -335,14 +339,14 @@ fn observed(events: EventStream, remote: Remote, health: Health, place: Place, t
         observed.rest += gap;
         match &event {
             Ok(Event::Done { usage, timings, .. }) => {
-                let Observed { remote, health, gaps, took, rest, has_called, .. } = &observed;
-                let (usage, timings, is_held_back) = (*usage, *timings, *has_called);
+                let Observed { remote, health, gaps, took, rest, calls, .. } = &observed;
+                let (usage, timings, is_held_back) = (*usage, *timings, *calls == 1);
                 let sample = Sample { gaps: *gaps, first: *took, rest: *rest, usage, timings, is_held_back };
                 health.succeeded(remote, &sample);
                 return Some((event, None));
             }
             Ok(event) => {
-                observed.has_called |= is_call(event);
+                observed.calls += u32::from(is_call(event));
                 if std::mem::replace(&mut observed.has_begun, true) {
                     observed.gaps.saw(gap);
                 }

@@ -7,9 +7,9 @@ use sarai_api::embed;
 use sarai_api::ollama::ignored_by_ollama;
 use sarai_api::openai::remote::unknown_to_openai;
 use sarai_api::schema::{not_followed, not_followed_by_calls};
-use sarai_api::translate::can_be_asked;
+use sarai_api::translate::{can_be_asked, not_asked_across};
 use sarai_core::{
-    Api, Error, Extras, Format, GenerateRequest, MediaSource, Need, Purpose, REASONING_EFFORT, ToolChoice,
+    Api, Error, Extras, Format, GenerateRequest, MediaSource, Need, Prompt, Purpose, REASONING_EFFORT, ToolChoice,
 };
 use serde_json::Value;
 
@@ -222,6 +222,10 @@ struct Seeking<'a> {
 
 impl Seeking<'_> {
     fn of_model(&self, model: &Arc<Model>) -> Vec<Tier> {
+        if matches!(self.request.prompt, Prompt::Tokens(_)) && model.name != self.asked.name {
+            // They mean something else to another model.
+            return Vec::new();
+        }
         let mut tiers: Vec<Tier> = Vec::new();
         for (index, deployment) in model.deployments.iter().enumerate() {
             if !is_able(self.catalog, self.health, deployment, self.request) {
@@ -248,11 +252,15 @@ impl Seeking<'_> {
         {
             lost.extend(extras.degrades.iter().cloned());
         }
+        let is_other_api = |host: &Remote| request.extras.as_ref().is_some_and(|extras| extras.api != host.api);
+        if let Deployment::Remote(host) | Deployment::Process { remote: host, .. } = deployment
+            && is_other_api(host)
+        {
+            lost.extend(not_asked_across(&request.sampling));
+        }
         let knows_effort = || match deployment {
             Deployment::Local { engine, .. } => self.catalog.known_file(*engine).is_none_or(|file| file.knows_effort()),
-            Deployment::Remote(host) | Deployment::Process { remote: host, .. } => {
-                request.extras.as_ref().is_none_or(|extras| extras.api == host.api)
-            }
+            Deployment::Remote(host) | Deployment::Process { remote: host, .. } => !is_other_api(host),
         };
         if request.says_effort() && !knows_effort() {
             lost.push(REASONING_EFFORT.to_owned());
@@ -273,6 +281,9 @@ fn lost_at_workers(request: &GenerateRequest) -> Vec<String> {
         Format::Schema(schema) => not_followed(schema),
         _ => Vec::new(),
     };
+    if request.sampling.ignore_eos && request.has_form() {
+        lost.push("ignore_eos".to_owned());
+    }
     if request.think == Some(true) && request.format.is_constrained() {
         // What must have a form of its own does not begin with reasoning.
         lost.push("think".to_owned());

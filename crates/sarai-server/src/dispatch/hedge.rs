@@ -190,8 +190,9 @@ fn is_late(dispatch: &Dispatch, one: &Asked, work: &Work<'_>) -> Option<Error> {
     if one.may_load || dispatch.health.of(remote).loads() {
         // A host that loads takes its time, and gives it up with the request: it is to have the model for the next one.
         dispatch.health.load_aside(remote, &one.candidate.model.deadlines);
-    } else if !work.may_call && (remote.makes_vectors || !work.is_of_vectors) {
-        dispatch.health.was_late(remote, one.late, error.clone());
+    } else if remote.makes_vectors || !work.is_of_vectors {
+        let (expected, _) = work.expected(&dispatch.health, remote);
+        dispatch.health.was_late(remote, expected, one.late, error.clone());
     }
     Some(error)
 }

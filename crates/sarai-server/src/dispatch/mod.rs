@@ -30,7 +30,7 @@ use crate::backend::EventStream;
 use crate::backend::remote::Hosts;
 use crate::catalog::Catalogs;
 use crate::config::{Deployment, Model};
-use crate::health::{self, Health};
+use crate::health::{self, Expected, Health};
 use crate::planner::Planner;
 use crate::pool::Pool;
 use crate::supervise::validate::Validator;
@@ -121,6 +121,8 @@ pub struct Dispatch {
 struct Ask<'a> {
     model: &'a Arc<Model>,
     request: Arc<GenerateRequest>,
+    /// Whether the client has set none.
+    seed_is_ours: bool,
     manner: Manner,
     /// Lets it be answered.
     ticket: &'a Ticket,
@@ -230,7 +232,8 @@ impl Dispatch {
             tiers.iter_mut().for_each(|tier| tier.retain(|one| only.contains(&one.label())));
             tiers.retain(|tier| !tier.is_empty());
         }
-        if !manner.whole && resume::may_be_asked_again(model, &request, tiers.iter().flatten()) {
+        let seed_is_ours = !manner.whole && resume::may_be_asked_again(model, &request, tiers.iter().flatten());
+        if seed_is_ours {
             Arc::make_mut(&mut request).sampling.seed = Some(rand::random_range(1..i32::MAX as u32));
         }
         self.health.get_to_know(tiers.iter().flatten().filter_map(Candidate::remote)).await;
@@ -251,6 +254,7 @@ impl Dispatch {
         let mut ask = Ask {
             model,
             request,
+            seed_is_ours,
             manner,
             ticket,
             attempts: Attempts::default(),
@@ -464,7 +468,8 @@ impl Dispatch {
         let Some(worker) = worker else { return Waited::Place(place.await) };
         let late = left.iter().filter(|one| !one.is_left_alone(&self.health)).filter_map(|one| {
             let (expected, known) = Work::of(&ask.request).expected(&self.health, one.remote()?);
-            Some(known.pace.late(expected))
+            // Nothing is held back by who was not asked yet.
+            Some(known.pace.late(Expected { held_tokens: 0, ..expected }))
         });
         let late = late.min().unwrap_or_default();
         let worker_is_free = async {
@@ -615,7 +620,8 @@ impl Dispatch {
         }
         let request = Arc::clone(&ask.request);
         let begun = (candidate.clone(), events);
-        Ok(resume::resuming(self.clone(), Arc::clone(ask.model), request, ask.manner.terms.strict, begun))
+        let terms = resume::Terms { strict: ask.manner.terms.strict, seed_is_ours: ask.seed_is_ours };
+        Ok(resume::resuming(self.clone(), Arc::clone(ask.model), request, terms, begun))
     }
 }
 

@@ -27,12 +27,21 @@ const PLACE_WITHIN: Duration = Duration::from_secs(5);
 /// How long a host may take to say once more what is out already, if a worker could go on instead.
 const CAUGHT_UP_WITHIN: Duration = Duration::from_secs(30);
 
+/// How an answer may be gone on with.
+#[derive(Clone, Copy)]
+pub struct Terms {
+    /// Rather not at all than degraded.
+    pub strict: bool,
+    /// Whether the seed is none of the client's.
+    pub seed_is_ours: bool,
+}
+
 /// An answer under way that may be resumed.
 struct Running {
     dispatch: Dispatch,
     model: Arc<Model>,
     request: Arc<GenerateRequest>,
-    strict: bool,
+    terms: Terms,
     candidate: Candidate,
     events: EventStream,
     /// The text that is out.
@@ -58,7 +67,10 @@ pub fn may_be_asked_again<'a>(
     request: &GenerateRequest,
     mut all: impl Iterator<Item = &'a Candidate> + Clone,
 ) -> bool {
-    let is_ollama = |candidate: &Candidate| candidate.remote().is_none_or(|remote| remote.api == Api::Ollama);
+    let is_ollama = |candidate: &Candidate| match candidate.deployment() {
+        Deployment::Local { .. } => true,
+        Deployment::Remote(remote) | Deployment::Process { remote, .. } => remote.api == Api::Ollama,
+    };
     let has_host = |candidate: &Candidate| candidate.remote().is_some();
     !is_determined(request) && is_resumable(model, request) && all.clone().any(has_host) && all.all(is_ollama)
 }
@@ -78,7 +90,7 @@ pub fn resuming(
     dispatch: Dispatch,
     model: Arc<Model>,
     request: Arc<GenerateRequest>,
-    strict: bool,
+    terms: Terms,
     begun: (Candidate, EventStream),
 ) -> EventStream {
     let (candidate, events) = begun;
@@ -86,7 +98,7 @@ pub fn resuming(
         dispatch,
         model,
         request,
-        strict,
+        terms,
         candidate,
         events,
         journal: String::new(),
@@ -188,13 +200,19 @@ impl Running {
             let same = candidate.model.name == self.candidate.model.name;
             (same || self.model.resume == Resume::Any)
                 && (!candidate.is_worker() || is_text_alone(&self.request))
-                && is_allowed(candidate, self.strict)
+                && is_allowed(candidate, self.terms.strict)
                 && candidate.is_too_far(health).is_none()
                 && !(candidate.is(&self.candidate) && candidate.remote().is_some_and(|remote| remote.managed_lb))
         };
         let (open, mut closed): (Vec<_>, Vec<_>) =
             all.into_iter().filter(may).partition(|one| one.is_left_alone(health));
         closed.extend(open);
+        if self.terms.seed_is_ours {
+            // By chance a host says the same; a worker goes on for certain, and nobody says what a worker has said.
+            let (workers, hosts): (Vec<_>, Vec<_>) = closed.into_iter().partition(Candidate::is_worker);
+            let may_say_the_same = !self.candidate.is_worker();
+            return workers.into_iter().chain(hosts.into_iter().filter(|_| may_say_the_same)).collect();
+        }
         closed
     }
 }

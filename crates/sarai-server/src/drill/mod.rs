@@ -135,7 +135,7 @@ async fn prepare(config: &Config, drill: &Drill, fault: Fault, shape: Shape) -> 
         let host = start(api, if faulty.is_none() { fault } else { Fault::None }).await?;
         if let Deployment::Remote(remote) = &mut model.deployments[index] {
             remote.url.clone_from(&host.url);
-            remote.api_key = None;
+            (remote.api_key, remote.user) = (None, None);
             // All hosts of the drill are looked at at once, by the process that plays them: how far away they seem says nothing.
             remote.wan = true;
             if faulty.is_none() {

@@ -104,9 +104,9 @@ impl Host {
         self.round_trips.is_empty() && (self.is_looked_at || self.is_due(now))
     }
 
-    /// Whether a look at it is worth waiting for.
-    pub const fn ends_looks(&self) -> bool {
-        !self.hangs
+    /// Whether the last look at it had no end: the next one is hardly worth waiting for.
+    pub const fn hangs(&self) -> bool {
+        self.hangs
     }
 
     /// Whether nothing is known of it but its name.

@@ -310,8 +310,7 @@ impl Health {
     pub async fn measure(&self, remote: &Remote) {
         let measured = async {
             let mut looks = self.table.looks.subscribe();
-            let is_awaited = |host: &Host| host.ends_looks() && host.is_to_be_measured(Instant::now());
-            while self.table.lock().hosts.get(&remote.url).is_some_and(is_awaited) {
+            while self.table.lock().hosts.get(&remote.url).is_some_and(|host| host.is_to_be_measured(Instant::now())) {
                 self.table.look_if_due(remote);
                 if looks.changed().await.is_err() {
                     break;
@@ -319,7 +318,8 @@ impl Health {
             }
         };
         if !remote.wan && !self.is_open(remote) {
-            let _ = timeout(MEASURE_WITHIN, measured).await;
+            let hangs = self.table.lock().hosts.get(&remote.url).is_some_and(Host::hangs);
+            let _ = timeout(if hangs { LOOK_NOW } else { MEASURE_WITHIN }, measured).await;
         }
     }
 
@@ -365,7 +365,12 @@ impl Health {
             let late = || RemoteCause::Silent { phase: Phase::Load, seconds };
             let loaded = timeout(deadlines.load, hosts.load(&place, None)).await;
             let loaded = loaded.unwrap_or_else(|_| Err(Error::Remote { host: remote.url.clone(), cause: late() }));
-            if let Err(error) = loaded {
+            // What it says of the request is no fault of its own.
+            let is_refused =
+                |error: &Error| matches!(error, Error::Remote { cause: RemoteCause::Status { status: ..500, .. }, .. });
+            if let Err(error) = loaded
+                && !is_refused(&error)
+            {
                 table.failed(&remote, &error);
             }
         });
@@ -422,24 +427,30 @@ impl Health {
         self.table.failed(remote, error);
     }
 
-    /// Somebody else was faster. A host of which nothing is known yet may just be slow: if it is there, it is given longer the next
-    /// time, and is not to blame before that was long.
-    pub fn was_late(&self, remote: &Remote, late: Duration, error: Error) {
-        if !self.of(remote).pace.may_be_slow(late) {
+    /// Somebody else was faster. A host that writes a call may be at work, and one of which nothing is known yet may just be slow: if it
+    /// is there, it is given longer the next time, and is not to blame before that was long.
+    pub fn was_late(&self, remote: &Remote, expected: Expected, late: Duration, error: Error) {
+        let may_be_slow = self.of(remote).pace.may_be_slow(expected, late);
+        if expected.held_tokens == 0 && !may_be_slow {
             return self.failed(remote, &error);
         }
         let (table, remote) = (self.table.clone(), remote.clone());
         // It ends by itself, soon.
         tokio::spawn(async move {
-            if timeout(LOOK_NOW, table.look(&remote)).await == Ok(true) {
-                let mut entries = table.lock();
-                if let Some(entry) = entries.deployments.get_mut(&key(&remote)) {
-                    entry.pace.gave_up(late);
-                }
-            } else {
-                table.failed(&remote, &error);
+            if timeout(LOOK_NOW, table.look(&remote)).await != Ok(true) {
+                return table.failed(&remote, &error);
+            }
+            let mut entries = table.lock();
+            let entry = entries.deployments.get_mut(&key(&remote));
+            if let Some(entry) = entry.filter(|_| may_be_slow && !remote.managed_lb) {
+                entry.pace.gave_up(late);
             }
         });
+    }
+
+    /// Whether a host answers: a look that is waited for.
+    pub async fn is_there(&self, remote: &Remote) -> bool {
+        timeout(LOOK_NOW, self.table.look(remote)).await == Ok(true)
     }
 }
 
@@ -453,6 +464,8 @@ impl Table {
         let Some(entry) = entries.deployments.get_mut(&key(remote)) else { return };
         match cause {
             RemoteCause::Silent { phase: Phase::Gap, seconds } => entry.pace.cut_for_gap(Duration::from_secs(*seconds)),
+            // Of a cluster, another machine is asked the next time.
+            RemoteCause::Late { .. } if remote.managed_lb => {}
             RemoteCause::Silent { seconds, .. } | RemoteCause::Late { seconds } => {
                 entry.pace.gave_up(Duration::from_secs(*seconds));
             }

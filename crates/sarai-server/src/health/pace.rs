@@ -28,6 +28,8 @@ const SHORTEST_LATE: Duration = Duration::from_secs(2);
 const LATE_UNKNOWN: Duration = Duration::from_secs(10);
 /// And at most, where the host was given up before.
 const LATEST_UNKNOWN: Duration = Duration::from_secs(60);
+/// A slow host takes so long for a token of a prompt.
+const SLOW_TOKEN: Duration = Duration::from_millis(50);
 /// A host says that it loaded for a few milliseconds with every answer; this is a real load.
 const A_LOAD: Duration = Duration::from_millis(700);
 /// Shorter prompts tell nothing of the speed.
@@ -87,6 +89,8 @@ pub struct Pace {
     answers: u32,
     /// Seconds per token of a prompt, the longest usual ones.
     prefill: f64,
+    /// Whether that was learned of a short prompt.
+    is_rough: bool,
     /// Mean seconds per token of an answer.
     decode: f64,
     /// Seconds to the first token beyond load and prefill, the longest usual ones.
@@ -103,11 +107,9 @@ impl Pace {
     /// Takes an answer into account.
     pub fn saw(&mut self, sample: &Sample) {
         let Sample { first, rest, usage, timings, is_held_back, .. } = *sample;
-        (self.gave_up, self.cut_after) = (0.0, 0.0);
-        if is_held_back {
-            return;
+        if !is_held_back {
+            self.gaps.absorb(sample.gaps);
         }
-        self.gaps.absorb(sample.gaps);
         let load = if timings.load >= A_LOAD { timings.load } else { Duration::ZERO };
         let working = first.saturating_sub(load);
         let prefill = if timings.prefill.is_zero() { working } else { timings.prefill.min(working) };
@@ -115,19 +117,32 @@ impl Pace {
             self.load = longest(self.load, load.as_secs_f64());
         }
         let computed = usage.prompt_tokens.saturating_sub(usage.cached_tokens);
-        if computed >= TOKENS_TO_LEARN || (self.prefill == 0.0 && computed > 0) {
+        let is_told = !timings.prefill.is_zero();
+        let tells = computed >= TOKENS_TO_LEARN || (self.prefill == 0.0 && computed > 0);
+        if tells && (is_told || !is_held_back) {
             let each = prefill.as_secs_f64() / f64::from(computed);
             // Ollama does not say what it has kept of an earlier prompt: then it is fast, and nothing is to be learned of that.
-            let is_kept = usage.cached_tokens == 0 && each < self.prefill / KEPT_IS_FASTER;
-            self.prefill = if is_kept { self.prefill * FADES_SLOWLY } else { longest(self.prefill, each) };
+            let is_kept = is_told && usage.cached_tokens == 0 && each < self.prefill / KEPT_IS_FASTER;
+            self.prefill = match (std::mem::replace(&mut self.is_rough, computed < TOKENS_TO_LEARN), is_kept) {
+                (true, _) => each,
+                (false, true) => self.prefill * FADES_SLOWLY,
+                (false, false) => longest(self.prefill, each),
+            };
         }
-        if usage.completion_tokens > 1 {
+        let rest = if is_held_back { timings.decode } else { rest };
+        if usage.completion_tokens > 1 && !rest.is_zero() {
             let each = rest.as_secs_f64() / f64::from(usage.completion_tokens - 1);
             self.decode = if self.decode == 0.0 { each } else { self.decode + NEW * (each - self.decode) };
         }
-        let beyond = working.as_secs_f64() - self.prefill * f64::from(usage.prompt_tokens);
-        self.wait = longest(self.wait, beyond.max(0.0));
+        if !is_held_back {
+            let beyond = working.as_secs_f64() - self.prefill * f64::from(usage.prompt_tokens);
+            self.wait = longest(self.wait, beyond.max(0.0));
+        }
         self.answers = self.answers.saturating_add(1);
+        self.cut_after = 0.0;
+        if self.is_known() {
+            self.gave_up = 0.0;
+        }
     }
 
     /// A stream was cut for a gap of this length: the limit may have been too short.
@@ -159,7 +174,7 @@ impl Pace {
         let is_known = self.answers >= ANSWERS_TO_LEARN && (expected.is_resident || self.load > 0.0);
         match is_known {
             true => {
-                let usual = self.usual(expected).max(Duration::from_secs_f64(self.gave_up));
+                let usual = self.usual(expected).max(Duration::from_secs_f64(self.gave_up)) + self.held_back(expected);
                 (usual * FIRST_FACTOR).max(SHORTEST_FIRST_LIMIT).min(configured)
             }
             false => configured,
@@ -170,14 +185,18 @@ impl Pace {
     #[must_use]
     pub fn late(&self, expected: Expected) -> Duration {
         let is_known = self.is_known() && (expected.is_resident || self.load > 0.0);
-        let held_back = Duration::try_from_secs_f64(self.decode * f64::from(expected.held_tokens)).unwrap_or_default();
         let gave_up = Duration::from_secs_f64(self.gave_up);
         let late = match is_known {
             // A host that has become slower is given longer each time, and has its turn again.
             true => (self.usual(expected).max(gave_up.min(LATE_UNKNOWN)) * LATE_FACTOR).max(SHORTEST_LATE),
-            false => (gave_up * LATE_FACTOR).clamp(LATE_UNKNOWN, LATEST_UNKNOWN),
+            false => (gave_up * LATE_FACTOR).clamp(LATE_UNKNOWN, latest_unknown(expected)),
         };
-        late + held_back
+        late + self.held_back(expected)
+    }
+
+    /// How long what may be held back takes to be written.
+    fn held_back(&self, expected: Expected) -> Duration {
+        Duration::try_from_secs_f64(self.decode * f64::from(expected.held_tokens)).unwrap_or_default()
     }
 
     /// Whether it is known what is late here.
@@ -188,8 +207,8 @@ impl Pace {
 
     /// Whether a host of which nothing is known, and which is there, may just be slow: it was not given long yet.
     #[must_use]
-    pub const fn may_be_slow(&self, late: Duration) -> bool {
-        !self.is_known() && late.as_secs() < LATEST_UNKNOWN.as_secs()
+    pub fn may_be_slow(&self, expected: Expected, late: Duration) -> bool {
+        !self.is_known() && late.as_secs() < latest_unknown(expected).as_secs()
     }
 
     /// What an answer takes, so that hosts can be compared; `None` while nothing is known.
@@ -217,6 +236,11 @@ pub struct Expected {
     pub held_tokens: u32,
     /// Whether the model is loaded there.
     pub is_resident: bool,
+}
+
+/// How late a host may be at most of which nothing is known.
+fn latest_unknown(expected: Expected) -> Duration {
+    (LATE_UNKNOWN + SLOW_TOKEN * expected.prompt_tokens).min(LATEST_UNKNOWN)
 }
 
 fn longest(known: f64, new: f64) -> f64 {
@@ -323,11 +347,12 @@ mod tests {
         let mut pace = Pace::default();
         for wanted in [10, 20, 40, 60, 60] {
             let late = pace.late(expected(1_000, true));
-            assert_eq!((late.as_secs(), pace.may_be_slow(late)), (wanted, wanted < 60));
+            assert_eq!((late.as_secs(), pace.may_be_slow(expected(1_000, true), late)), (wanted, wanted < 60));
             pace.gave_up(late);
         }
-        pace.saw(&answer(40_000, 1_000));
-        assert_eq!(pace.late(expected(1_000, true)), LATE_UNKNOWN, "until it has answered");
+        assert_eq!(pace.late(expected(100, true)).as_secs(), 15, "a short prompt takes nobody so long");
+        (0..4).for_each(|_| pace.saw(&answer(40_000, 1_000)));
+        assert_eq!(pace.late(expected(1_000, true)).as_secs(), 80, "and then it is known");
     }
 
     #[test]
@@ -346,6 +371,15 @@ mod tests {
     }
 
     #[test]
+    fn what_a_short_prompt_seems_to_take_is_forgotten_with_the_first_long_one() {
+        let mut pace = Pace::default();
+        pace.saw(&answer(30_000, 20));
+        pace.saw(&answer(1_000, 1_000));
+        (0..6).for_each(|_| pace.saw(&answer(1_000, 1_000)));
+        assert!(pace.prefill < 0.002, "{}", pace.prefill);
+    }
+
+    #[test]
     fn calls_that_come_whole_teach_nothing_and_are_given_their_time() {
         let mut pace = Pace::default();
         (0..10).for_each(|_| pace.saw(&answer(100, 100)));
@@ -353,6 +387,7 @@ mod tests {
         let called = Sample { is_held_back: true, ..answer(60_000, 100) };
         (0..10).for_each(|_| pace.saw(&called));
         assert_eq!(pace.late(expected(100, true)), usual);
+        assert!(pace.first_limit(expected(100, true), MINUTE * 60) < MINUTE);
         // A tenth of a second a token.
         let may_call = Expected { held_tokens: 100, ..expected(100, true) };
         assert_eq!(pace.late(may_call), usual + Duration::from_secs(10));

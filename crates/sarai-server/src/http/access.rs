@@ -70,7 +70,8 @@ fn with_origins(router: Router, access: &Access) -> Router {
     let router = router.layer(from_fn(move |request, next| refuse_foreign(Arc::clone(&known), request, next)));
     let is_allowed =
         move |origin: &HeaderValue, _: &request::Parts| origin.to_str().is_ok_and(|origin| is_of(&origins, origin));
-    let told = ["x-sarai-served-by", "x-sarai-fallback-reason", "x-sarai-degraded"].map(HeaderName::from_static);
+    let told = ["x-sarai-served-by", "x-sarai-fallback-reason", "x-sarai-degraded", "x-should-retry"]
+        .map(HeaderName::from_static);
     let cors = CorsLayer::new()
         .allow_origin(AllowOrigin::predicate(is_allowed))
         .allow_methods([Method::GET, Method::POST, Method::HEAD, Method::OPTIONS])

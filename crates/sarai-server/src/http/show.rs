@@ -47,7 +47,7 @@ fn of_file(catalog: &Catalog, model: &Model, file: Option<&ModelFile>) -> Value 
     let purpose = file.map(ModelFile::purpose).unwrap_or_default();
     let is_sensed = |kind: &MediaKind| file.is_some_and(|file| file.senses(*kind));
     let senses: Vec<_> = [MediaKind::Image, MediaKind::Audio].into_iter().filter(is_sensed).collect();
-    let fills_in = file.is_some_and(ModelFile::fills_in);
+    let fills_in = file.is_some_and(|file| file.header.fills_in);
     let abilities = Abilities { purpose, senses: &senses, template, fills_in };
     let mut shown = ollama::show(&catalog.facts(model), &abilities, Value::Object(info));
     shown["license"] = license;

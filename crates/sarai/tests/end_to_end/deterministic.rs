@@ -23,8 +23,7 @@ fn models(file: &str, more: &str) -> String {
 }
 
 fn body(prompt: &str, tokens: u32) -> Value {
-    // It does not end by itself, or soon.
-    json!({ "model": "m", "prompt": prompt, "temperature": 0, "max_tokens": tokens, "ignore_eos": true, "logprobs": 2 })
+    json!({ "model": "m", "prompt": prompt, "temperature": 0, "max_tokens": tokens, "logprobs": 2 })
 }
 
 /// The tokens of an answer, and every digit of how likely each was.
@@ -93,7 +92,7 @@ async fn so_they_are_beside_pictures() {
     let sarai = Sarai::start(&models(&sketch("sensing/random/gemma3.gguf"), &more));
     let sees = |colour| {
         let parts = [text_part("What is it?"), image_part(&png(64, 64, colour)), text_part("Say it.")];
-        json!({ "model": "m", "messages": [{ "role": "user", "content": parts }], "temperature": 0, "max_tokens": 40, "ignore_eos": true, "logprobs": true })
+        json!({ "model": "m", "messages": [{ "role": "user", "content": parts }], "temperature": 0, "max_tokens": 40, "logprobs": true })
     };
     let ask = async |body: Value| {
         let answer = sarai.post("/v1/chat/completions", body.to_string()).await;

@@ -75,12 +75,11 @@ async fn a_draft_model_changes_nothing_of_the_text() {
     let long = format!("{} What was said most often?", "All work and no play makes a dull day. ".repeat(20));
     let asked = ["Tell me about the sea.", "Name three colours, and why.", &long];
     let ask = async |sarai: &Sarai| {
-        let body =
-            |prompt: &str| chat("tiny", prompt, json!({ "temperature": 0, "max_tokens": 36, "ignore_eos": true }));
+        let body = |prompt: &str| chat("tiny", prompt, json!({ "temperature": 0, "max_tokens": 36 }));
         let one = sarai.post("/v1/chat/completions", body(asked[0])).await.json();
         let rest = join_all(asked[1..].iter().map(|prompt| sarai.post("/v1/chat/completions", body(prompt)))).await;
         // A second turn goes on from what is in the cache, and sampled text is followed too.
-        let sampled = json!({ "temperature": 0.9, "seed": 5, "max_tokens": 24, "ignore_eos": true });
+        let sampled = json!({ "temperature": 0.9, "seed": 5, "max_tokens": 24 });
         let last = sarai.post("/v1/chat/completions", chat("tiny", asked[0], sampled)).await.json();
         let mut answers = vec![one];
         answers.extend(rest.into_iter().map(|answer| answer.json()));

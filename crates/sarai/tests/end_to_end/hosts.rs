@@ -146,6 +146,21 @@ async fn what_only_a_host_can_do_is_never_asked_of_a_worker() {
     assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("tools")), "{}", refused.text);
 }
 
+/// Ollama's API has no field for them, and to another model they mean something else.
+#[tokio::test]
+async fn a_prompt_of_tokens_is_asked_of_nobody_who_would_read_it_otherwise() {
+    let host = Host::start(|_, _| ollama(&["nothing"]));
+    let other = format!("  tiny: {{ backend: gguf_native, gguf_path: {} }}\n", smollm2());
+    let tokens = |model: &str| json!({ "model": model, "prompt": [49, 6376], "max_tokens": 2 }).to_string();
+    let alone = Sarai::start(&format!("{}{other}", on_host(&host.url, "    fallback_models: [tiny]\n")));
+    let refused = alone.post("/v1/completions", tokens("solar")).await;
+    assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("prompt")), "{}", refused.text);
+    let with_worker = Sarai::start(&on_host(&host.url, &with_worker("")));
+    let answer = with_worker.post("/v1/completions", tokens("solar")).await;
+    assert_eq!((answer.status, served_by(&answer)), (200, "solar@gguf_native"), "{}", answer.text);
+    assert!(host.asked().is_empty());
+}
+
 #[tokio::test]
 async fn a_client_that_leaves_before_any_header_came_cancels_at_the_host_and_nobody_is_asked_again() {
     let host = Host::start(|_, _| vec![Step::Hold]);

@@ -28,8 +28,8 @@ async fn bulk_gives_way_within_a_model_and_beside_another_and_comes_to_its_end()
         Reading::begin(request.body(body)).await
     };
     for (bulk, other) in [("one", "one"), ("one", "two")] {
-        let bulk_story = begin("bulk", story(bulk, 300)).await;
-        let awaited = begin("interactive", story(other, 120)).await;
+        let bulk_story = begin("bulk", story(bulk, 200)).await;
+        let awaited = begin("interactive", story(other, 80)).await;
         let before = bulk_story.events();
         let text = awaited.text().await;
         let (beside, of) = (bulk_story.events() - before, text.matches("data: {").count());

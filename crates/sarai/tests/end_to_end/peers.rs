@@ -72,6 +72,8 @@ async fn ollamas_clients_find_its_words_and_its_tags() {
     }
     let ps = sarai.get("/api/ps").await.json();
     assert_eq!(ps["models"][0]["name"], "coder:latest", "{ps}");
+    let shown = sarai.post("/api/show", r#"{"model":"coder"}"#).await.json();
+    assert_eq!(shown["capabilities"], json!(["completion", "tools", "insert"]), "{shown}");
     let raw = json!({ "model": "coder", "prompt": "Hi", "raw": true, "system": "Be brief." });
     let refused = sarai.post("/api/generate", raw.to_string()).await;
     assert!(refused.status == 400 && refused.text.contains("raw mode does not support"), "{}", refused.text);
