@@ -8,6 +8,8 @@ const LONGER: f64 = 6.0;
 const FEWEST: usize = 16;
 /// Tokens of a prompt beside answers while nothing has been measured.
 const UNKNOWN: usize = 64;
+/// A measurement counts as so many times what is known at most.
+const MOST: f64 = 8.0;
 /// How much the newest measurement counts.
 const NEWEST: f64 = 0.25;
 
@@ -52,7 +54,8 @@ impl Pace {
 }
 
 fn mix(known: &mut Option<f64>, newest: f64) {
-    *known = Some(known.map_or(newest, |known| known + NEWEST * (newest - known)));
+    // A process that was stopped meanwhile has not computed for so long.
+    *known = Some(known.map_or(newest, |known| known + NEWEST * (newest.min(known * MOST) - known)));
 }
 
 #[cfg(test)]
@@ -71,6 +74,20 @@ mod tests {
         // 25 ms of answers, and five times as much of prompts at 2 ms each.
         let tokens = pace.prompt_tokens_beside_answers();
         assert!((60..=64).contains(&tokens), "{tokens}");
+    }
+
+    #[test]
+    fn a_pause_of_the_process_is_forgotten_soon() {
+        let mut pace = Pace::default();
+        for _ in 0..8 {
+            pace.observe(4, 0, Duration::from_millis(25));
+            pace.observe(4, 50, Duration::from_millis(125));
+        }
+        let usual = pace.prompt_tokens_beside_answers();
+        pace.observe(4, 0, Duration::from_secs(600));
+        assert!(pace.prompt_tokens_beside_answers() < 4 * usual);
+        (0..8).for_each(|_| pace.observe(4, 0, Duration::from_millis(25)));
+        assert!(pace.prompt_tokens_beside_answers() < usual + usual / 3);
     }
 
     #[test]

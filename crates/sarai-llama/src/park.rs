@@ -103,7 +103,10 @@ impl Parking {
             part if wanted.whole && part < parked.tokens.len() => 0,
             shared => shared,
         });
-        shared.enumerate().filter(|(_, shared)| *shared > 0).max_by_key(|(_, shared)| *shared)
+        shared
+            .enumerate()
+            .filter(|(_, shared)| *shared > 0)
+            .max_by_key(|(at, shared)| (*shared, std::cmp::Reverse(self.parked[*at].tokens.len())))
     }
 
     /// How many of the first tokens of a prompt are parked.
@@ -175,17 +178,28 @@ impl Parking {
         let state = note.with_extension("kv");
         // Without its note a state file is nothing, so the note goes first and comes last.
         let _ = fs::remove_file(&note);
-        if context.state_seq_save_file(&state, sequence, tokens) == 0 {
+        let written = context.state_seq_save_file(&state, sequence, tokens);
+        let noted = self.write_note((&note, &state), numbers, written as u64);
+        if noted.is_err() {
             let _ = fs::remove_file(&state);
+        }
+        let (bytes, crc32) = noted?;
+        let tokens = tokens.iter().copied().map(Unit::Text).collect();
+        Ok(Parked { note, tokens, bytes, crc32, is_checked: false })
+    }
+
+    /// Says that a state of so many bytes is there, and what it is of.
+    fn write_note(&self, (note, state): (&Path, &Path), numbers: Vec<i32>, written: u64) -> io::Result<(u64, u32)> {
+        let (bytes, crc32) = if written == 0 { (0, 0) } else { checksum(state)? };
+        // llama.cpp does not see that the last of it could not be written.
+        if bytes == 0 || bytes != written {
             return Err(io::Error::other(format!("{} cannot be written", state.display())));
         }
-        let (bytes, crc32) = checksum(&state)?;
         let text = serde_json::to_string(&Note { key: self.key.clone(), tokens: numbers, bytes, crc32 })?;
         let unfinished = note.with_extension("unfinished");
         fs::write(&unfinished, text)?;
-        fs::rename(&unfinished, &note)?;
-        let tokens = tokens.iter().copied().map(Unit::Text).collect();
-        Ok(Parked { note, tokens, bytes, crc32, is_checked: false })
+        fs::rename(&unfinished, note)?;
+        Ok((bytes, crc32))
     }
 }
 

@@ -241,7 +241,8 @@ impl<W> Scheduler<W> {
         let may_cut = matches!(self.limits.sharing, Sharing::Own { may_cut: true } | Sharing::Whole { may_cut: true });
         let kept = |place: usize, one: &Sequence<W>| {
             let kept = common(&one.cached, prompt);
-            let is_of_use = (kept == one.cached.len() || may_cut) && cells.holds(place, one.position(kept));
+            // At its end a sequence can always be gone on with, whatever its window still has.
+            let is_of_use = kept == one.cached.len() || (may_cut && cells.holds(place, one.position(kept)));
             if is_of_use { kept } else { 0 }
         };
         let free: Vec<_> =
@@ -278,7 +279,11 @@ impl<W> Scheduler<W> {
         // What is computed now keeps its cells, whatever is given up for it.
         let computed = self.sequences.iter().filter(|one| one.generation.is_some()).map(|one| one.cached.len());
         let has_room = parked.held + computed.sum::<usize>() <= self.limits.cells;
-        if parked.shared <= known + WORTH_RESTORING || !has_room {
+        let all = self.sequences.iter().map(|one| one.cached.len()).sum::<usize>();
+        // What others have kept is given up only for a conversation that goes on, and not for its first words.
+        let gives_up = parked.held + all > self.limits.cells;
+        let is_little = gives_up && (parked.shared - known.min(parked.shared)) * 2 < parked.held;
+        if parked.shared <= known + WORTH_RESTORING || !has_room || is_little {
             return None;
         }
         let (place, _) = self.empty_place(None, cells);

@@ -25,12 +25,13 @@ use crate::planner::Planner;
 use crate::pool::{Parts, Pool};
 use crate::reload::{Live, Names, keep_current};
 use crate::state::State;
+use crate::supervise::child::park_grace;
 use crate::supervise::spare::spare_the_server;
 use crate::supervise::validate::Validator;
 
 /// Bodies of the largest size that may come at the same time.
 const MOST_BODIES: usize = 8;
-/// How long the workers together may take to end; those that still live are killed with their handles.
+/// How long the workers together may take to end, beyond what parking may take; those that still live are killed with their handles.
 const END_WORKERS: Duration = Duration::from_secs(8);
 
 /// Why the server cannot start.
@@ -153,7 +154,10 @@ impl Server {
         self.reloading.inspect(JoinHandle::abort);
         self.spare.inspect(JoinHandle::abort);
         let (pool, owner) = self.pool;
-        let _ = tokio::time::timeout(END_WORKERS, pool.stop()).await;
+        let parks = self.gateway.catalog();
+        let parks = parks.engines.iter().filter_map(|engine| Some(park_grace(engine.park.as_ref()?.most_bytes)));
+        let within = parks.max().unwrap_or_default() + END_WORKERS;
+        let _ = tokio::time::timeout(within, pool.stop()).await;
         let _ = tokio::time::timeout(Duration::from_secs(1), owner).await;
         self.gateway.dispatch.planner.flush();
     }

@@ -217,9 +217,12 @@ impl Reader<'_> {
                     give_way();
                     reader.read(job)
                 };
-                scope.spawn(read).join()
+                // It cannot be had where there are too many already.
+                let reading = std::thread::Builder::new().spawn_scoped(scope, read);
+                reading.map(std::thread::ScopedJoinHandle::join)
             });
-            let outcome = read.unwrap_or_else(|_| Err(Error::Internal("reading pictures or sound failed".into())));
+            let failed = || Error::Internal("reading pictures or sound failed".into());
+            let outcome = read.map_err(|_| failed()).and_then(|read| read.unwrap_or_else(|_| Err(failed())));
             if inbox.send(Incoming::Read(Read { id, outcome })).is_err() {
                 return;
             }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
-use sarai_core::Error;
+use sarai_core::{Bytes, Error};
 use sarai_core::frame::{self, FromWorker, HEADER_BYTES, LoadSpec, LoadedInfo, ToWorker, WARNING};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -32,6 +32,11 @@ pub const END_GRACE: Duration = Duration::from_secs(2);
 /// How long a worker that nobody needs may take to keep on disk what it computed, and for each further 64 MiB that it may keep.
 const PARK_GRACE: Duration = Duration::from_secs(5);
 const PARK_GRACE_MORE: Duration = Duration::from_secs(1);
+
+/// How long a worker may write what it parks.
+pub fn park_grace(most_bytes: Bytes) -> Duration {
+    PARK_GRACE + PARK_GRACE_MORE * u32::try_from(most_bytes.0 >> 26).unwrap_or(u32::MAX).min(600)
+}
 /// How the system writes that a process was killed.
 const KILLED: &str = "signal: 9";
 /// How long a thread of OpenMP's (GNU) spins at a barrier before it sleeps, in turns of its loop; about a millisecond. A worker
@@ -256,8 +261,7 @@ async fn run(
     let may_park = is_loaded && spec.park.is_some() && matches!(outcome, Outcome::Stopped);
     if may_park && commands.send(ToWorker::Leave).is_ok() {
         // It keeps on disk what it can, unless that takes too long.
-        let most = spec.park.as_ref().map_or(0, |park| park.most_bytes.0 >> 26);
-        let grace = PARK_GRACE + PARK_GRACE_MORE * u32::try_from(most).unwrap_or(u32::MAX).min(600);
+        let grace = spec.park.as_ref().map(|park| park_grace(park.most_bytes)).unwrap_or_default();
         let _ = tokio::time::timeout(grace, launched.child.wait()).await;
     }
     // Closing our end asks the worker to go.
