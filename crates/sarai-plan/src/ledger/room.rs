@@ -44,18 +44,32 @@ impl Ledger {
             // A context that is in use cannot grow.
             self.note(id, "queue", "a longer context is made when its running answers are done");
             self.engines[id.0].must_drain = true;
-            return Served::WaitsForItself;
+            // What else it needs is made free meanwhile, and nobody else takes that.
+            return match self.lack(id, &least, &[]) {
+                None => Served::WaitsForItself,
+                Some(_) => Served::WaitsForRoom,
+            };
         }
+        let served = self.serve_idle(id, &least, effects);
+        if matches!(served, Served::WaitsForRoom) && !self.pressure {
+            // While others make room for it, it does not begin anew what it would have to drain again.
+            self.engines[id.0].must_drain = self.engines[id.0].state == State::Resident;
+        }
+        served
+    }
+
+    /// Of one that nobody uses now.
+    fn serve_idle(&mut self, id: EngineId, least: &Size, effects: &mut Vec<Effect>) -> Served {
         if self.pressure {
             let since = self.engines[id.0].waiting.iter().map(|waiter| waiter.since).min().unwrap_or(self.now);
             if since + WAITS_UNDER_PRESSURE <= self.now {
-                return self.refuse(id, &least, effects);
+                return self.refuse(id, least, effects);
             }
             self.note(id, "queue", "the kernel reports that memory is short");
             return Served::WaitsForRoom;
         }
         let usual = self.engines[id.0].wanted_size(self.now >= self.pressed_until);
-        for size in [&usual, &least] {
+        for size in [&usual, least] {
             if self.lack(id, size, &[]).is_none() {
                 self.start(id, size.clone(), effects);
                 return Served::Done;
@@ -64,17 +78,17 @@ impl Ledger {
         if self.engines.iter().any(|other| matches!(other.state, State::Stopping | State::Resizing)) {
             return Served::WaitsForRoom;
         }
-        for size in [&usual, &least] {
+        for size in [&usual, least] {
             if let Some(yields) = self.yields_for(id, size) {
                 self.make_room(id, size, &yields, effects);
                 return Served::WaitsForRoom;
             }
         }
-        if self.may_fit_soon(id, &least) {
+        if self.may_fit_soon(id, least) {
             self.note(id, "queue", "models that are busy hold its room");
             return Served::WaitsForRoom;
         }
-        self.refuse(id, &least, effects)
+        self.refuse(id, least, effects)
     }
 
     fn may_ever_fit(&self, id: EngineId, size: &Size) -> bool {

@@ -235,6 +235,51 @@ fn a_smaller_context_never_reloads_and_a_longer_one_waits_for_running_answers_an
     assert_eq!(ledger.claimed(), Bytes::mib(53));
 }
 
+/// Both are used without a pause, and neither would be idle when the other is.
+#[test]
+fn growth_that_needs_the_room_of_a_busy_one_comes_about_however_busy_both_are() {
+    let mut ledger = ledger(100, 2, Strategy::EvictLru, 2);
+    let (mut busy, mut now, mut ticket) = ([1_i32, 1], 0, 10);
+    ledger.loaded(A, 1, 50);
+    ledger.loaded(B, 2, 45);
+    let mut apply = |ledger: &mut Ledger, event, now, busy: &mut [i32; 2]| {
+        let effects = ledger.decide(event, now);
+        for effect in &effects {
+            if let Effect::Grant(engine, _) = effect {
+                busy[engine.0] += 1;
+            }
+        }
+        effects
+    };
+    let wanted = Ticket(3);
+    let mut all = apply(&mut ledger, PoolEvent::Wanted(A, wanted, longer(30 * 1024, 50)), now, &mut busy);
+    for _ in 0..400 {
+        now += 100;
+        // Answers overlap: the next one is asked for before the last one has ended.
+        for (engine, mib) in [(A, 50), (B, 45)] {
+            ticket += 1;
+            all.extend(apply(&mut ledger, PoolEvent::Wanted(engine, Ticket(ticket), want(mib)), now, &mut busy));
+            if busy[engine.0] > 0 {
+                busy[engine.0] -= 1;
+                all.extend(apply(&mut ledger, PoolEvent::Released(engine), now, &mut busy));
+            }
+        }
+        let next = std::mem::take(&mut all);
+        if next.contains(&Effect::Grant(A, wanted)) {
+            return;
+        }
+        for effect in next {
+            all.extend(match effect {
+                Effect::Stop(engine) => apply(&mut ledger, exited(engine), now, &mut busy),
+                Effect::Resize(engine, _) => apply(&mut ledger, PoolEvent::Resized(engine, Ok(())), now, &mut busy),
+                Effect::Load(engine, _) => apply(&mut ledger, PoolEvent::Loaded(engine), now, &mut busy),
+                _ => Vec::new(),
+            });
+        }
+    }
+    panic!("it still waits after 40 s: {:?}", ledger.rows());
+}
+
 #[test]
 fn growth_that_does_not_fit_is_refused_and_the_others_are_served() {
     let mut ledger = ledger(52, 2, Strategy::HybridHttpGguf, 1);

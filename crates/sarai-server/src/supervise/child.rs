@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
-use sarai_core::{Bytes, Error};
 use sarai_core::frame::{self, FromWorker, HEADER_BYTES, LoadSpec, LoadedInfo, ToWorker, WARNING};
+use sarai_core::{Bytes, Error};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
