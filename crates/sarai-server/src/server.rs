@@ -20,6 +20,7 @@ use crate::dispatch::{Dispatch, warm_fallbacks};
 use crate::fetch::Fetcher;
 use crate::gateway::Gateway;
 use crate::health::Health;
+use crate::http::connections::Stop;
 use crate::http::{App, connections, door};
 use crate::planner::Planner;
 use crate::pool::{Parts, Pool};
@@ -128,6 +129,11 @@ impl Server {
 
     /// Serves until `stop` completes; then drains running answers up to their deadline and ends every worker.
     pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) {
+        // What serves is compiled in this crate, and not anew for each who stops it in another way.
+        self.serve_until(Box::pin(stop)).await;
+    }
+
+    async fn serve_until(self, stop: Stop) {
         let app = App {
             gateway: self.gateway.clone(),
             max_body_bytes: self.config.server.max_body_bytes,
@@ -144,7 +150,7 @@ impl Server {
             let _ = stopping.send(true);
         };
         tokio::select! {
-            () = connections::serve(self.listener, door(app, &self.config.server.access), signal) => {}
+            () = connections::serve(self.listener, door(app, &self.config.server.access), Box::pin(signal)) => {}
             () = async { let _ = stopped.wait_for(|&stopped| stopped).await; tokio::time::sleep(drain).await } => {
                 tracing::warn!(seconds = drain.as_secs(), "answers that still ran were cut (server.drain_seconds)");
             }

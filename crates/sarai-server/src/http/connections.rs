@@ -2,7 +2,7 @@
 //!
 //! HTTP/1 alone, by hyper's own connection: one that first looks for HTTP/2, as axum's does, keeps 8 KiB more for each stream.
 
-use std::pin::pin;
+use std::pin::Pin;
 use std::time::Duration;
 
 use hyper::server::conn::http1;
@@ -18,13 +18,15 @@ const REST: Duration = Duration::from_secs(1);
 /// How long a connection may say nothing between two requests, or take for the head of one; nginx's usual time.
 const IDLE: Duration = Duration::from_secs(75);
 
+/// When it is to end.
+pub type Stop = Pin<Box<dyn Future<Output = ()> + Send>>;
+
 /// Serves until `stop` completes; then takes no more, and waits for those that are served.
 ///
 /// # Cancel safety
 /// Dropped, it cuts all connections.
-pub async fn serve(listener: TcpListener, door: Door, stop: impl Future<Output = ()>) {
+pub async fn serve(listener: TcpListener, door: Door, mut stop: Stop) {
     let (graceful, mut connections) = (GracefulShutdown::new(), JoinSet::new());
-    let mut stop = pin!(stop);
     loop {
         let socket = tokio::select! {
             socket = next(&listener) => socket,

@@ -22,30 +22,27 @@ const AN_ERROR: &str = "{\"error\":\"an error was encountered while running the 
 #[tokio::test]
 async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer() {
     let ollama = Ollama::start();
-    // One model for each fault, on one worker.
-    let model = |name: &str, url: &str| {
-        let one = on_host(url, &with_worker("    deadlines: { gap_seconds: 2, first_token_seconds: 4 }\n"));
-        let one = one.replace("model_name: m", "model_name: solar").replace("  solar:", &format!("  {name}:"));
-        one.strip_prefix("models:\n").unwrap().to_owned()
+    let config = |url: &str| {
+        on_host(url, &with_worker("    deadlines: { gap_seconds: 2, first_token_seconds: 4 }\n"))
+            .replace("model_name: m", "model_name: solar")
     };
+    let body = chat("solar", "Count from one to twenty.", json!({ "stream": true, "max_tokens": 24 }));
+    let plain = chat("solar", "Count from one to twenty.", json!({ "max_tokens": 24 }));
+    let messages = json!([{ "role": "user", "content": "Count from one to twenty." }]);
+    let in_ollamas =
+        json!({ "model": "solar", "messages": messages, "options": { "num_predict": 24, "temperature": 0 } })
+            .to_string();
+    let direct = Sarai::start(&config(&ollama.url));
+    let whole = direct.post("/v1/chat/completions", body.clone()).await.said();
+    drop(direct);
     let amid = [Harm::Cut, Harm::Stall, Harm::Garbage, Harm::Crumbs];
     let amid = amid.into_iter().flat_map(|harm| [40, 900].map(|after| (harm, after)));
     let between = [Between::Slow, Between::CleanEnd, Between::Last(HALF_A_LINE), Between::Last(AN_ERROR)];
     let between = between.map(|harm| (Harm::Between(harm), 900));
     let first = INSTEAD.map(Harm::Instead).into_iter().chain([Harm::Late, Harm::HugeLine]);
-    let faults: Vec<_> = amid.chain(between).chain(first.map(|harm| (harm, 0))).collect();
-    let models = faults.iter().enumerate();
-    let models = models.map(|(n, (harm, after))| model(&format!("m{n}"), &harming(&ollama.url, *harm, *after)));
-    let models: String = models.collect();
-    let sarai = Sarai::start(&format!("models:\n{}{models}", model("direct", &ollama.url)));
-    let ask = async |name: &str, stream: bool| {
-        let body = chat(name, "Count from one to twenty.", json!({ "stream": stream, "max_tokens": 24 }));
-        sarai.post("/v1/chat/completions", body).await
-    };
-    let whole = ask("direct", true).await.said();
-    for (n, (harm, after)) in faults.into_iter().enumerate() {
-        let name = format!("m{n}");
-        let streamed = ask(&name, true).await;
+    for (harm, after) in amid.chain(between).chain(first.map(|harm| (harm, 0))) {
+        let sarai = Sarai::start(&config(&harming(&ollama.url, harm, after)));
+        let streamed = sarai.post("/v1/chat/completions", body.clone()).await;
         let what = format!("{harm:?} after {after} bytes: {}", streamed.text);
         assert_eq!(streamed.status, 200, "{what}");
         assert!(streamed.text.ends_with("data: [DONE]\n\n"), "{what}");
@@ -64,10 +61,7 @@ async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer
         }
         if after > 40 {
             // In Ollama's API.
-            let messages = json!([{ "role": "user", "content": "Count from one to twenty." }]);
-            let options = json!({ "num_predict": 24, "temperature": 0 });
-            let body = json!({ "model": name, "messages": messages, "options": options });
-            let lines = sarai.post("/api/chat", body.to_string()).await.lines();
+            let lines = sarai.post("/api/chat", in_ollamas.clone()).await.lines();
             let said: String = lines.iter().filter_map(|line| line["message"]["content"].as_str()).collect();
             let ends = lines.iter().filter(|line| line["done"] == true).count();
             let end = lines.last().unwrap();
@@ -79,7 +73,7 @@ async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer
             assert!(said.len() > 10, "{harm:?}: {said:?}");
             continue;
         }
-        let whole = ask(&name, false).await;
+        let whole = sarai.post("/v1/chat/completions", plain.clone()).await;
         assert_eq!(whole.status, 200, "{harm:?} {after}: {}", whole.text);
         assert!(whole.json()["choices"][0]["message"]["content"].as_str().unwrap().len() > 20);
     }
