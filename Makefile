@@ -8,8 +8,6 @@ export SARAI_MODELS = $(SARAI_CACHE)/models
 
 # One profile for all: llama.cpp is built once.
 CARGO_FLAGS = --release --locked
-# What measures is compiled as what is measured.
-OPTIMISED = --config profile.release.package.sarai.opt-level=3
 
 .PHONY: run test lint unit bench bench-memory bench-cage bench-gateway bench-failover bench-engine soak fuzz abilities test-transformers deps models demo-models sketches ollama clients build
 
@@ -55,7 +53,7 @@ unit: deps models sketches ollama clients
 # Tokens/s and latency as ratios: the bare engine and Ollama asked directly, in the same run.
 bench: build models ollama
 	cargo build $(CARGO_FLAGS) -p sarai-llama --example bare_engine
-	SARAI_OLLAMA=$$(scripts/build_ollama.sh) cargo bench --profile release --locked $(OPTIMISED) -p sarai --bench http
+	SARAI_OLLAMA=$$(scripts/build_ollama.sh) cargo bench --profile release --locked -p sarai --bench http
 
 # Every model that is here and a small file of each architecture: plan, dry run and measure over a grid of settings.
 bench-memory: build models sketches
@@ -70,7 +68,7 @@ bench-cage: build models ollama
 
 # What passes through to a host, beside asking it directly, nginx as a plain proxy, and LiteLLM's.
 bench-gateway: build
-	env $$(scripts/gateway_peers.sh) cargo bench --profile release --locked $(OPTIMISED) -p sarai --bench gateway
+	env $$(scripts/gateway_peers.sh) cargo bench --profile release --locked -p sarai --bench gateway
 
 # The engine beside llama.cpp's own server: alone, 1 to 16 streams, a long prompt entering, shared prefixes, several models at
 # once, parking, cold start. `ENGINE="together park"` measures some of it only.

@@ -301,7 +301,7 @@ async fn ollamas_clients_get_calls_whole_and_send_results_back() {
         assert!(told > asked + 30, "{asked} {told}");
     }
     let shown = |model: &str| sarai.post("/api/show", json!({ "model": model }).to_string());
-    assert_eq!(shown("coder").await.json()["capabilities"], json!(["completion", "tools"]));
+    assert_eq!(shown("coder").await.json()["capabilities"], json!(["completion", "tools", "insert"]));
     assert_eq!(shown("plain").await.json()["capabilities"], json!(["completion"]));
 }
 
