@@ -118,16 +118,19 @@ impl Pace {
         }
         let computed = usage.prompt_tokens.saturating_sub(usage.cached_tokens);
         let is_told = !timings.prefill.is_zero();
-        let tells = computed >= TOKENS_TO_LEARN || (self.prefill == 0.0 && computed > 0);
-        if tells && (is_told || !is_held_back) {
+        let (is_short, is_rough) = (computed < TOKENS_TO_LEARN, self.is_rough || self.prefill == 0.0);
+        if computed > 0 && (!is_short || is_rough) && (is_told || !is_held_back) {
             let each = prefill.as_secs_f64() / f64::from(computed);
             // Ollama does not say what it has kept of an earlier prompt: then it is fast, and nothing is to be learned of that.
             let is_kept = is_told && usage.cached_tokens == 0 && each < self.prefill / KEPT_IS_FASTER;
-            self.prefill = match (std::mem::replace(&mut self.is_rough, computed < TOKENS_TO_LEARN), is_kept) {
-                (true, _) => each,
-                (false, true) => self.prefill * FADES_SLOWLY,
+            self.prefill = match (is_short, is_rough) {
+                // Most of what a short one takes is not for its tokens.
+                (true, _) if self.prefill > 0.0 => self.prefill.min(each),
+                (true, _) | (false, true) => each,
+                (false, false) if is_kept => self.prefill * FADES_SLOWLY,
                 (false, false) => longest(self.prefill, each),
             };
+            self.is_rough = is_short;
         }
         let rest = if is_held_back { timings.decode } else { rest };
         if usage.completion_tokens > 1 && !rest.is_zero() {
