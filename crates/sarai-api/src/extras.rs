@@ -84,9 +84,7 @@ impl Rest {
         if !is_chat {
             return Ok(None);
         }
-        if !values.is_empty() {
-            self.follow(NAME);
-        }
+        self.follow(NAME);
         if let Some(Value::String(effort)) = self.field(effort_in).filter(|effort| *effort != "none") {
             values.entry(REASONING_EFFORT).or_insert_with(|| effort.as_str().into());
             self.follow(effort_in);

@@ -161,7 +161,8 @@ impl Host {
     }
 }
 
-fn is_same(known: &str, model: &str) -> bool {
+/// Whether a host's name for a model is this one; Ollama adds a tag.
+pub fn is_same(known: &str, model: &str) -> bool {
     known == model || known.strip_suffix(":latest") == Some(model)
 }
 

@@ -21,7 +21,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
 
 pub use breaker::State;
-pub use host::{Look, Place};
+pub use host::{Look, Place, is_same};
 pub use pace::{Expected, Gaps, Pace, Sample};
 
 use crate::backend::remote::{self, Hosts};
@@ -150,11 +150,6 @@ impl Drop for EndProbers {
 
 fn key(remote: &Remote) -> Key {
     (remote.url.clone(), remote.model_name.clone())
-}
-
-/// Whether a host's name for a model is this one; Ollama adds a tag.
-fn is_same_model(known: &str, name: &str) -> bool {
-    known == name || known.strip_suffix(":latest") == Some(name)
 }
 
 /// Under which what was learned of a deployment is kept.
@@ -638,7 +633,7 @@ impl Table {
                 let last = self.breaker(remote).last().cloned();
                 let was_away = matches!(last, Some(Error::Remote { cause: RemoteCause::Unreachable(_), .. }));
                 let listed = async { self.hosts.models(remote, deadlines.connect).await.unwrap_or_default() };
-                let is_listed = was_away && listed.await.iter().any(|name| is_same_model(name, &remote.model_name));
+                let is_listed = was_away && listed.await.iter().any(|name| is_same(name, &remote.model_name));
                 if is_listed { Ok(()) } else { Err(error) }
             }
             outcome => outcome,

@@ -17,6 +17,7 @@ use super::{App, json_response};
 use crate::catalog::Catalog;
 use crate::config::{Deployment, Model, Remote};
 use crate::dispatch::label;
+use crate::health::is_same;
 use crate::machine::process::{Memory, measure};
 use crate::pool::Snapshot;
 
@@ -166,11 +167,7 @@ fn local_state(app: &App, engine: EngineId, snapshot: Option<&Snapshot>) -> (&'s
 
 fn remote_state(url: &str, model_name: &str, hosts: &HostStates) -> (&'static str, Option<String>) {
     match hosts.get(url) {
-        Some(Ok(models))
-            if models.iter().any(|name| name == model_name || name.strip_suffix(":latest") == Some(model_name)) =>
-        {
-            ("up", None)
-        }
+        Some(Ok(models)) if models.iter().any(|name| is_same(name, model_name)) => ("up", None),
         Some(Ok(_)) => {
             ("model missing", Some(format!("host {url} {}", RemoteCause::ModelMissing(model_name.to_owned()))))
         }
