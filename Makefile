@@ -23,7 +23,8 @@ lint: deps
 
 # Tests that wait for nearly all of their time: they have a process of their own, beside the others. Two that compute on the same cores
 # would keep each other's threads waiting, far beyond twice the time.
-WAITING = memory::a_dry_run_refines_the_plan_once_the_server_is_idle_and_is_remembered \
+WAITING = failures::a_connection_that_says_nothing_is_closed_after_a_while \
+	memory::a_dry_run_refines_the_plan_once_the_server_is_idle_and_is_remembered \
 	hosts::a_name_whose_addresses_change_is_followed_while_the_server_runs \
 	hosts::the_one_that_loses_the_race_is_cancelled_at_the_host \
 	hosts::a_managed_cluster_is_neither_queued_for_nor_asked_twice_and_the_worker_stands_behind_it \

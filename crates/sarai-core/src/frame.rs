@@ -76,6 +76,9 @@ pub struct LoadSpec {
     /// Bytes of the file, from and to, that nothing reads once the model is loaded, because they were copied.
     #[serde(default)]
     pub idle: Vec<(u64, u64)>,
+    /// Layers whose attention passes over the cells of all sequences: others have a window, or a state.
+    #[serde(default)]
+    pub whole_layers: u32,
     /// What it is used for.
     #[serde(default)]
     pub purpose: Purpose,

@@ -5,6 +5,7 @@
 //! socket and decides nothing about memory: the server did that before it started the worker.
 
 mod answer;
+mod buffers;
 mod cells;
 mod channel;
 mod chat;

@@ -17,7 +17,7 @@ use llama_cpp_4::quantize::GgmlType;
 use sarai_core::frame::{LoadSpec, LoadedInfo};
 use sarai_core::{Bytes, EngineMemory, KvType, Purpose, split};
 
-use crate::reference;
+use crate::{buffers, reference};
 
 /// Whether a load takes memory for tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +53,7 @@ pub fn load(spec: &LoadSpec, allocation: Allocation, mut tell: impl FnMut(u8)) -
     if spec.deterministic {
         reference::use_it()?;
     }
+    buffers::keep_from_copies();
     let mut told = 0;
     let mut progress = |part: f32| {
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is within 0 and 100")]

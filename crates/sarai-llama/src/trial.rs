@@ -358,12 +358,12 @@ impl Copy {
     /// Has something done in a copy.
     #[expect(unsafe_code, reason = "fork, and what a copy may do before it is gone")]
     fn begin(limit: Limit, what: impl FnOnce() -> Ended) -> Self {
-        let most = limit.bytes.0.saturating_add(writable());
         let Ok(said) = memfd_create("trial", MemfdFlags::CLOEXEC).map(File::from) else { return Self(None) };
         // SAFETY: the copy has this thread alone. glibc leaves its allocator usable there; nothing is called that waits for another
         // thread, and `_exit` runs none of what the original has to do at its end.
         let pid = unsafe { libc::fork() };
         if pid == 0 {
+            let lent = limit.bytes.0;
             let limit = |kind, value| {
                 let limit = libc::rlimit { rlim_cur: value, rlim_max: value };
                 // SAFETY: the limit is a plain value that outlives the call.
@@ -371,7 +371,8 @@ impl Copy {
             };
             // Where memory is short, it goes before anything else does.
             let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
-            limit(libc::RLIMIT_DATA, most);
+            // Beyond what the copy has, which is less than the original has (`buffers`).
+            limit(libc::RLIMIT_DATA, lent.saturating_add(writable()));
             limit(libc::RLIMIT_CORE, 0);
             limit(libc::RLIMIT_FSIZE, SAID_BYTES);
             let busy = libc::timeval { tv_sec: 0, tv_usec: i64::from(BUSY.subsec_micros()) };

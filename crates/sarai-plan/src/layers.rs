@@ -167,6 +167,13 @@ impl Layers {
         Self { known, encoder, layers: (0..count).map(layer).collect() }
     }
 
+    /// How many attend to the whole text: they have neither a window nor a state instead.
+    #[must_use]
+    pub fn whole(&self) -> u32 {
+        let whole = self.layers.iter().filter(|layer| layer.keys > 0 && layer.window.is_none());
+        u32::try_from(whole.count()).unwrap_or(u32::MAX)
+    }
+
     /// Whether any layer has a state.
     #[must_use]
     pub fn are_recurrent(&self) -> bool {
@@ -346,9 +353,9 @@ mod tests {
     #[test]
     fn gemma3_has_one_full_layer_in_six() {
         let ints = [("block_count", 12), ("attention.sliding_window", 512), ("attention.key_length", 256)];
-        let layers = Layers::of(&header("gemma3", &ints)).layers;
-        let full: Vec<_> = (0..12).filter(|&index| layers[index].window.is_none()).collect();
-        assert_eq!(full, [5, 11]);
+        let gemma3 = Layers::of(&header("gemma3", &ints));
+        let full: Vec<_> = (0..12).filter(|&index| gemma3.layers[index].window.is_none()).collect();
+        assert_eq!((full.as_slice(), gemma3.whole()), ([5, 11].as_slice(), 2));
     }
 
     #[test]
@@ -358,6 +365,7 @@ mod tests {
             &[("block_count", 2), ("embedding_length", 2048), ("shortconv.l_cache", 3), ("attention.head_count", 32)],
         );
         lfm2.metadata.insert("lfm2.attention.head_count_kv".into(), Value::Ints(vec![0, 8]));
+        assert_eq!(Layers::of(&lfm2).whole(), 1);
         let layers = Layers::of(&lfm2).layers;
         assert_eq!((layers[0].keys, layers[0].state), (0, 2048 * 2));
         assert_eq!((layers[1].keys, layers[1].state), (8 * 64, 0));

@@ -194,7 +194,7 @@ impl<'model> Engine<'model> {
             step_tokens: model::step_tokens(spec) as usize,
             draft_tokens: spec.draft_tokens as usize,
             sharing: Sharing::of(model, spec.deterministic),
-            seconds_per_foreign_cell: FOREIGN_CELL_SECONDS * f64::from(model.n_head()) * f64::from(model.n_layer())
+            seconds_per_foreign_cell: FOREIGN_CELL_SECONDS * f64::from(model.n_head()) * f64::from(spec.whole_layers)
                 / f64::from(spec.threads.max(1)),
         };
         Self {

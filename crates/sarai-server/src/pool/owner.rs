@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use sarai_core::frame::{LoadSpec, Projector, ToWorker};
 use sarai_core::{Bytes, Error, Lane};
 use sarai_plan::estimate::{Repack, Settings, idle_pieces};
-use sarai_plan::layers::purpose;
+use sarai_plan::layers::{Layers, purpose};
 use sarai_plan::ledger::{EngineSpec, Limits, Millis, State};
 use sarai_plan::{Effect, EngineId, Ledger, PoolEvent, Size, Ticket, Want, projector};
 use tokio::sync::{mpsc, oneshot};
@@ -589,6 +589,7 @@ pub(super) fn load_spec(
         repack: settings.repack != Repack::Off,
         deterministic: settings.deterministic,
         idle: header.map(|header| idle_pieces(header, settings.repack)).unwrap_or_default(),
+        whole_layers: header.map(|header| Layers::of(header).whole()).unwrap_or_default(),
         purpose: header.map(purpose).unwrap_or_default(),
         park: config.park.clone(),
     }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use sarai_core::frame::LoadSpec;
-use sarai_core::{Bytes, EngineMemory, Part};
+use sarai_core::{Bytes, EngineMemory, FORM_BYTES, Part, Purpose, form_bytes};
 use sarai_plan::estimate::{Companions, DRAFT_TOKENS, PARTS, Plan, Repack, Settings, idle_pieces, largest_context};
 use sarai_plan::layers::purpose;
 use sarai_plan::ledger::Limits;
@@ -105,6 +105,9 @@ impl FilePlan {
         );
         text.push_str(&rows(&self.plan.parts));
         text.push_str(&format!("  {:<20} {:>10.1} MiB\n", "total", self.plan.total().as_mib()));
+        if let Some(lent) = lent(header) {
+            text.push_str(&format!("  {LENT:<20} {:>10.1} MiB\n", lent.as_mib()));
+        }
         match self.largest {
             Some(tokens) => {
                 text.push_str(&format!("  the longest context that fits in {} free: {tokens}\n", self.free))
@@ -130,6 +133,7 @@ impl FilePlan {
             "file": self.file.path, "architecture": self.file.header.architecture(),
             "parts": self.plan.parts, "formula": self.formula.parts,
             "idle_pieces": idle_pieces(&self.file.header, self.settings.repack), "total_bytes": self.plan.total(), "free_bytes": self.free,
+            "lent_bytes": lent(&self.file.header),
             "largest_context_tokens": self.largest, "notes": self.plan.notes,
             "probe": self.probe.as_ref().map(|probe| match probe {
                 Ok(memory) => json!(memory),
@@ -137,6 +141,14 @@ impl FilePlan {
             }),
         })
     }
+}
+
+/// How a row is called that is in no total: it is lent, of what is free, while an answer follows a form.
+const LENT: &str = "lent for a form";
+
+/// What a model is lent while an answer follows a form.
+fn lent(header: &Header) -> Option<Bytes> {
+    (purpose(header) == Purpose::Answers).then(|| form_bytes(header.vocabulary()))
 }
 
 fn rows(parts: &[Part]) -> String {
@@ -161,6 +173,7 @@ fn dry_run(path: &Path, header: &Header, settings: Settings) -> Result<EngineMem
         repack: settings.repack != Repack::Off,
         deterministic: settings.deterministic,
         idle: Vec::new(),
+        whole_layers: 0,
         purpose: purpose(header),
         park: None,
     };
@@ -265,6 +278,7 @@ impl Report<'_> {
             text.push_str(&line(name, &|component| mib(component.plan.part(name))));
         }
         text.push_str(&line("total", &|component| mib(component.plan.total())));
+        text.push_str(&line(LENT, &|component| mib(component.header.and_then(lent).unwrap_or_default())));
         text.push_str(&line("context x parallel", &|component| {
             format!("{} x {}", component.settings.context_tokens, component.settings.parallel)
         }));
@@ -318,14 +332,14 @@ impl Report<'_> {
             let suggestion = |s: &sarai_plan::system::Suggestion| json!({ "change": s.change, "saves_bytes": s.saves });
             json!({
                 "models": component.label, "present": component.header.is_some(), "parts": component.plan.parts,
-                "total_bytes": component.plan.total(), "context_tokens": component.settings.context_tokens,
+                "total_bytes": component.plan.total(), "lent_bytes": component.header.and_then(lent), "context_tokens": component.settings.context_tokens,
                 "parallel": component.settings.parallel, "notes": component.plan.notes,
                 "suggestions": suggestions.iter().map(suggestion).collect::<Vec<_>>(),
             })
         };
         json!({
             "budget_bytes": self.system.limits.budget, "max_ram_bytes": self.max_ram, "machine_bytes": self.machine,
-            "strategy": self.system.limits.strategy.name(), "server_bytes": self.system.server,
+            "strategy": self.system.limits.strategy.name(), "server_bytes": self.system.server, "validator_bytes": FORM_BYTES,
             "components": self.system.components.iter().enumerate().map(component).collect::<Vec<_>>(),
             "hybrid_bytes": hybrid, "all_local_bytes": local, "missing": self.missing,
             "scenarios": self.system.scenarios().iter().map(scenario_body).collect::<Vec<_>>(),

@@ -1,6 +1,7 @@
 //! What was computed once is not computed again: prefixes that requests share, and conversations of a worker that went.
 
 use std::path::PathBuf;
+use std::process::Command;
 
 use crate::support::{Sarai, gemma, qwen, smollm2};
 use futures_util::future::join_all;
@@ -133,6 +134,66 @@ async fn a_conversation_of_a_worker_that_went_comes_back_from_disk_and_goes_on_a
         unload(&stays).await;
         assert!(parked(&stays, "kv").is_empty(), "park_mb: 0");
     }
+}
+
+/// A worker that is ended with its server parks what it has, and is given the time for it.
+#[tokio::test]
+async fn conversations_are_there_again_when_the_server_was_stopped_and_is_started_again() {
+    let state = tempfile::tempdir().unwrap();
+    let variables = [("SARAI_STATE_DIR", state.path().to_str().unwrap())];
+    let start = || Sarai::start_with_env(&config(&smollm2(), 2, ""), &variables);
+    let (first, second) = (words(0, 40), words(1000, 40));
+    let sarai = start();
+    for prompt in [&first, &second] {
+        complete(&sarai, prompt, 8).await;
+    }
+    drop(sarai);
+    let sarai = start();
+    for prompt in [first, second] {
+        let (_, cached, computed) = complete(&sarai, &prompt, 1).await;
+        assert!(computed == 1 && cached > 200, "{computed} computed, {cached} cached");
+    }
+}
+
+/// A disk of its own, which is given back.
+struct Disk(tempfile::TempDir);
+
+impl Disk {
+    fn of(size: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mount = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "none"])
+            .arg(folder.path())
+            .status();
+        assert!(mount.unwrap().success(), "a disk of its own needs root");
+        Self(folder)
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0.path()).status();
+    }
+}
+
+#[tokio::test]
+async fn what_a_full_disk_has_no_room_for_is_computed_again() {
+    let disk = Disk::of("4m");
+    let sarai =
+        Sarai::start_with_env(&config(&smollm2(), 1, ""), &[("SARAI_STATE_DIR", disk.0.path().to_str().unwrap())]);
+    let prompt = words(0, 60);
+    let (text, ..) = complete(&sarai, &prompt, 8).await;
+    for _ in 0..2 {
+        unload(&sarai).await;
+        let (again, cached, _) = complete(&sarai, &prompt, 8).await;
+        assert_eq!((again, cached), (text.clone(), 0), "nothing was kept of it");
+    }
+    // A short one has room, since nothing is left of the long one.
+    let short = words(0, 16);
+    let (text, ..) = complete(&sarai, &short, 4).await;
+    unload(&sarai).await;
+    let (again, cached, _) = complete(&sarai, &short, 4).await;
+    assert!(again == text && cached > 50, "{cached} cached");
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use crate::support::{BINARY, Sarai, Watch, chat, qwen, sketch, smollm2};
 use serde_json::{Value, json};
@@ -46,6 +47,51 @@ fn a_validator_keeps_to_the_memory_and_the_time_that_it_has() {
     assert_eq!(verdict(&json!({ "$ref": "#/$defs/0", "$defs": parts }), "1", 16 * MIB), None, "its time is over");
 }
 
+/// A grammar whose trial takes all the time that it may have.
+fn slow_grammar() -> String {
+    let rules: String = (0..30).map(|n| format!("r{n} ::= r{0} | r{0} \"a\"\n", n + 1)).collect();
+    format!("root ::= r0\n{rules}r30 ::= \"b\" | \"bb\"\n")
+}
+
+/// What a worker writes meanwhile would be there twice, and in no plan.
+#[tokio::test]
+async fn the_copy_in_which_a_form_is_tried_has_neither_weights_nor_cache_nor_scratch() {
+    let sarai = Sarai::start(&format!(
+        "models:\n  coder: {{ backend: gguf_native, gguf_path: {}, context_length: 2048, parallel: 2 }}\n",
+        qwen()
+    ));
+    assert_eq!(sarai.post("/v1/chat/completions", chat("coder", "Hi", json!({ "max_tokens": 1 }))).await.status, 200);
+    let worker = sarai.worker_pids().await[0];
+    let slow = json!({ "max_tokens": 1, "grammar": slow_grammar() });
+    let mut asked = std::pin::pin!(sarai.post("/v1/chat/completions", chat("coder", "Hi", slow)));
+    let mut copies = Vec::new();
+    let answer = loop {
+        tokio::select! {
+            answer = &mut asked => break answer,
+            () = tokio::time::sleep(Duration::from_millis(5)) => copies.extend(writable_of_children(worker)),
+        }
+    };
+    assert_eq!(answer.status, 400, "{}", answer.text);
+    let own = writable(worker).unwrap();
+    let smallest = copies.iter().copied().min().expect("a copy was seen");
+    assert!(smallest + (80 << 20) < own, "the copy may write to {smallest} bytes, the worker to {own}");
+}
+
+/// What a process may write to, in bytes.
+fn writable(pid: u64) -> Option<u64> {
+    let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    Some(statm.split_whitespace().nth(5)?.parse::<u64>().ok()? * 4096)
+}
+
+fn writable_of_children(pid: u64) -> Vec<u64> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().filter_map(Result::ok);
+    let listed = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+    let pids: Vec<u64> = listed
+        .flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect();
+    pids.into_iter().filter_map(writable).filter(|bytes| *bytes > 0).collect()
+}
+
 /// The trial of this one takes all the time that it may have; it is refused, and nothing is booked for it afterwards.
 #[tokio::test]
 async fn what_a_trial_may_take_is_booked_for_as_long_as_it_takes() {
@@ -56,8 +102,7 @@ async fn what_a_trial_may_take_is_booked_for_as_long_as_it_takes() {
     let first = sarai.post("/v1/chat/completions", chat("tiny", "Hi", json!({ "max_tokens": 1 }))).await;
     assert_eq!(first.status, 200, "{}", first.text);
     let claimed = async || sarai.ps().await["claimed_bytes"].as_u64().unwrap();
-    let slow: String = (0..30).map(|n| format!("r{n} ::= r{0} | r{0} \"a\"\n", n + 1)).collect();
-    let slow = format!("root ::= r0\n{slow}r30 ::= \"b\" | \"bb\"\n");
+    let slow = slow_grammar();
     let before = claimed().await;
     let asked = sarai.post("/v1/chat/completions", chat("tiny", "Hi", json!({ "grammar": slow, "max_tokens": 2 })));
     let is_booked = |ps: &Value| ps["claimed_bytes"].as_u64().unwrap() >= before + 15 * MIB;

@@ -372,6 +372,27 @@ async fn a_client_that_stops_in_the_middle_of_its_body_gets_an_error() {
     assert_eq!(&answer, b"HTTP/1.1 400");
 }
 
+/// As nginx does it, between two requests and before the first.
+#[tokio::test]
+async fn a_connection_that_says_nothing_is_closed_after_a_while() {
+    let sarai = Sarai::start(&config());
+    let connect = || std::net::TcpStream::connect(sarai.url.trim_start_matches("http://")).unwrap();
+    let (silent, mut asked, mut half) = (connect(), connect(), connect());
+    write!(asked, "GET /health HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    write!(half, "GET /health HTTP/1.1\r\nho").unwrap();
+    let began = Instant::now();
+    let ends = [silent, asked, half].map(|mut socket| {
+        std::thread::spawn(move || {
+            socket.set_read_timeout(Some(Duration::from_secs(100))).unwrap();
+            let mut said = String::new();
+            socket.read_to_string(&mut said).map(|_| said).ok()
+        })
+    });
+    let said = ends.map(|end| end.join().unwrap().expect("it was never closed"));
+    assert!(began.elapsed() > Duration::from_secs(70), "too soon: {:?}", began.elapsed());
+    assert!(said[1].starts_with("HTTP/1.1 200"), "{said:?}");
+}
+
 /// Bodies that come slowly are held in memory together: there are eight of the largest size at most.
 #[tokio::test]
 async fn more_bodies_than_there_is_room_for_are_told_to_come_again() {
@@ -382,7 +403,7 @@ async fn more_bodies_than_there_is_room_for_are_told_to_come_again() {
         socket.write_all(&[b' '; 999_000]).unwrap();
         socket
     };
-    let held: Vec<_> = (0..8).map(|_| half_sent()).collect();
+    let mut held: Vec<_> = (0..8).map(|_| half_sent()).collect();
     let large = || sarai.post("/api/chat", " ".repeat(600_000));
     let began = Instant::now();
     let refused = loop {
@@ -392,6 +413,8 @@ async fn more_bodies_than_there_is_room_for_are_told_to_come_again() {
             break answer;
         }
         assert!(began.elapsed() < Duration::from_secs(20), "{}", answer.text);
+        // The large one may have had the place of one that is held.
+        held.push(half_sent());
     };
     assert_eq!(refused.header("retry-after"), Some("1"), "{}", refused.text);
     drop(held);

@@ -1,7 +1,7 @@
 //! Who goes on, who is waited for, and where a request may go, when hosts break off, hang, are full or point elsewhere.
 
-use crate::support::host::{Host, Step, line, ok, ollama, openai};
-use crate::support::{Answer, Ollama, Sarai, chat, smollm2};
+use crate::support::host::{Host, Step, line, ok, ollama, openai, served_by};
+use crate::support::{Answer, Ollama, Sarai, Watch, chat, smollm2};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
@@ -51,6 +51,27 @@ async fn a_last_line_before_a_connection_breaks_is_passed_on() {
             assert_eq!(said, "all of it", "{}", answer.text);
         }
     }
+}
+
+/// What a host says is kept until it is whole: without an end, it would take all memory.
+#[tokio::test]
+async fn an_answer_without_an_end_is_given_up_and_the_worker_gives_another() {
+    let text = line(&"many words ".repeat(90_000));
+    let host = Host::start(move |_, _| {
+        let begins = std::iter::once(Step::Send(ok("application/x-ndjson")));
+        begins.chain(std::iter::repeat_n(Step::Send(text.clone()), 200)).collect()
+    });
+    let sarai = Sarai::start(&format!(
+        "models:\n  solar: {{ backend: ollama_http, url: \"{}\", model_name: m, {} }}\n",
+        host.url,
+        worker()
+    ));
+    let memory = Watch::of(sarai.pid().into());
+    let answer = ask(&sarai, json!({})).await;
+    assert_eq!((answer.status, served_by(&answer)), (200, "solar@gguf_native"), "{}", answer.text);
+    let reason = answer.header("x-sarai-fallback-reason").unwrap();
+    assert!(reason.contains("more than 134217728 bytes"), "{reason}");
+    assert!(memory.most() < 320 << 20, "what is kept and what is read");
 }
 
 /// Nothing of a whole answer is out when its connection breaks within a line: it is asked for once more.

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 fn config(model: &str) -> String {
     format!(
-        "server: {{ heartbeat_seconds: 0.05 }}\nmodels:\n  coder: {{ backend: gguf_native, gguf_path: {model}, context_length: 512 }}\n"
+        "server: {{ heartbeat_seconds: 0.005 }}\nmodels:\n  coder: {{ backend: gguf_native, gguf_path: {model}, context_length: 512 }}\n"
     )
 }
 
@@ -74,7 +74,7 @@ async fn a_stream_that_is_held_back_says_that_it_is_waited_for() {
 async fn a_failure_keeps_its_status_where_nothing_is_loaded() {
     let host = Host::start(|_, _| vec![Step::Hold]);
     let config = format!(
-        "server: {{ heartbeat_seconds: 0.05 }}\nmodels:\n  far: {{ backend: ollama_http, url: \"{}\", deadlines: {{ first_token_seconds: 1 }} }}\n",
+        "server: {{ heartbeat_seconds: 0.005 }}\nmodels:\n  far: {{ backend: ollama_http, url: \"{}\", deadlines: {{ first_token_seconds: 1 }} }}\n",
         host.url
     );
     let sarai = Sarai::start(&config);
