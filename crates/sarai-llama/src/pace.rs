@@ -46,6 +46,11 @@ impl Pace {
         tokens.max(FEWEST)
     }
 
+    /// How long so many tokens of prompts take, once that is known.
+    pub fn prompt_seconds(&self, tokens: usize) -> Option<f64> {
+        self.prompt_token.map(|prompt_token| prompt_token * tokens as f64)
+    }
+
     /// How often so many seconds pass while one token of a prompt is computed, once that is known.
     pub fn prompt_tokens_worth(&self, seconds: f64) -> Option<u64> {
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a positive number, or infinity")]

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use llama_cpp_4::token::LlamaToken;
 use proptest::prelude::*;
 
+use super::places::DEAR;
 use super::*;
-use crate::cells::Parked;
+use crate::cells::{Parked, Wanted};
 
 /// A cell: what it holds, its position, when it was computed, and the sequences that use it.
 type Cell = (Unit, usize, usize, HashSet<usize>);
@@ -511,6 +512,39 @@ fn a_short_prompt_does_not_wait_behind_a_long_one() {
     case.ask(2, &numbers(5000, 30), 1, 2048);
     case.step();
     assert_eq!(case.ended.iter().map(|ended| ended.0).collect::<Vec<_>>(), [2]);
+}
+
+/// Else those behind the first one would enter beside it, in its pace.
+#[test]
+fn who_comes_together_begins_together_and_who_is_at_it_keeps_its_pace() {
+    let mut case = Case::new(5, 4096, 256);
+    for id in 0..4 {
+        case.ask(id, &numbers(1000 * i32::try_from(id).unwrap(), 120), 60, 400);
+    }
+    case.step();
+    case.step();
+    let begun = |case: &Case| case.scheduler.running().filter(|one| one.generated > 0).count();
+    assert_eq!(begun(&case), 4, "480 tokens are two steps");
+    (0..JUST_BEGUN).for_each(|_| assert!(case.step()));
+    let slow = |case: &mut Case| {
+        case.scheduler.pace = Pace::default();
+        case.scheduler.pace.observe(4, 0, Duration::from_millis(10));
+        case.scheduler.pace.observe(0, 1, Duration::from_millis(2));
+    };
+    slow(&mut case);
+    case.ask(4, &numbers(8000, 200), 60, 400);
+    case.step();
+    let left: usize = case.scheduler.sequences.iter().map(Sequence::prompt_left).sum();
+    assert_eq!(left, 200 - 25, "five times what answers take");
+    // One that takes long is no different for answers that have just begun.
+    let mut case = Case::new(2, 4096, 256);
+    case.ask(0, &numbers(0, 20), 60, 400);
+    case.step();
+    slow(&mut case);
+    case.ask(1, &numbers(1000, 1200), 60, 2000);
+    case.step();
+    let left: usize = case.scheduler.sequences.iter().map(Sequence::prompt_left).sum();
+    assert_eq!(left, 1200 - 25);
 }
 
 #[test]

@@ -4,18 +4,16 @@ mod breaker;
 mod commands;
 mod going_on;
 mod host;
+mod looks;
 mod pace;
+mod probe;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use futures_util::future::join_all;
-use sarai_api::embed;
-use sarai_core::{
-    Api, Deadlines, Error, GenerateRequest, Lane, MediaKind, Message, Phase, Prompt, RemoteCause, Role, Sampling,
-};
+use sarai_core::{Deadlines, Error, Lane, MediaKind, Phase, RemoteCause};
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
@@ -35,15 +33,8 @@ use host::Host;
 
 /// Opened breakers that wait to be told of.
 const WAITING: usize = 64;
-/// How long a look at a host may take.
-const LOOK_WITHIN: Duration = Duration::from_secs(10);
 /// And one that a request waits for.
 const LOOK_NOW: Duration = Duration::from_millis(400);
-
-/// And one that tells how far away it is: a connection and three round trips.
-const MEASURE_WITHIN: Duration = Duration::from_secs(4);
-/// A probe is given up after what is late there and at least this; twice as long after each one that was silent.
-const PROBE_WITHIN: Duration = Duration::from_secs(5);
 
 /// Names a deployment: the host and its model.
 type Key = (String, String);
@@ -289,61 +280,6 @@ impl Health {
         (Expected { prompt_tokens, answer_tokens, held_tokens: 0, is_resident }, known)
     }
 
-    /// Looks at a host and waits for it, if its API tells what is loaded and that is not known; whether it answered, as far as it was
-    /// asked.
-    pub async fn look_now(&self, remote: &Remote) -> bool {
-        let is_known = self.of(remote).is_loaded.is_some();
-        if is_known || remote.api != Api::Ollama || remote.managed_lb {
-            return true;
-        }
-        // Who cannot be reached is told so by the request.
-        timeout(LOOK_NOW, self.table.look(remote)).await.is_ok()
-    }
-
-    /// Looks at a host whose distance is not known, and waits for it: one that is far away may not be asked. One look is for all who
-    /// wait; where it was in vain lately, who cannot be reached is told so by the request.
-    pub async fn measure(&self, remote: &Remote) {
-        let measured = async {
-            let mut looks = self.table.looks.subscribe();
-            while self.table.lock().hosts.get(&remote.url).is_some_and(|host| host.is_to_be_measured(Instant::now())) {
-                self.table.look_if_due(remote);
-                if looks.changed().await.is_err() {
-                    break;
-                }
-            }
-        };
-        if !remote.wan && !self.is_open(remote) {
-            let hangs = self.table.lock().hosts.get(&remote.url).is_some_and(Host::hangs);
-            let _ = timeout(if hangs { LOOK_NOW } else { MEASURE_WITHIN }, measured).await;
-        }
-    }
-
-    /// Waits a little for the first look at hosts of which nothing is known yet: those that are near are found so at once, and share the
-    /// load from the first request on.
-    pub async fn get_to_know(&self, remotes: impl Iterator<Item = &Remote>) {
-        let is_new = |remote: &&Remote| self.table.lock().hosts.get(&remote.url).is_some_and(Host::is_new);
-        let new: Vec<_> = remotes.filter(is_new).collect();
-        if !new.is_empty() {
-            let looked = join_all(new.into_iter().map(|remote| self.measure(remote)));
-            let _ = Box::pin(timeout(LOOK_NOW, looked)).await;
-        }
-    }
-
-    /// Whether a host's distance is not known, and will be soon: it is looked at, aside.
-    pub fn is_measured_soon(&self, remote: &Remote) -> bool {
-        let is_unknown = |host: &Host| host.is_to_be_measured(Instant::now());
-        let is_soon = !remote.wan && self.table.lock().hosts.get(&remote.url).is_some_and(is_unknown);
-        if is_soon {
-            self.look(remote);
-        }
-        is_soon
-    }
-
-    /// Whether a host answers, and has not the model loaded: a look that is waited for.
-    pub async fn loads_now(&self, remote: &Remote) -> bool {
-        self.table.loads_now(remote).await
-    }
-
     /// Has a host load a model, aside, unless that is under way: who asked for it has an answer from elsewhere.
     pub fn load_aside(&self, remote: &Remote, deadlines: &Deadlines) {
         let mut entries = self.table.lock();
@@ -370,11 +306,6 @@ impl Health {
             }
         });
         entry.loader = Some(loading.abort_handle());
-    }
-
-    /// Looks at a host in the background, if that was not done lately.
-    pub fn look(&self, remote: &Remote) {
-        self.table.look_if_due(remote);
     }
 
     /// A stream came to its own end.
@@ -442,11 +373,6 @@ impl Health {
             }
         });
     }
-
-    /// Whether a host answers: a look that is waited for.
-    pub async fn is_there(&self, remote: &Remote) -> bool {
-        timeout(LOOK_NOW, self.table.look(remote)).await == Ok(true)
-    }
 }
 
 impl Table {
@@ -484,15 +410,6 @@ impl Table {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has a deployment that is left alone asked for a token now and then, unless that is under way.
-    fn probe_if_open(&self, entry: &mut Entry) {
-        if entry.breaker.state() != State::Closed && entry.prober.as_ref().is_none_or(AbortHandle::is_finished) {
-            entry.turn += 1;
-            let prober = tokio::spawn(self.clone().probe_until_closed(entry.remote.clone(), entry.turn));
-            entry.prober = Some(prober.abort_handle());
-        }
-    }
-
     fn of(&self, remote: &Remote) -> Known {
         let (entries, now) = (self.lock(), Instant::now());
         let (entry, host) = (entries.deployments.get(&key(remote)), entries.hosts.get(&remote.url));
@@ -508,135 +425,11 @@ impl Table {
         }
     }
 
-    async fn loads_now(&self, remote: &Remote) -> bool {
-        if remote.api != Api::Ollama || remote.managed_lb {
-            return false;
-        }
-        let looked = timeout(LOOK_NOW, self.look(remote)).await;
-        looked == Ok(true) && self.of(remote).loads()
-    }
-
     fn tell(&self) {
         self.changed.send_modify(|count| *count += 1);
     }
 
     fn breaker(&self, remote: &Remote) -> Breaker {
         self.lock().deployments.get(&key(remote)).map(|entry| entry.breaker.clone()).unwrap_or_default()
-    }
-
-    /// Looks at a host, aside, if that was not done lately.
-    fn look_if_due(&self, remote: &Remote) {
-        let mut entries = self.lock();
-        if !entries.hosts.get_mut(&remote.url).is_some_and(|host| host.is_to_be_looked_at(Instant::now())) {
-            return;
-        }
-        let (table, remote) = (self.clone(), remote.clone());
-        // It ends by itself, soon.
-        tokio::spawn(async move {
-            let hangs = timeout(LOOK_WITHIN, table.look(&remote)).await.is_err();
-            if let Some(host) = table.lock().hosts.get_mut(&remote.url) {
-                host.has_been_looked_at(Instant::now(), hangs);
-            }
-            table.looks.send_modify(|count| *count += 1);
-        });
-    }
-
-    /// Looks at a host, and keeps what was seen; whether it answered.
-    async fn look(&self, remote: &Remote) -> bool {
-        let connect = self.lock().deployments.get(&key(remote)).map(|entry| entry.deadlines.connect);
-        let Some(connect) = connect else { return false };
-        let Ok(look) = self.hosts.look(remote, connect).await else { return false };
-        if let Some(host) = self.lock().hosts.get_mut(&remote.url) {
-            host.saw(look, Instant::now());
-        }
-        true
-    }
-
-    /// Recovers without traffic: after each rest, one real token is asked for.
-    async fn probe_until_closed(self, remote: Remote, turn: u64) {
-        let nothing = Expected { prompt_tokens: 0, answer_tokens: 1, held_tokens: 0, is_resident: true };
-        let mut within = self.of(&remote).pace.late(nothing).max(PROBE_WITHIN);
-        loop {
-            let State::Open { until } = self.breaker(&remote).state() else { return };
-            tokio::time::sleep_until(until).await;
-            if matches!(self.breaker(&remote).state(), State::Open { until } if until > Instant::now()) {
-                // The host has asked for more time.
-                continue;
-            }
-            let Some((current, deadlines)) = self.begin_probe(&remote, turn) else { return };
-            let outcome = self.probe(&current, &deadlines, within).await;
-            if matches!(outcome, Err(Error::Remote { cause: RemoteCause::Silent { .. }, .. })) {
-                within = (within * 2).min(deadlines.first_token);
-            }
-            let mut entries = self.lock();
-            let entry = entries.deployments.get_mut(&key(&remote)).filter(|entry| entry.turn == turn);
-            let Some(entry) = entry else { return };
-            match outcome {
-                Ok(()) => {
-                    tracing::info!(deployment = ?remote, "answers again: breaker closes");
-                    entry.breaker.recovered();
-                    entry.prober = None;
-                    self.tell();
-                    return;
-                }
-                Err(error) => {
-                    tracing::debug!(deployment = ?remote, %error, "probe failed");
-                    entry.breaker.failed(&error, Instant::now(), rand::random());
-                }
-            }
-        }
-    }
-
-    fn begin_probe(&self, remote: &Remote, turn: u64) -> Option<(Remote, Deadlines)> {
-        let mut entries = self.lock();
-        let entry = entries.deployments.get_mut(&key(remote)).filter(|entry| entry.turn == turn)?;
-        entry.breaker.probing();
-        Some((entry.remote.clone(), entry.deadlines))
-    }
-
-    /// Asks for one token, or one vector: a list of models that is there proves nothing. A host that is silent for so long, and does not load, has its connection
-    /// given up: the next one may be better.
-    async fn probe(&self, remote: &Remote, deadlines: &Deadlines, within: Duration) -> Result<(), Error> {
-        let place = remote::Place { remote, context_tokens: remote.context_tokens, connect: deadlines.connect };
-        let hello = Message::new(Role::User, "Hi");
-        let request = GenerateRequest {
-            sampling: Sampling { temperature: Some(0.0), ..Sampling::default() },
-            max_tokens: Some(1),
-            ..GenerateRequest::new(Prompt::Chat(vec![hello]))
-        };
-        let within = within.min(deadlines.first_token);
-        let silent = || Error::Remote {
-            host: remote.url.clone(),
-            cause: RemoteCause::Silent { phase: Phase::FirstToken, seconds: within.as_secs() },
-        };
-        let asked = async {
-            if remote.makes_vectors {
-                return self.hosts.embed(&place, &embed::Parsed::of_text("Hi")).await.map(drop);
-            }
-            let mut events = self.hosts.open(&place, &request).await?;
-            while let Some(event) = events.next().await {
-                event?;
-            }
-            Ok(())
-        };
-        let mut asked = std::pin::pin!(asked);
-        let mut outcome = timeout(within, &mut asked).await;
-        if outcome.is_err() && self.loads_now(remote).await {
-            outcome = timeout(deadlines.first_token.saturating_sub(within), &mut asked).await;
-        }
-        match outcome.unwrap_or_else(|_| Err(silent())) {
-            // It does not like this request, but it answers.
-            Err(Error::InvalidRequest { .. }) => Ok(()),
-            Err(Error::Remote { cause, .. }) if cause.is_of_the_request() => Ok(()),
-            Err(error @ Error::Remote { cause: RemoteCause::ModelMissing(_), .. }) => {
-                // Some make vectors or complete texts only, and know no chats: it is back, if it was away and has the model.
-                let last = self.breaker(remote).last().cloned();
-                let was_away = matches!(last, Some(Error::Remote { cause: RemoteCause::Unreachable(_), .. }));
-                let listed = async { self.hosts.models(remote, deadlines.connect).await.unwrap_or_default() };
-                let is_listed = was_away && listed.await.iter().any(|name| is_same(name, &remote.model_name));
-                if is_listed { Ok(()) } else { Err(error) }
-            }
-            outcome => outcome,
-        }
     }
 }

@@ -2,41 +2,35 @@
 //!
 //! It is asked to stream, always: bytes are its proof of life. Nothing here is retried.
 
-use std::collections::{HashMap, VecDeque};
+mod lines;
+mod refusal;
+
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use futures_util::{FutureExt, Stream, StreamExt, stream};
-use reqwest::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
-use reqwest::{Client, RequestBuilder, Response, StatusCode};
+use bytes::BytesMut;
+use futures_util::{StreamExt, stream};
+use reqwest::header::{CONTENT_TYPE, HeaderMap};
+use reqwest::{Client, RequestBuilder, Response};
 use sarai_api::embed::Embedded;
 use sarai_api::openai::remote::SseReader;
 use sarai_api::translate::Translator;
-use sarai_api::{RemoteLine, embed, listed, ollama, openai};
-use sarai_core::{Api, Error, Event, GenerateRequest, KeepAlive, MediaKind, RemoteCause};
+use sarai_api::{embed, listed, ollama, openai};
+use sarai_core::{Api, Error, GenerateRequest, KeepAlive, MediaKind, RemoteCause};
 
 use super::EventStream;
 use crate::config::Remote;
 use crate::health::Look;
+use lines::{Reader, events};
+use refusal::{refusal, refused, unreachable};
 
-/// The longest line that a host may send, in bytes.
-const MAX_LINE_BYTES: usize = 1 << 20;
 /// Answers to a look that take longer tell of the host's work, and not of its distance.
 const SLOW: Duration = Duration::from_millis(400);
-/// More than any model says: an answer that is wanted whole is kept, and what is out of a stream is remembered.
-const MAX_ANSWER_BYTES: usize = 128 << 20;
-/// How long the end of a body may follow its end mark.
-const END_OF_BODY: Duration = Duration::from_secs(1);
-/// How long it is waited for before the end mark is passed on.
-const END_IS_THERE: Duration = Duration::from_millis(2);
 /// How much of an answer of vectors, or of a list, is read, in bytes.
 const MAX_WHOLE_BYTES: usize = 256 << 20;
 /// The longest list of models that is read.
 const MAX_LIST_BYTES: usize = 4 << 20;
-/// How much of an error body is read, in bytes, and how long it is waited for.
-const MAX_ERROR_BYTES: usize = 4 << 10;
-const ERROR_WITHIN: Duration = Duration::from_secs(2);
 
 /// The HTTP clients, one per connect deadline, each with its pool of connections.
 #[derive(Clone, Debug, Default)]
@@ -303,30 +297,6 @@ fn is_the_clients(request: &GenerateRequest) -> bool {
     request.extras.as_ref().is_some_and(|extras| extras.fields.contains_key(OURS))
 }
 
-/// Why a host does not do what it was asked for: by the client's fault, or its own.
-async fn refusal(response: Response, url: &str, model_name: &str) -> Error {
-    let status = response.status();
-    // A page of what stands before it is no word of the host's.
-    let is_page = kind(response.headers()).is_some_and(|kind| kind.to_ascii_lowercase().contains("html"));
-    let is_refused = !is_page && [StatusCode::BAD_REQUEST, StatusCode::UNPROCESSABLE_ENTITY].contains(&status);
-    let is_large = status == StatusCode::PAYLOAD_TOO_LARGE;
-    let cause = match refused(response, model_name).await {
-        RemoteCause::Status { message, .. } if (is_refused || is_large) && is_about_length(&message) => {
-            RemoteCause::TooLong(message)
-        }
-        RemoteCause::Status { message, .. } if is_mistaken_for_its_own(&message) => RemoteCause::Unable(message),
-        RemoteCause::Status { message, .. } if is_large || (is_refused && is_about_ability(&message)) => {
-            RemoteCause::Unable(message)
-        }
-        RemoteCause::Status { message, .. } if is_refused => {
-            let message = format!("host {url} refuses the request: {message}");
-            return Error::InvalidRequest { message, param: None };
-        }
-        cause => cause,
-    };
-    Error::Remote { host: url.to_owned(), cause }
-}
-
 /// Connects once more, and leaves.
 async fn reach(url: &str) -> Option<()> {
     let url = reqwest::Url::parse(url).ok()?;
@@ -390,18 +360,6 @@ fn speaks(api: Api, headers: &HeaderMap) -> Result<(), RemoteCause> {
     Err(RemoteCause::Garbled(format!("content of type `{kind}`")))
 }
 
-fn unreachable(error: &reqwest::Error) -> RemoteCause {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    match error.is_connect() {
-        true if error.is_timeout() => RemoteCause::Unreachable("connection timed out".into()),
-        true => RemoteCause::Unreachable(cause.to_string()),
-        false => RemoteCause::Unanswered,
-    }
-}
-
 /// As much of a body as there is, and no more than this.
 async fn up_to(response: Response, most: usize) -> BytesMut {
     let mut body = BytesMut::new();
@@ -413,252 +371,6 @@ async fn up_to(response: Response, most: usize) -> BytesMut {
         }
     }
     body
-}
-
-async fn refused(response: Response, model_name: &str) -> RemoteCause {
-    let status = response.status();
-    let retry_after = response.headers().get(RETRY_AFTER).and_then(|value| retry_after(value.to_str().ok()?));
-    let body = tokio::time::timeout(ERROR_WITHIN, up_to(response, MAX_ERROR_BYTES)).await.unwrap_or_default();
-    if status == StatusCode::NOT_FOUND && !model_name.is_empty() {
-        return RemoteCause::ModelMissing(model_name.to_owned());
-    }
-    let json: Option<serde_json::Value> = serde_json::from_slice(&body).ok();
-    let message = json.and_then(|json| {
-        let error = &json["error"];
-        error["message"].as_str().or(error.as_str()).map(str::to_owned)
-    });
-    let message = message.unwrap_or_else(|| String::from_utf8_lossy(&body).chars().take(200).collect());
-    RemoteCause::Status { status: status.as_u16(), message, retry_after }
-}
-
-/// Whether a host refuses a request for its prompt's length. There is no common code for it: these are the words of OpenAI and
-/// vLLM, of llama.cpp's server, and of Ollama.
-fn is_about_length(message: &str) -> bool {
-    let message = message.to_lowercase();
-    [
-        "maximum context length",
-        "context size",
-        "context length",
-        "context window",
-        "prompt too long",
-        "prompt is too long",
-    ]
-    .iter()
-    .any(|words| message.contains(words))
-}
-
-/// Whether a host takes what it cannot read of a request for a failure of its own: Ollama, of schemas and of pictures.
-fn is_mistaken_for_its_own(message: &str) -> bool {
-    ["invalid JSON schema in format", "Failed to create new sequence"].iter().any(|words| message.contains(words))
-}
-
-/// Whether a host refuses a request for what its model cannot do, or was not started for: these are the words of Ollama, and of
-/// vLLM and llama.cpp's server.
-fn is_about_ability(message: &str) -> bool {
-    let message = message.to_lowercase();
-    ["does not support", "is not supported by this model", "is not currently supported", "requires --", "requires `--"]
-        .iter()
-        .any(|words| message.contains(words))
-}
-
-/// Seconds, or a date.
-fn retry_after(text: &str) -> Option<u64> {
-    let text = text.trim();
-    let until = |date: std::time::SystemTime| date.duration_since(std::time::SystemTime::now()).unwrap_or_default();
-    text.parse().ok().or_else(|| httpdate::parse_http_date(text).ok().map(|date| until(date).as_secs() + 1))
-}
-
-type Chunks = std::pin::Pin<Box<dyn Stream<Item = Result<Bytes, reqwest::Error>> + Send>>;
-
-/// Reads one kind of line.
-enum Reader {
-    Ndjson,
-    Sse(SseReader),
-    /// It was asked to stream and answers whole: the body is one line, whatever line ends it has.
-    Whole(SseReader),
-}
-
-impl Reader {
-    fn line(&mut self, line: &[u8]) -> Result<RemoteLine, RemoteCause> {
-        match self {
-            Self::Ndjson => ollama::parse_line(line),
-            Self::Sse(reader) => reader.line(line),
-            Self::Whole(reader) => reader.whole(line),
-        }
-    }
-
-    /// Whether it has reported that the request is wrong.
-    fn says_that_the_request_is_wrong(&self) -> bool {
-        match self {
-            Self::Ndjson => false,
-            Self::Sse(reader) | Self::Whole(reader) => reader.is_the_clients,
-        }
-    }
-
-    /// The end of a body that came without a further mark.
-    fn end(&self) -> Option<Event> {
-        match self {
-            Self::Ndjson => None,
-            Self::Sse(reader) | Self::Whole(reader) => reader.end(),
-        }
-    }
-}
-
-struct Lines {
-    host: String,
-    reader: Reader,
-    chunks: Chunks,
-    buffer: BytesMut,
-    /// Bytes that have come.
-    read: usize,
-    waiting: VecDeque<Event>,
-    /// Whether any of the answer is out.
-    has_begun: bool,
-    finished: bool,
-}
-
-/// The events of a host's stream. One that ends before its end mark ends with an error.
-fn events(
-    reader: Reader,
-    host: String,
-    chunks: impl Stream<Item = Result<Bytes, reqwest::Error>> + Send + 'static,
-) -> EventStream {
-    let lines = Lines {
-        host,
-        reader,
-        chunks: Box::pin(chunks),
-        buffer: BytesMut::new(),
-        read: 0,
-        waiting: VecDeque::new(),
-        has_begun: false,
-        finished: false,
-    };
-    Box::pin(stream::unfold(lines, |mut lines| async move {
-        let event = lines.next().await?;
-        lines.finished |= event.is_err() || matches!(event, Ok(Event::Done { .. }));
-        if matches!(event, Ok(Event::Done { .. })) {
-            lines.read_to_the_end().await;
-        }
-        Some((event, lines))
-    }))
-}
-
-impl Lines {
-    /// Reads what follows the end mark, which is nothing: only then can the connection serve the next request.
-    async fn read_to_the_end(&mut self) {
-        let mut chunks = std::mem::replace(&mut self.chunks, Box::pin(stream::empty()));
-        let mut rest =
-            Box::pin(tokio::time::timeout(END_OF_BODY, async move { while chunks.next().await.is_some() {} }));
-        // It is there as a rule, and who asks next finds the connection free; else nobody waits for it. The connection's
-        // task has it once it had its turn, mostly.
-        for _ in 0..2 {
-            if (&mut rest).now_or_never().is_some() {
-                return;
-            }
-            tokio::task::yield_now().await;
-        }
-        if tokio::time::timeout(END_IS_THERE, &mut rest).await.is_err() {
-            tokio::spawn(rest);
-        }
-    }
-
-    async fn next(&mut self) -> Option<Result<Event, Error>> {
-        if self.finished {
-            return None;
-        }
-        let step = self.step().await;
-        self.has_begun |= matches!(step, Ok(Event::Text(_) | Event::Extra(_)));
-        Some(step.map_err(|cause| {
-            let cause = match cause {
-                RemoteCause::Reported(message) if !self.has_begun && is_about_ability(&message) => {
-                    RemoteCause::Unable(message)
-                }
-                RemoteCause::Reported(message)
-                    if !self.has_begun
-                        && self.reader.says_that_the_request_is_wrong()
-                        && !is_about_length(&message) =>
-                {
-                    let message = format!("host {} refuses the request: {message}", self.host);
-                    return Error::InvalidRequest { message, param: None };
-                }
-                // Some refuse a prompt in a stream of their own, with status 200.
-                RemoteCause::Reported(message) if !self.has_begun && is_about_length(&message) => {
-                    RemoteCause::TooLong(message)
-                }
-                cause => cause,
-            };
-            Error::Remote { host: self.host.clone(), cause }
-        }))
-    }
-
-    async fn step(&mut self) -> Result<Event, RemoteCause> {
-        if let Some(event) = self.waiting.pop_front() {
-            return Ok(event);
-        }
-        if let Some(event) = self.buffered()? {
-            return Ok(event);
-        }
-        let next = match self.reader.end() {
-            None => self.chunks.next().await,
-            // Only its usage may follow.
-            Some(_) => tokio::time::timeout(END_OF_BODY, self.chunks.next()).await.unwrap_or(None),
-        };
-        match next {
-            Some(Ok(chunk)) => {
-                self.buffer.extend_from_slice(&chunk);
-                self.read += chunk.len();
-                if self.read > MAX_ANSWER_BYTES && matches!(self.reader, Reader::Ndjson | Reader::Sse(_)) {
-                    return Err(RemoteCause::Garbled(format!("an answer of more than {MAX_ANSWER_BYTES} bytes")));
-                }
-                // Heartbeats, or half a line: it lives.
-                Ok(self.buffered()?.unwrap_or(Event::Alive))
-            }
-            // What is left without a line end may be garbage, such as an HTML page: say which it is. Or it is all there was.
-            Some(Err(_)) => {
-                let is_half_a_line = [&b"{"[..], b"data:"].iter().any(|begins| self.buffer.starts_with(begins));
-                match self.rest() {
-                    Ok(rest) => rest.ok_or(RemoteCause::Cut),
-                    Err(RemoteCause::Garbled(_)) if is_half_a_line => self.reader.end().ok_or(RemoteCause::Cut),
-                    Err(cause) => self.reader.end().ok_or(cause),
-                }
-            }
-            None => self.rest().and_then(|end| end.ok_or(RemoteCause::Cut)),
-        }
-    }
-
-    /// The next event of what has come.
-    fn buffered(&mut self) -> Result<Option<Event>, RemoteCause> {
-        let line_end = |buffer: &BytesMut| buffer.iter().position(|&byte| byte == b'\n');
-        while let Some(at) = line_end(&self.buffer).filter(|_| !matches!(self.reader, Reader::Whole(_))) {
-            let line = self.buffer.split_to(at + 1);
-            let RemoteLine { step, end } = match self.reader.line(&line) {
-                // It has ended: what follows is of no account.
-                Err(cause) => return self.reader.end().map(Some).ok_or(cause),
-                Ok(read) => read,
-            };
-            self.waiting.extend(step.into_iter().chain(end));
-            if let Some(event) = self.waiting.pop_front() {
-                return Ok(Some(event));
-            }
-        }
-        let (most, what) = match self.reader {
-            Reader::Whole(_) => (MAX_WHOLE_BYTES, "an answer"),
-            _ => (MAX_LINE_BYTES, "a line"),
-        };
-        match self.buffer.len() > most {
-            true => Err(RemoteCause::Garbled(format!("{what} of more than {most} bytes"))),
-            false => Ok(None),
-        }
-    }
-
-    /// The end, if what came without a further line makes one.
-    fn rest(&mut self) -> Result<Option<Event>, RemoteCause> {
-        let rest = self.buffer.split();
-        let RemoteLine { step, end } = self.reader.line(&rest)?;
-        let Some(end) = end.or_else(|| self.reader.end()) else { return Ok(None) };
-        self.waiting.extend(step.into_iter().chain([end]));
-        Ok(self.waiting.pop_front())
-    }
 }
 
 fn all_senses() -> Vec<String> {
