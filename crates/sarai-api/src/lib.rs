@@ -99,6 +99,8 @@ pub struct Whole {
 pub struct Served {
     /// `model@place`.
     pub by: String,
+    /// Whether that is a worker of this server.
+    pub is_local: bool,
     /// Why the first choice did not answer, if it did not.
     pub fallback_reason: Option<String>,
     /// What the answer lacks: request options that the deployment cannot follow, or `model:NAME` where another model
@@ -109,12 +111,6 @@ pub struct Served {
 }
 
 impl Served {
-    /// Whether a worker of this server answers.
-    #[must_use]
-    pub fn is_local(&self) -> bool {
-        self.by.ends_with("@gguf_native")
-    }
-
     /// Notes that somebody else went on.
     pub fn resume(&mut self, by: String, reason: String, degraded: Vec<String>) {
         for lost in degraded {

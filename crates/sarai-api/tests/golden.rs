@@ -24,6 +24,7 @@ fn golden(name: &str, value: &Value) {
 fn served() -> Served {
     Served {
         by: "solar@gguf_native".into(),
+        is_local: true,
         fallback_reason: Some("solar@ollama_http(h): host h cannot be reached (refused)".into()),
         degraded: vec!["logit_bias".into()],
         resumed: Vec::new(),

@@ -1,7 +1,8 @@
-//! llama.cpp's large buffers stay with the worker: a copy of it, in which a form is tried, has none of them. It needs no weights, no cache
-//! and no scratch; and while it has them, each page that a step writes is there twice, and in no plan.
+//! llama.cpp's large buffers stay with the worker: a copy of it, in which a form is tried, has none of them. It needs no copied weights, no
+//! cache and no scratch; and while it has them, each page that a step writes is there twice, and in no plan.
 //!
-//! llama.cpp has no setting for it, so the functions are wrapped by which its CPU buffers are had and freed.
+//! llama.cpp has no setting for it, so the functions are wrapped by which its CPU buffers are had and freed. What it allocates otherwise is
+//! copied: graphs, what threads work with, and weights in the layout of CPUs with AMX, which no step writes.
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
@@ -62,7 +63,8 @@ unsafe extern "C" fn allocate(kind: ggml_backend_buffer_type_t, size: usize) -> 
             if let Some(freed_by) = (*functions).free_buffer {
                 remember(buffer, Some(freed_by));
                 (*functions).free_buffer = Some(free);
-                advise(buffer, Advice::LinuxDontFork);
+                // One that is copied all the same costs memory, for a moment.
+                let _ = advise(buffer, Advice::LinuxDontFork);
             }
         }
         buffer
@@ -72,10 +74,13 @@ unsafe extern "C" fn allocate(kind: ggml_backend_buffer_type_t, size: usize) -> 
 #[expect(unsafe_code, reason = "llama.cpp's callback")]
 unsafe extern "C" fn free(buffer: ggml_backend_buffer_t) {
     let Some(freed_by) = remember(buffer, None) else { return };
-    // SAFETY: called in its place, with its argument. The allocator may use the pages again, for what a copy does need.
+    // SAFETY: called in its place, with its argument.
     unsafe {
-        advise(buffer, Advice::LinuxDoFork);
-        freed_by(buffer);
+        // The allocator may use the pages again, for what a copy does need.
+        match advise(buffer, Advice::LinuxDoFork) {
+            Ok(()) => freed_by(buffer),
+            Err(error) => crate::log::warn(&format!("a buffer is not freed: {error}")),
+        }
     }
 }
 
@@ -93,14 +98,14 @@ fn remember(buffer: ggml_backend_buffer_t, freed_by: Option<Free>) -> Option<Fre
 /// # Safety
 /// It is a buffer of the CPU, and not freed yet.
 #[expect(unsafe_code, reason = "madvise takes addresses")]
-unsafe fn advise(buffer: ggml_backend_buffer_t, advice: Advice) {
+unsafe fn advise(buffer: ggml_backend_buffer_t, advice: Advice) -> rustix::io::Result<()> {
     let page = rustix::param::page_size();
-    // SAFETY: the caller's buffer; nothing of it is dropped by the advice, which a kernel may as well not follow.
+    // SAFETY: the caller's buffer; nothing of it is dropped by the advice.
     unsafe {
         let base = ggml_backend_buffer_get_base(buffer);
         let before = base.addr().next_multiple_of(page) - base.addr();
         let whole = ggml_backend_buffer_get_size(buffer).saturating_sub(before) / page * page;
-        let _ = madvise(base.byte_add(before), whole, advice);
+        madvise(base.byte_add(before), whole, advice)
     }
 }
 

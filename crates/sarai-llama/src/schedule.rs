@@ -2,7 +2,7 @@
 //!
 //! It decides, and computes nothing: the same calls give the same steps. A running answer takes one token of each step;
 //! prompts take what the pace allows beside answers, half of it the oldest and the rest the shortest, so that a long
-//! prompt freezes neither running answers nor short prompts. What is bulk takes part in every fourth step beside what is not.
+//! prompt freezes neither running answers nor short prompts; but short ones that came together begin together. What is bulk takes part in every fourth step beside what is not.
 //!
 //! The cache is a pool of cells. What ended stays in it until somebody needs the cells, the least recently used first, and
 //! whoever begins with the same tokens shares them, also while they are still being computed.
@@ -21,7 +21,8 @@ use sarai_core::Lane;
 const WORTH_WAITING: usize = 4;
 /// An answer of so many tokens has only just begun.
 const JUST_BEGUN: u32 = 4;
-/// Prompts that take less than so many seconds, all together, are computed at once beside answers that have only just begun.
+/// Prompts that take less than so many seconds, all together, are computed at once beside answers that have only just begun, if they were
+/// there before.
 const SOON: f64 = 2.0;
 
 /// Bulk takes part in one of so many steps while there is something else to compute.
@@ -100,8 +101,9 @@ pub struct Scheduler<W> {
     /// What steps take.
     pub pace: Pace,
     uses: u64,
-    /// Tokens that were computed.
+    /// Tokens that were computed, and steps.
     rows: u64,
+    steps: u64,
     /// Steps that were computed beside bulk.
     awaited_steps: u64,
     /// How many have begun before bulk that came earlier, since bulk began last.
@@ -121,6 +123,7 @@ impl<W> Scheduler<W> {
             pace: Pace::default(),
             uses: 0,
             rows: 0,
+            steps: 0,
             awaited_steps: 0,
             before_bulk: 0,
             was_alone: false,
@@ -189,7 +192,7 @@ impl<W> Scheduler<W> {
                 let (index, cached) = self.place(&waiting.prompt, cells);
                 let left: HashSet<_> = waiting.prompt[cached..].iter().filter_map(|unit| unit.piece()).collect();
                 waiting.lacks.retain(|piece| left.contains(piece));
-                self.sequences[index].generation = Some(Generation::new(waiting, cached));
+                self.sequences[index].generation = Some(Generation::new(waiting, cached, self.steps));
             }
         }
     }
@@ -215,6 +218,7 @@ impl<W> Scheduler<W> {
         }
         self.was_alone = step.is_non_causal;
         self.rows += step.rows.len() as u64;
+        self.steps += 1;
         for sequence in self.sequences.iter_mut().filter(|sequence| sequence.generation.is_some()) {
             sequence.last_row = self.rows;
         }
@@ -255,15 +259,12 @@ impl<W> Scheduler<W> {
     fn add_answers_and_prompts(&mut self, lanes: Lanes, step: &mut Step, cells: &mut impl Cells) {
         self.add_answers(lanes, step);
         self.share_what_has_grown(cells);
-        let mut room = self.limits.step_tokens - step.answers;
-        if step.answers > 0 && !self.begin_together() {
-            room = room.min(self.pace.prompt_tokens_beside_answers());
-        }
         let is_ready = |&index: &usize| {
             let sequence = &self.sequences[index];
             lanes.hold(sequence) && sequence.prompt_left() > 0 && !sequence.is_stuck() && !self.waits_for_another(index)
         };
         let mut prompts: Vec<_> = (0..self.sequences.len()).filter(is_ready).collect();
+        let mut room = self.room(step, &prompts);
         prompts.sort_by_key(|&index| {
             let one = &self.sequences[index];
             (lanes == Lanes::BulkFirst && !one.is_bulk(), one.age())
@@ -280,12 +281,29 @@ impl<W> Scheduler<W> {
         }
     }
 
-    /// Whether all answers have only just begun, and the prompts beside them soon have: those of requests that came together do not enter one
-    /// after the other beside the first of them.
-    fn begin_together(&self) -> bool {
-        let left: usize = self.sequences.iter().map(Sequence::prompt_left).sum();
+    /// How many tokens of prompts a step takes that has its answers already.
+    fn room(&self, step: &Step, prompts: &[usize]) -> usize {
+        let room = self.limits.step_tokens - step.answers;
+        match step.answers == 0 || self.begin_together(step, prompts) {
+            true => room,
+            false => room.min(self.pace.prompt_tokens_beside_answers()),
+        }
+    }
+
+    /// Whether those who answer have only just begun, and the others were there before and have soon begun too: who came together does not
+    /// enter one after the other beside the first of them.
+    fn begin_together(&self, step: &Step, prompts: &[usize]) -> bool {
+        let left = prompts.iter().map(|&index| self.sequences[index].prompt_left()).sum();
         let is_soon = self.pace.prompt_seconds(left).is_some_and(|seconds| seconds < SOON);
-        is_soon && self.running().all(|generation| generation.generated <= JUST_BEGUN)
+        let answering = || step.rows.iter().map(|row| &self.sequences[row.sequence]);
+        let reading = || prompts.iter().map(|&index| &self.sequences[index]);
+        let of =
+            |one: &'_ Sequence<W>| one.generation.as_ref().map(|one| (one.began, one.answers_since, one.generated));
+        let first = answering().filter_map(of).filter_map(|(_, since, _)| since).min();
+        is_soon
+            && answering().filter_map(of).all(|(_, _, generated)| generated <= JUST_BEGUN)
+            && reading().filter_map(of).all(|(began, ..)| first.is_none_or(|first| began <= first))
+            && !answering().chain(reading()).any(Sequence::is_bulk)
     }
 
     fn add_answers(&mut self, lanes: Lanes, step: &mut Step) {
@@ -295,6 +313,7 @@ impl<W> Scheduler<W> {
         for (index, sequence) in self.sequences.iter_mut().enumerate().filter(|(_, sequence)| lanes.hold(sequence)) {
             let Some(generation) = &mut sequence.generation else { continue };
             if let Some(token) = generation.next.take() {
+                generation.answers_since.get_or_insert(self.steps);
                 generation.output_row = i32::try_from(step.rows.len()).ok();
                 let mut draft = std::mem::take(&mut generation.draft);
                 draft.truncate(if may_draft { draft.len() } else { 0 });

@@ -52,6 +52,10 @@ pub struct Generation<W> {
     pub asked: Waiting<W>,
     /// Tokens of the prompt that it did not have to compute.
     pub cached: usize,
+    /// The first step that it could take part in.
+    pub began: u64,
+    /// The step that computes the first token of its answer.
+    pub answers_since: Option<u64>,
     /// Tokens generated.
     pub generated: u32,
     /// The token that the next step computes, once the prompt is done.
@@ -71,11 +75,13 @@ pub struct Generation<W> {
 }
 
 impl<W> Generation<W> {
-    /// A generation of which nothing is computed but what the cache has.
-    pub fn new(asked: Waiting<W>, cached: usize) -> Self {
+    /// A generation of which nothing is computed but what the cache has, before this step.
+    pub fn new(asked: Waiting<W>, cached: usize, began: u64) -> Self {
         Self {
             asked,
             cached,
+            began,
+            answers_since: None,
             generated: 0,
             next: None,
             draft: Vec::new(),

@@ -132,6 +132,8 @@ pub struct Layer {
     pub state: u64,
     /// Elements of one head's keys.
     pub head: u64,
+    /// Whether it attends by the keys and values of an earlier layer.
+    pub reuses: bool,
 }
 
 /// All layers of a model.
@@ -170,7 +172,7 @@ impl Layers {
     /// How many attend to the whole text: they have neither a window nor a state instead.
     #[must_use]
     pub fn whole(&self) -> u32 {
-        let whole = self.layers.iter().filter(|layer| layer.keys > 0 && layer.window.is_none());
+        let whole = self.layers.iter().filter(|layer| (layer.keys > 0 || layer.reuses) && layer.window.is_none());
         u32::try_from(whole.count()).unwrap_or(u32::MAX)
     }
 
@@ -184,8 +186,10 @@ impl Layers {
 fn layer(header: &Header, window: &Window, index: usize) -> Layer {
     let state = if is_recurrent(header, index) { state(header) } else { 0 };
     // Falcon-H1 runs both side by side in every layer.
-    if (state > 0 && header.architecture() != "falcon-h1") || keeps_none(header, index) {
-        return Layer { state, ..Layer::default() };
+    let reuses = reuses_keys(header, index);
+    if (state > 0 && header.architecture() != "falcon-h1") || reuses || has_no_attention(header, index) {
+        let window = (reuses && window.covers(index)).then_some(window.tokens);
+        return Layer { state, reuses, window, ..Layer::default() };
     }
     let embedding = header.arch_size("embedding_length").unwrap_or(0);
     let heads = header.arch_size_of_layer("attention.head_count", index).unwrap_or(1).max(1);
@@ -203,11 +207,18 @@ fn layer(header: &Header, window: &Window, index: usize) -> Layer {
         window: windowed.then_some(window.tokens),
         state,
         head: key,
+        reuses: false,
     }
 }
 
-/// Whether an attention layer uses the keys and values of an earlier one, or is no attention layer.
-fn keeps_none(header: &Header, index: usize) -> bool {
+/// Whether a layer is neither attention nor a state.
+fn has_no_attention(header: &Header, index: usize) -> bool {
+    ["nemotron_h", "nemotron_h_moe"].contains(&header.architecture())
+        && header.arch_size_of_layer("feed_forward_length", index) != Some(0)
+}
+
+/// Whether an attention layer uses the keys and values of an earlier one.
+fn reuses_keys(header: &Header, index: usize) -> bool {
     match header.architecture() {
         "gemma3n" => index >= 20,
         "gemma4" => {
@@ -215,7 +226,6 @@ fn keeps_none(header: &Header, index: usize) -> bool {
             let shared = header.arch_size("attention.shared_kv_layers").unwrap_or(0);
             index as u64 >= layers.saturating_sub(shared)
         }
-        "nemotron_h" | "nemotron_h_moe" => header.arch_size_of_layer("feed_forward_length", index) != Some(0),
         _ => false,
     }
 }
@@ -346,7 +356,7 @@ mod tests {
         ];
         let layers = Layers::of(&header("llama", &ints));
         assert_eq!(layers.layers.len(), 30);
-        assert_eq!(layers.layers[0], Layer { keys: 192, values: 192, window: None, state: 0, head: 64 });
+        assert_eq!(layers.layers[0], Layer { keys: 192, values: 192, window: None, state: 0, head: 64, reuses: false });
         assert!(layers.known);
     }
 

@@ -37,7 +37,7 @@ impl ChunkWriter {
     /// Of an answer by this one.
     #[must_use]
     pub fn by(self, served: &Served) -> Self {
-        Self { is_local: served.is_local(), ..self }
+        Self { is_local: served.is_local, ..self }
     }
 
     /// The first chunk of a chat, which names the role; completions have none. Its content is none, as llama.cpp has it: a call may follow.

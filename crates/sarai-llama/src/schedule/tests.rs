@@ -536,15 +536,27 @@ fn who_comes_together_begins_together_and_who_is_at_it_keeps_its_pace() {
     case.step();
     let left: usize = case.scheduler.sequences.iter().map(Sequence::prompt_left).sum();
     assert_eq!(left, 200 - 25, "five times what answers take");
-    // One that takes long is no different for answers that have just begun.
-    let mut case = Case::new(2, 4096, 256);
-    case.ask(0, &numbers(0, 20), 60, 400);
-    case.step();
-    slow(&mut case);
-    case.ask(1, &numbers(1000, 1200), 60, 2000);
-    case.step();
-    let left: usize = case.scheduler.sequences.iter().map(Sequence::prompt_left).sum();
-    assert_eq!(left, 1200 - 25);
+    // Answers that have just begun are no exception beside what takes long, what came later, and what is bulk.
+    let beside = |(together, later, lane): (i32, i32, fn(u64) -> Lane)| {
+        let mut case = Case { lane, ..Case::new(2, 4096, 256) };
+        case.scheduler.limits.draft_tokens = 0;
+        case.ask(0, &numbers(0, 20), 60, 400);
+        case.ask(1, &numbers(1000, together), 1, 2000);
+        case.step();
+        case.step();
+        if later > 0 {
+            case.ask(2, &numbers(2000, later), 60, 2000);
+        }
+        slow(&mut case);
+        let left = |case: &Case| case.scheduler.sequences.iter().map(Sequence::prompt_left).sum::<usize>();
+        let before = left(&case).max(usize::try_from(later).unwrap());
+        case.step();
+        before - left(&case)
+    };
+    assert_eq!(beside((700, 0, |_| Lane::Interactive)), 700 - 236 - 255, "the rest is soon computed");
+    assert_eq!(beside((1700, 0, |_| Lane::Interactive)), 25);
+    assert_eq!(beside((20, 200, |_| Lane::Interactive)), 25);
+    assert_eq!(beside((700, 0, |_| Lane::Bulk)), 25);
 }
 
 #[test]

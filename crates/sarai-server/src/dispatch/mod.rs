@@ -156,6 +156,7 @@ impl Attempts {
         let reasons: Vec<_> = failed.map(|attempt| format!("{}: {}", attempt.deployment, attempt.error)).collect();
         Served {
             by: by.label(),
+            is_local: by.is_worker(),
             fallback_reason: (!reasons.is_empty()).then(|| reasons.join("; ")),
             degraded: by.degraded.clone(),
             resumed: Vec::new(),

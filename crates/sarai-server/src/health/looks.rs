@@ -1,4 +1,4 @@
-//! Looks at hosts: how far away they are, and what they have loaded. One look is for all who wait for it.
+//! Looks at hosts: how far away they are, and what they have loaded. One look at a host's distance is for all who wait for it.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use super::host::Host;
 use super::{Health, LOOK_NOW, Table, key};
 use crate::config::Remote;
 
-/// How long a look at a host may take.
+/// How long a look at a host may take that nobody waits for.
 const LOOK_WITHIN: Duration = Duration::from_secs(10);
 /// And one that tells how far away it is: a connection and three round trips.
 const MEASURE_WITHIN: Duration = Duration::from_secs(4);

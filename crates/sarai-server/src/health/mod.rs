@@ -33,7 +33,7 @@ use host::Host;
 
 /// Opened breakers that wait to be told of.
 const WAITING: usize = 64;
-/// And one that a request waits for.
+/// How long a look at a host may take that a request waits for.
 const LOOK_NOW: Duration = Duration::from_millis(400);
 
 /// Names a deployment: the host and its model.

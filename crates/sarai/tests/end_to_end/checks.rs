@@ -73,8 +73,8 @@ async fn the_copy_in_which_a_form_is_tried_has_neither_weights_nor_cache_nor_scr
     };
     assert_eq!(answer.status, 400, "{}", answer.text);
     let own = writable(worker).unwrap();
-    let smallest = copies.iter().copied().min().expect("a copy was seen");
-    assert!(smallest + (80 << 20) < own, "the copy may write to {smallest} bytes, the worker to {own}");
+    let largest = copies.iter().copied().max().expect("a copy was seen");
+    assert!(largest + (80 << 20) < own, "the copy may write to {largest} bytes, the worker to {own}");
 }
 
 /// What a process may write to, in bytes.

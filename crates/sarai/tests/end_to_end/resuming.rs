@@ -59,7 +59,7 @@ async fn an_answer_without_an_end_is_given_up_and_the_worker_gives_another() {
     let text = line(&"many words ".repeat(90_000));
     let host = Host::start(move |_, _| {
         let begins = std::iter::once(Step::Send(ok("application/x-ndjson")));
-        begins.chain(std::iter::repeat_n(Step::Send(text.clone()), 200)).collect()
+        begins.chain(std::iter::repeat_n(Step::Send(text.clone()), 500)).collect()
     });
     let sarai = Sarai::start(&format!(
         "models:\n  solar: {{ backend: ollama_http, url: \"{}\", model_name: m, {} }}\n",

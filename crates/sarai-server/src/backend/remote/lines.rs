@@ -1,6 +1,6 @@
 //! The stream of a host, line by line: it is complete only with its own final mark, and nothing that is no line of its API is passed on.
 //!
-//! How long a line and an answer may be is bounded here; how long they may take is not (`dispatch`).
+//! How long a line and an answer may be is bounded here; how long they may take is not (`dispatch`), but for what follows their end.
 
 use std::collections::VecDeque;
 use std::time::Duration;

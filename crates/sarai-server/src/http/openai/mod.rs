@@ -181,7 +181,7 @@ fn write_step(writer: &mut ChunkWriter, end: &mut Option<End>, what: Step) -> St
         (Step::Waits(Some(percent)), _) => format!(": loading, {percent} %\n\n"),
         (Step::Waits(None), _) => ": waiting\n\n".into(),
         (Step::Begins(served), end) => {
-            writer.is_local = served.is_local();
+            writer.is_local = served.is_local;
             *end = Some(End::of(*served));
             writer.role().map(|chunk| sse(&chunk)).unwrap_or_default()
         }
