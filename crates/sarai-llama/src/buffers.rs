@@ -4,9 +4,8 @@
 //! llama.cpp has no setting for it, so the functions are wrapped by which its CPU buffers are had and freed. What it allocates otherwise is
 //! copied: graphs, what threads work with, and weights in the layout of CPUs with AMX, which no step writes.
 
-use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
 
 use llama_cpp_sys_4::{
     ggml_backend_buffer_get_base, ggml_backend_buffer_get_size, ggml_backend_buffer_t, ggml_backend_buffer_type_t,
@@ -35,8 +34,8 @@ struct BufferFunctions {
 
 /// What a CPU buffer is had by.
 static ALLOCATE: OnceLock<Allocate> = OnceLock::new();
-/// What each large buffer is freed by.
-static FREE: Mutex<BTreeMap<usize, Free>> = Mutex::new(BTreeMap::new());
+/// What each of them is freed by: it makes all of one kind.
+static FREE: OnceLock<Free> = OnceLock::new();
 
 /// Has no copy of this process have the buffers that are made from now on. Nothing else may use llama.cpp meanwhile.
 #[expect(unsafe_code, reason = "llama.cpp's C structs")]
@@ -61,7 +60,7 @@ unsafe extern "C" fn allocate(kind: ggml_backend_buffer_type_t, size: usize) -> 
         if !buffer.is_null() && size >= LARGE {
             let functions = buffer.cast::<BufferFunctions>();
             if let Some(freed_by) = (*functions).free_buffer {
-                remember(buffer, Some(freed_by));
+                let _ = FREE.set(freed_by);
                 (*functions).free_buffer = Some(free);
                 // One that is copied all the same costs memory, for a moment.
                 let _ = advise(buffer, Advice::LinuxDontFork);
@@ -73,7 +72,7 @@ unsafe extern "C" fn allocate(kind: ggml_backend_buffer_type_t, size: usize) -> 
 
 #[expect(unsafe_code, reason = "llama.cpp's callback")]
 unsafe extern "C" fn free(buffer: ggml_backend_buffer_t) {
-    let Some(freed_by) = remember(buffer, None) else { return };
+    let Some(freed_by) = FREE.get() else { return };
     // SAFETY: called in its place, with its argument.
     unsafe {
         // The allocator may use the pages again, for what a copy does need.
@@ -81,15 +80,6 @@ unsafe extern "C" fn free(buffer: ggml_backend_buffer_t) {
             Ok(()) => freed_by(buffer),
             Err(error) => crate::log::warn(&format!("a buffer is not freed: {error}")),
         }
-    }
-}
-
-/// Notes what a buffer is freed by, or forgets it; returns what was noted.
-fn remember(buffer: ggml_backend_buffer_t, freed_by: Option<Free>) -> Option<Free> {
-    let mut noted = FREE.lock().unwrap_or_else(PoisonError::into_inner);
-    match freed_by {
-        Some(freed_by) => noted.insert(buffer.addr(), freed_by),
-        None => noted.remove(&buffer.addr()),
     }
 }
 
@@ -154,6 +144,5 @@ mod tests {
             assert_eq!(is_copied(ggml_backend_buffer_get_base(small).addr()), Some(true));
             ggml_backend_buffer_free(small);
         }
-        assert!(FREE.lock().is_ok_and(|noted| noted.is_empty()));
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! It decides, and computes nothing: the same calls give the same steps. A running answer takes one token of each step;
 //! prompts take what the pace allows beside answers, half of it the oldest and the rest the shortest, so that a long
-//! prompt freezes neither running answers nor short prompts; but short ones that came together begin together. What is bulk takes part in every fourth step beside what is not.
+//! prompt freezes neither running answers nor short prompts; but short ones that came together begin together. What is bulk
+//! takes part in every fourth step beside what is not.
 //!
 //! The cache is a pool of cells. What ended stays in it until somebody needs the cells, the least recently used first, and
 //! whoever begins with the same tokens shares them, also while they are still being computed.
@@ -101,8 +102,9 @@ pub struct Scheduler<W> {
     /// What steps take.
     pub pace: Pace,
     uses: u64,
-    /// Tokens that were computed, and steps.
+    /// Tokens that were computed.
     rows: u64,
+    /// Steps that were chosen.
     steps: u64,
     /// Steps that were computed beside bulk.
     awaited_steps: u64,
@@ -295,15 +297,14 @@ impl<W> Scheduler<W> {
     fn begin_together(&self, step: &Step, prompts: &[usize]) -> bool {
         let left = prompts.iter().map(|&index| self.sequences[index].prompt_left()).sum();
         let is_soon = self.pace.prompt_seconds(left).is_some_and(|seconds| seconds < SOON);
-        let answering = || step.rows.iter().map(|row| &self.sequences[row.sequence]);
-        let reading = || prompts.iter().map(|&index| &self.sequences[index]);
-        let of =
-            |one: &'_ Sequence<W>| one.generation.as_ref().map(|one| (one.began, one.answers_since, one.generated));
-        let first = answering().filter_map(of).filter_map(|(_, since, _)| since).min();
+        let of = |index: usize| self.sequences[index].generation.as_ref();
+        let mut answering = step.rows.iter().filter_map(|row| of(row.sequence));
+        let mut reading = prompts.iter().filter_map(|&index| of(index));
+        let first = answering.clone().filter_map(|one| one.answers_since).min();
+        let is_awaited = |one: &Generation<W>| one.asked.lane != Lane::Bulk;
         is_soon
-            && answering().filter_map(of).all(|(_, _, generated)| generated <= JUST_BEGUN)
-            && reading().filter_map(of).all(|(began, ..)| first.is_none_or(|first| began <= first))
-            && !answering().chain(reading()).any(Sequence::is_bulk)
+            && answering.all(|one| one.generated <= JUST_BEGUN && is_awaited(one))
+            && reading.all(|one| first.is_none_or(|first| one.began <= first) && is_awaited(one))
     }
 
     fn add_answers(&mut self, lanes: Lanes, step: &mut Step) {

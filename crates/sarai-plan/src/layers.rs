@@ -185,8 +185,8 @@ impl Layers {
 
 fn layer(header: &Header, window: &Window, index: usize) -> Layer {
     let state = if is_recurrent(header, index) { state(header) } else { 0 };
-    // Falcon-H1 runs both side by side in every layer.
     let reuses = reuses_keys(header, index);
+    // Falcon-H1 runs both side by side in every layer.
     if (state > 0 && header.architecture() != "falcon-h1") || reuses || has_no_attention(header, index) {
         let window = (reuses && window.covers(index)).then_some(window.tokens);
         return Layer { state, reuses, window, ..Layer::default() };
@@ -366,6 +366,16 @@ mod tests {
         let gemma3 = Layers::of(&header("gemma3", &ints));
         let full: Vec<_> = (0..12).filter(|&index| gemma3.layers[index].window.is_none()).collect();
         assert_eq!((full.as_slice(), gemma3.whole()), ([5, 11].as_slice(), 2));
+    }
+
+    /// They keep none of their own, and attend all the same.
+    #[test]
+    fn gemma3n_has_full_layers_among_those_that_use_the_keys_of_others() {
+        let ints = [("block_count", 35), ("attention.sliding_window", 512), ("attention.key_length", 256)];
+        let gemma3n = Layers::of(&header("gemma3n", &ints));
+        let full: Vec<_> = (0..35).filter(|&index| gemma3n.layers[index].window.is_none()).collect();
+        assert_eq!((full.as_slice(), gemma3n.whole()), ([4, 9, 14, 19, 24, 29, 34].as_slice(), 7));
+        assert!(gemma3n.layers[20..].iter().all(|layer| layer.keys == 0 && layer.values == 0));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Who may answer a request: filtered by what the request needs, grouped where hosts share the load.
 
 use std::cell::OnceCell;
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use sarai_api::embed;
@@ -271,6 +272,9 @@ impl Seeking<'_> {
         if self.asked.name != model.name {
             lost.push(format!("model:{}", model.name));
         }
+        // There may be two reasons for one.
+        let mut named = HashSet::new();
+        lost.retain(|one| named.insert(one.clone()));
         lost
     }
 }
