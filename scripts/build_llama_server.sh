@@ -16,7 +16,10 @@ echo "building llama-server of llama-cpp-python $version (about 10 minutes)" >&2
 python3 -m pip download --quiet --no-deps --no-binary :all: "llama-cpp-python==$version" >&2
 tar xzf "llama_cpp_python-$version.tar.gz"
 cd "llama_cpp_python-$version/vendor/llama.cpp"
-cmake -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DBUILD_SHARED_LIBS=OFF \
+# With AMX, GCC makes a server of it that dies of its first prompt (crates/sarai-llama/src/tiles.rs).
+flags=""
+[ "$(uname -m)" != x86_64 ] || flags="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+cmake -B build -DCMAKE_C_FLAGS="$flags" -DCMAKE_CXX_FLAGS="$flags" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DBUILD_SHARED_LIBS=OFF \
     -DLLAMA_BUILD_TESTS=OFF >&2
 cmake --build build --target llama-server -j "$(nproc)" >&2
 mv build/bin/llama-server "$binary"

@@ -27,7 +27,10 @@ vendor="$(dirname "$sys_manifest")/llama.cpp/vendor"
 
 mkdir -p "$cache/ollama-$version"
 echo "building ollama $version (about 3 minutes)" >&2
-CGO_ENABLED=1 CGO_CPPFLAGS="-I$vendor" CGO_CFLAGS="-O3 -march=native" CGO_CXXFLAGS="-O3 -march=native" \
+flags="-O3 -march=native"
+# The module has no code for AMX, and asks for it where the compiler has it.
+[ "$(uname -m)" != x86_64 ] || flags+=" -mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+CGO_ENABLED=1 CGO_CPPFLAGS="-I$vendor" CGO_CFLAGS="$flags" CGO_CXXFLAGS="$flags" \
     GOBIN="$cache/ollama-$version/unfinished" GOFLAGS=-mod=mod GOTOOLCHAIN=local \
     "$go" install -ldflags "-X github.com/ollama/ollama/version.Version=$version" \
     "github.com/ollama/ollama@v$version" >&2

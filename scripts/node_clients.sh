@@ -9,7 +9,8 @@ if ! cmp -s "$wanted" "$folder/installed.json"; then
     rm -rf "$folder"
     mkdir -p "$folder"
     cp "$wanted" "$folder/package.json"
-    npm install --prefix "$folder" --silent --no-audit --no-fund >&2
+    # A registry that hangs once is asked again soon.
+    npm install --prefix "$folder" --loglevel error --no-audit --no-fund --fetch-timeout 30000 --fetch-retries 5 >&2
     cp "$wanted" "$folder/installed.json"
 fi
 echo "$folder"

@@ -92,6 +92,8 @@ pub struct Whole {
     pub timings: Timings,
     /// What a host said beyond text.
     pub extra: Option<Box<Extra>>,
+    /// Tokens of all that was said, where that was asked for.
+    pub context: Vec<i32>,
 }
 
 /// Who answered, and what was lost on the way; part of every answer.

@@ -27,6 +27,7 @@ pub fn can_be_asked(api: Api, request: &GenerateRequest) -> bool {
     is_understood
         && has_words
         && request.prefill.is_empty()
+        && request.context.is_empty()
         && request.logprobs.is_none()
         && !matches!(request.format, Format::Gbnf(_))
 }

@@ -50,6 +50,7 @@ fn whole_answer(extra: Option<Extra>) -> Whole {
         usage,
         timings,
         extra: extra.map(Box::new),
+        context: Vec::new(),
     }
 }
 
@@ -100,8 +101,14 @@ fn ollama_lines_and_lists() {
     let now = UNIX_EPOCH + Duration::from_nanos(1_700_000_000_123_456_789);
     for (name, kind) in [("chat", ollama::Kind::Chat), ("generate", ollama::Kind::Generate)] {
         let writer = LineWriter { kind, model: "solar".into() };
-        let end = End { finish: FinishReason::Stop, usage: &USAGE, timings: &timings(), served: &served() };
-        let lines = [writer.text(now, "Hel"), writer.done(now, "", &end), writer.without_text(now, "load")];
+        let end = End {
+            finish: FinishReason::Stop,
+            usage: &USAGE,
+            timings: &timings(),
+            served: &served(),
+            context: Value::Null,
+        };
+        let lines = [writer.text(now, "Hel"), writer.done(now, "", end), writer.without_text(now, "load")];
         golden(&format!("ollama_{name}_lines"), &Value::from(lines.to_vec()));
     }
     let facts = ModelFacts {

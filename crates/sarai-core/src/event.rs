@@ -30,6 +30,8 @@ pub enum Event {
     },
     /// A step of a host that has more to say than text.
     Extra(Box<Extra>),
+    /// The tokens of all that was said, before the end; only where that was asked for.
+    Context(Vec<i32>),
     /// Bytes came that say nothing: a sign of life, and no token. Ends in dispatch.
     Alive,
     /// The answer broke off, and goes on from the same character elsewhere.

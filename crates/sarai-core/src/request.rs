@@ -293,6 +293,12 @@ pub struct GenerateRequest {
     /// Whether a prompt that is too long for its context is cut: the oldest messages go, or the middle of a single one.
     #[serde(default)]
     pub truncate: bool,
+    /// Tokens of what was said before a prompt that is a single turn, as the answer to it has told them.
+    #[serde(default)]
+    pub context: Vec<i32>,
+    /// Whether the answer tells the tokens of all that was said.
+    #[serde(default)]
+    pub tells_context: bool,
     /// What only hosts of the client's API can follow; workers do not see it.
     #[serde(skip)]
     pub extras: Option<Box<Extras>>,
@@ -375,6 +381,8 @@ impl GenerateRequest {
             given: String::new(),
             suffix: None,
             truncate: false,
+            context: Vec::new(),
+            tells_context: false,
             extras: None,
         }
     }

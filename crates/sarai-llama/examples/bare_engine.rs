@@ -21,6 +21,7 @@ fn main() {
     let path = std::env::args().nth(1).unwrap();
     let mut backend = LlamaBackend::init().unwrap();
     backend.void_logs();
+    sarai_llama::refuse_tiles();
     let model = LlamaModel::load_from_file(&backend, path, &LlamaModelParams::default()).unwrap();
     let threads = i32::try_from(std::thread::available_parallelism().unwrap().get()).unwrap();
     let params = LlamaContextParams::default()

@@ -28,6 +28,7 @@ mod sampler;
 mod schedule;
 mod schema;
 mod sequence;
+mod tiles;
 mod trial;
 mod unit;
 
@@ -39,6 +40,7 @@ use sarai_core::frame::{FromWorker, ToWorker};
 use channel::Incoming;
 pub use pages::release_start;
 pub use probe::run_probe;
+pub use tiles::refuse as refuse_tiles;
 
 /// How much rather the kernel takes a worker than the server, in thousandths of all memory.
 const WORKER_SCORE: i32 = 500;

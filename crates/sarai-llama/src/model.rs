@@ -17,7 +17,7 @@ use llama_cpp_4::quantize::GgmlType;
 use sarai_core::frame::{LoadSpec, LoadedInfo};
 use sarai_core::{Bytes, EngineMemory, KvType, Purpose, split};
 
-use crate::{buffers, reference};
+use crate::{buffers, reference, tiles};
 
 /// Whether a load takes memory for tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +49,7 @@ pub fn load(spec: &LoadSpec, allocation: Allocation, mut tell: impl FnMut(u8)) -
         Allocation::Real => llama_cpp_sys_4::LLAMA_LOAD_MODE_MMAP,
         Allocation::Copied | Allocation::DryRun => llama_cpp_sys_4::LLAMA_LOAD_MODE_NONE,
     };
-    params.use_extra_bufts = spec.repack;
+    params.use_extra_bufts = spec.repack && tiles::refuse();
     if spec.deterministic {
         reference::use_it()?;
     }

@@ -44,6 +44,11 @@ pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateR
             None => model.str_to_token_with_special(text, AddBos::Always, Special::Tokenize).map_err(internal)?,
         }),
         Prompt::Tokens(tokens) => Rendering::Tokens(known(model, "prompt", tokens)?),
+        Prompt::Chat(messages) if !request.context.is_empty() => {
+            let (tokens, chat) = behind(model, templates, messages, request)?;
+            form = form_of(request, chat);
+            Rendering::Tokens(tokens)
+        }
         Prompt::Chat(messages) => {
             // Nobody can know it, so nobody writes it into a message.
             let mark = format!("<media {:032x} ", rand::random::<u128>());
@@ -57,10 +62,7 @@ pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateR
                 true => Rendering::Tokens(chat.tokenize_prompt(model, AddBos::Always).map_err(internal)?),
                 false => Rendering::Parts(parts_of(&chat, &mark, media)?),
             };
-            let reasons = !chat.thinking_start_tag.is_empty() && !request.format.is_constrained();
-            // What goes on in the middle of an answer is not taken apart anew.
-            form = (request.given.is_empty() && request.prefill.is_empty() && (request.tools.is_some() || reasons))
-                .then_some(chat);
+            form = form_of(request, chat);
             rendering
         }
     };
@@ -77,6 +79,45 @@ pub fn render(model: &LlamaModel, templates: &ChatTemplates, request: &GenerateR
         prefill = both[..at].to_vec();
     }
     Ok(Rendered { prompt, prefill, given, form })
+}
+
+/// What the template says of the answer, where it is more than text.
+fn form_of(request: &GenerateRequest, chat: ChatParams) -> Option<ChatParams> {
+    let reasons = !chat.thinking_start_tag.is_empty() && !request.format.is_constrained();
+    // What goes on in the middle of an answer is not taken apart anew.
+    let is_new = request.given.is_empty() && request.prefill.is_empty();
+    (is_new && (request.tools.is_some() || reasons)).then_some(chat)
+}
+
+/// Turns behind what was said before, as the template writes them behind an answer.
+fn behind(
+    model: &LlamaModel,
+    templates: &ChatTemplates,
+    messages: &[Message],
+    request: &GenerateRequest,
+) -> Result<(Vec<LlamaToken>, ChatParams), Error> {
+    // What was said is there in tokens: one that nobody else writes stands for it.
+    let answer = format!("{:032x}", rand::random::<u128>());
+    let said = [Message::new(Role::User, "?"), Message::new(Role::Assistant, answer.as_str())];
+    let chat = apply(templates, &[&said, messages].concat(), "", request)?;
+    let mut tokens = known(model, "context", &request.context)?;
+    // The template writes the mark of the answer's end.
+    while tokens.last().is_some_and(|token| model.is_eog_token(*token)) {
+        tokens.pop();
+    }
+    let parts: Vec<_> = match chat.prompt_parts.as_slice() {
+        [] => vec![(chat.prompt.as_str(), false)],
+        parts => parts.iter().map(|part| (part.text.as_str(), part.is_input)).collect(),
+    };
+    let lacks = || Error::invalid("context", "the model's chat template cannot go on from `context`: use /api/chat");
+    let at = parts.iter().rposition(|(text, _)| text.contains(&answer)).ok_or_else(lacks)?;
+    let (begun, is_input) = parts[at];
+    let begun = begun.rsplit_once(&answer).map_or("", |(_, further)| further);
+    for (text, is_input) in [(begun, is_input)].into_iter().chain(parts[at + 1..].iter().copied()) {
+        let special = if is_input { Special::Plaintext } else { Special::Tokenize };
+        tokens.extend(model.str_to_token_with_special(text, AddBos::Never, special).map_err(internal)?);
+    }
+    Ok((tokens, chat))
 }
 
 /// A prompt as [`render`] makes it, cut where it is too long for the context and may be: the oldest messages go first, but for those of

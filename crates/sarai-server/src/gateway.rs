@@ -45,6 +45,7 @@ impl Gateway {
         let queued = arrived.elapsed();
         let mut request = parsed.request;
         request.sampling = request.sampling.or(&model.sampling);
+        request.tells_context &= model.is_of_one_file();
         let missing = self.bring_media(model, &mut request).await;
         let manner = Manner { whole: !parsed.delivery.stream, terms };
         let answer =

@@ -7,7 +7,7 @@ use sarai_core::{Api, Extra, FinishReason, MediaKind, Purpose, Sampling, Timings
 use serde_json::{Value, json};
 
 use crate::openai::extension;
-use crate::{Served, Whole, logprobs, sampling, tools};
+use crate::{Served, Whole, check, logprobs, sampling, tools};
 
 /// Which of the two endpoints answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,13 +78,12 @@ impl LineWriter {
         put(&mut line, self.kind, extra);
         Some(line)
     }
-
     /// The only line of an answer that does not stream.
     #[must_use]
     pub fn whole(&self, now: SystemTime, whole: Whole, served: &Served) -> Value {
-        let Whole { text, reasoning, tool_calls, logprobs, finish, usage, timings, extra } = whole;
-        let end = End { finish, usage: &usage, timings: &timings, served };
-        let mut line = self.done(now, &text, &end);
+        let Whole { text, reasoning, tool_calls, logprobs, finish, usage, timings, extra, context } = whole;
+        let end = End { finish, usage: &usage, timings: &timings, served, context: context.into() };
+        let mut line = self.done(now, &text, end);
         put_reasoning(&mut line, self.kind, &reasoning);
         put_calls(&mut line, self.kind, &tool_calls);
         if !logprobs.is_empty() {
@@ -98,7 +97,7 @@ impl LineWriter {
 
     /// The last line; of an answer that does not stream, the only one, with the whole text.
     #[must_use]
-    pub fn done(&self, now: SystemTime, text: &str, end: &End<'_>) -> Value {
+    pub fn done(&self, now: SystemTime, text: &str, end: End<'_>) -> Value {
         let ns = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         let timings = end.timings;
         // Ollama counts the encoding of pictures among the prompt's.
@@ -117,6 +116,9 @@ impl LineWriter {
         line["prompt_eval_duration"] = ns(prompt).into();
         line["eval_count"] = end.usage.completion_tokens.into();
         line["eval_duration"] = ns(timings.decode).into();
+        if !check::is_default(&end.context) {
+            line["context"] = end.context;
+        }
         line["sarai"] = extension(end.served, timings);
         line
     }
@@ -172,7 +174,7 @@ fn put(line: &mut Value, kind: Kind, extra: Extra) {
 }
 
 /// How an answer ended.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct End<'a> {
     /// Why.
     pub finish: FinishReason,
@@ -182,6 +184,8 @@ pub struct End<'a> {
     pub timings: &'a Timings,
     /// By whom.
     pub served: &'a Served,
+    /// Tokens of all that was said, where that was asked for.
+    pub context: Value,
 }
 
 /// RFC 3339 in UTC with nanoseconds.

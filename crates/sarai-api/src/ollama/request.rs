@@ -79,11 +79,22 @@ struct AllOptions {
 }
 
 /// Fields that are read here; all others are left to hosts.
-const READ: [&str; 10] =
-    ["model", "stream", "format", "options", "keep_alive", "messages", "prompt", "system", "raw", "truncate"];
+const READ: [&str; 11] = [
+    "model",
+    "stream",
+    "format",
+    "options",
+    "keep_alive",
+    "messages",
+    "prompt",
+    "system",
+    "raw",
+    "truncate",
+    "context",
+];
 const READ_OPTIONS: [&str; 2] = ["num_predict", "num_ctx"];
 /// Fields that change what is asked for.
-const NEEDS: [&str; 2] = ["template", "context"];
+const NEEDS: [&str; 1] = ["template"];
 /// Options that change the answer, if not what it is an answer to.
 const DEGRADING: [&str; 3] = ["num_keep", "tfs_z", "logit_bias"];
 
@@ -102,6 +113,7 @@ struct GenerateBody {
     system: Option<String>,
     raw: Option<bool>,
     suffix: Option<String>,
+    context: Option<Vec<i32>>,
 }
 
 #[derive(Deserialize)]
@@ -185,15 +197,23 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
         }
         rest.need_also("suffix", "`suffix` is not supported".into(), true);
     }
-    if rest.is_needy() {
-        rest.generate();
-        ["prompt", "system", "raw"].iter().for_each(|name| rest.keep(name));
+    let context = generate.context.unwrap_or_default();
+    if !context.is_empty() {
+        // Beside pictures, or around a place to be filled, only a host knows what to make of it.
+        let is_plain = media.is_empty() && suffix.is_none();
+        rest.need_also("context", "`context` is not supported".into(), is_plain);
     }
-    if is_raw && generate.system.as_ref().is_some_and(|system| !system.is_empty()) {
-        return Err(Error::invalid(
-            "raw",
-            "raw mode does not support template, system, or context: leave `system` out",
-        ));
+    if rest.is_needy() || !is_raw {
+        // Only there it tells its context, and only of raw prompts what was said can be put behind them.
+        rest.generate();
+        ["prompt", "system", "raw", "context"].iter().for_each(|name| rest.keep(name));
+    }
+    let has_system = generate.system.as_ref().is_some_and(|system| !system.is_empty());
+    for (name, is_set) in [("system", has_system), ("context", !context.is_empty())] {
+        if is_raw && is_set {
+            let message = format!("raw mode does not support template, system, or context: leave `{name}` out");
+            return Err(Error::invalid("raw", message));
+        }
     }
     let prompt = if is_raw || suffix.is_some() {
         Prompt::Raw(prompt)
@@ -205,7 +225,9 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
     };
     let mut asked = common.finish(body, prompt, rest, false)?;
     if let OllamaRequest::Generate(parsed) = &mut asked {
+        parsed.request.tells_context = matches!(parsed.request.prompt, Prompt::Chat(_));
         parsed.request.suffix = suffix;
+        parsed.request.context = context;
     }
     Ok(asked)
 }
@@ -276,6 +298,8 @@ impl Common {
             given: String::new(),
             suffix: None,
             truncate: self.truncate.unwrap_or(true),
+            context: Vec::new(),
+            tells_context: false,
             extras: Some(rest.finish()),
         };
         let delivery = Delivery { stream: self.stream.unwrap_or(true), include_usage: true };

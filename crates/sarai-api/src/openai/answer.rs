@@ -168,7 +168,7 @@ impl ChunkWriter {
     /// The whole answer of a request that does not stream.
     #[must_use]
     pub fn whole(&self, whole: Whole, served: &Served) -> Value {
-        let Whole { text, reasoning, tool_calls, logprobs, finish, usage, timings, extra } = whole;
+        let Whole { text, reasoning, tool_calls, logprobs, finish, usage, timings, extra, .. } = whole;
         let finish = finish.as_str();
         let (object, choice) = match self.kind {
             Kind::Chat => (

@@ -442,6 +442,8 @@ impl Common {
             given: String::new(),
             suffix: None,
             truncate: false,
+            context: Vec::new(),
+            tells_context: false,
             extras: Some(rest.finish()),
         };
         let include_usage = self.stream_options.and_then(|Object(options)| options.include_usage).unwrap_or(false);

@@ -38,7 +38,7 @@ use crate::sequence::Waiting;
 use crate::trial::{Trials, Untried};
 use crate::unit::Unit;
 use crate::{embed, log, media, pages, trial};
-use writer::Writer;
+use writer::{Told, Writer};
 
 /// What attention takes on one thread to pass over a cell that is not the token's own, for one head of one layer
 /// (SmolLM2-135M with 7,000 such cells: 12.3 instead of 10.1 ms a token on two threads).
@@ -459,8 +459,9 @@ impl<'model> Engine<'model> {
         });
         let likely = request.logprobs.map(|count| (usize::from(count), Vec::new()));
         let lacks = lacking.keys().copied().collect();
-        let writer =
-            Writer { sampler, answer, parts, pieces, lacking, source: Source::default(), likely, unplaced: Vec::new() };
+        let told = request.tells_context.then(Told::default);
+        let (source, unplaced) = (Source::default(), Vec::new());
+        let writer = Writer { sampler, answer, parts, pieces, lacking, source, likely, unplaced, told };
         let (given, lane) = (given.len(), request.lane);
         let waiting = Waiting { id, prompt, given, lane, max_tokens, context_tokens, since, encode, lacks, writer };
         self.scheduler.push(waiting);

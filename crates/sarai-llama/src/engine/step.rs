@@ -218,6 +218,7 @@ impl Engine<'_> {
         };
         generation.generated += 1;
         if self.model.is_eog_token(token) {
+            generation.asked.writer.told.iter_mut().for_each(|told| told.push(token, 0));
             return self.end(index, FinishReason::Stop, frames).map(|()| None);
         }
         if let Some((alternatives, waiting)) = &mut generation.asked.writer.likely {
@@ -226,6 +227,7 @@ impl Engine<'_> {
         }
         let shown = generation.asked.writer.shown(token);
         let piece = self.model.token_to_raw_bytes(token, shown).unwrap_or_default();
+        generation.asked.writer.told.iter_mut().for_each(|told| told.push(token, piece.len()));
         match generation.asked.writer.answer.push(&piece) {
             Pushed::Stopped(text) => {
                 return self.end_with(index, FinishReason::Stop, text, frames).map(|()| None);
@@ -263,6 +265,13 @@ impl Engine<'_> {
         let mut events = writer.events(text);
         let (rest, finish) = writer.finish(finish);
         events.extend(rest);
+        if let Some(told) = &writer.told {
+            let prompt: Option<Vec<_>> = generation.asked.prompt.iter().map(|unit| unit.text()).collect();
+            // What stands for a picture is no token.
+            events.extend(prompt.map(|prompt| {
+                Event::Context(prompt.into_iter().chain(told.passed_on()).map(|token| token.0).collect())
+            }));
+        }
         for event in events {
             frames.queue(&FromWorker::Event { id, event })?;
         }

@@ -30,11 +30,40 @@ pub struct Writer {
     pub likely: Option<(usize, Vec<TokenLogprob>)>,
     /// The same of text of which it is not known yet whether it is the answer's, a thought's or a call's.
     pub unplaced: Vec<TokenLogprob>,
+    /// Its tokens, where they are told.
+    pub told: Option<Told>,
+}
+
+/// Tokens of an answer that are told behind its end.
+#[derive(Default)]
+pub struct Told {
+    /// Each with the bytes of its text.
+    tokens: Vec<(LlamaToken, usize)>,
+    /// Bytes of the text that was passed on.
+    bytes: usize,
+}
+
+impl Told {
+    /// A token that was chosen.
+    pub fn push(&mut self, token: LlamaToken, bytes: usize) {
+        self.tokens.push((token, bytes));
+    }
+
+    /// Those whose text was passed on: of a text that ends the answer there is nothing.
+    pub fn passed_on(&self) -> impl Iterator<Item = LlamaToken> {
+        let mut end = 0;
+        let is_within = move |(token, bytes): &(LlamaToken, usize)| {
+            end += bytes;
+            (end <= self.bytes).then_some(*token)
+        };
+        self.tokens.iter().map_while(is_within)
+    }
 }
 
 impl Writer {
     /// What is passed on of more text.
     pub fn events(&mut self, text: String) -> Vec<Event> {
+        self.told.iter_mut().for_each(|told| told.bytes += text.len());
         match &mut self.parts {
             _ if text.is_empty() => Vec::new(),
             Some(parts) => {
@@ -119,6 +148,21 @@ fn spanned(tokens: &[TokenLogprob], text: &[u8], is_last: bool) -> Range<usize> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_a_text_that_ends_an_answer_no_token_is_told() {
+        let mut told = Told::default();
+        [("one", 1), (" t", 2), ("wo", 3), ("##", 4), ("#", 5)]
+            .iter()
+            .for_each(|(text, token)| told.push(LlamaToken(*token), text.len()));
+        let of = |told: &Told| told.passed_on().map(|token| token.0).collect::<Vec<_>>();
+        assert!(of(&told).is_empty());
+        told.bytes = "one two".len();
+        assert_eq!(of(&told), [1, 2, 3]);
+        told.bytes = "one two###".len();
+        told.push(LlamaToken(9), 0);
+        assert_eq!(of(&told), [1, 2, 3, 4, 5, 9], "the mark of its end has no text");
+    }
 
     #[test]
     fn tokens_are_found_by_the_text_that_they_have_a_part_in() {

@@ -40,6 +40,13 @@ pub struct Model {
     pub resume: Resume,
 }
 
+impl Model {
+    /// Whether all its answers are of one file on this machine.
+    pub fn is_of_one_file(&self) -> bool {
+        self.fallback_models.is_empty() && matches!(self.deployments[..], [Deployment::Local { .. }])
+    }
+}
+
 /// Who may go on with an answer that broke off after its first token.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Resume {

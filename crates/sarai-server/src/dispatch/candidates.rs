@@ -232,6 +232,11 @@ impl Seeking<'_> {
             if !is_able(self.catalog, self.health, deployment, self.request) {
                 continue;
             }
+            // It may be of a host, whose tokens mean something else here.
+            let may_be_a_hosts = deployment.engine().is_some() && !model.is_of_one_file();
+            if may_be_a_hosts && !self.request.context.is_empty() {
+                continue;
+            }
             let degraded = self.degraded(model, deployment);
             add(&mut tiers, Candidate { model: Arc::clone(model), index, degraded });
         }

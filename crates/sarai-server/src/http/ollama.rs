@@ -10,7 +10,7 @@ use bytes::Bytes;
 use sarai_api::ollama::{self, End, Kind, LineWriter, OllamaRequest};
 use sarai_api::{Parsed, Served};
 use sarai_core::{Error, Event, FinishReason, TokenLogprob, ToolCall};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::error::{Failure, ollama_body};
 use super::openai::AS_IT_COMES;
@@ -119,16 +119,18 @@ struct UnderWay {
     calls: Vec<ToolCall>,
     /// Of the text that comes next.
     logprobs: Vec<TokenLogprob>,
+    /// Tokens of all that was said.
+    context: Value,
 }
 
 impl UnderWay {
     fn of(served: Served) -> Self {
-        Self { served, calls: Vec::new(), logprobs: Vec::new() }
+        Self { served, calls: Vec::new(), logprobs: Vec::new(), context: Value::Null }
     }
 }
 
 fn encode(writer: &LineWriter, under_way: &mut UnderWay, event: Result<Event, Error>) -> String {
-    let UnderWay { served, calls, logprobs } = under_way;
+    let UnderWay { served, calls, logprobs, context } = under_way;
     let now = SystemTime::now();
     let line = match event {
         Ok(Event::Resumed { by, reason, degraded }) => {
@@ -146,17 +148,30 @@ fn encode(writer: &LineWriter, under_way: &mut UnderWay, event: Result<Event, Er
             part.add_to(calls);
             return String::new();
         }
-        Ok(Event::Extra(extra)) => match writer.extra(now, *extra) {
-            Some(line) => line,
-            None => return String::new(),
-        },
+        Ok(Event::Context(tokens)) => {
+            *context = tokens.into();
+            return String::new();
+        }
+        Ok(Event::Extra(mut extra)) => {
+            if let Some(tokens) = extra.top.remove("context") {
+                *context = tokens;
+                if extra.only_describes() && extra.top.is_empty() {
+                    return String::new();
+                }
+            }
+            match writer.extra(now, *extra) {
+                Some(line) => line,
+                None => return String::new(),
+            }
+        }
         Ok(Event::Alive | Event::Vector { .. }) => return String::new(),
         Ok(Event::Done { finish, usage, timings }) => {
             if finish == FinishReason::Stop {
                 // A text that ends the answer stood within one.
                 calls.retain(ToolCall::is_whole);
             }
-            let done = writer.done(now, "", &End { finish, usage: &usage, timings: &timings, served });
+            let context = std::mem::take(context);
+            let done = writer.done(now, "", End { finish, usage: &usage, timings: &timings, served, context });
             if calls.is_empty() {
                 done
             } else {

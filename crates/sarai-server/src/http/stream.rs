@@ -108,12 +108,13 @@ impl<T, F: FnMut(T) -> Bytes + Unpin> Stream for Pieces<T, F> {
 /// It ended with an error, or without an end.
 pub async fn collect(mut events: EventStream) -> Result<Whole, Error> {
     let (mut text, mut reasoning, mut tool_calls) = (String::new(), String::new(), Vec::new());
-    let (mut logprobs, mut extra) = (Vec::new(), None::<Box<Extra>>);
+    let (mut logprobs, mut context, mut extra) = (Vec::new(), Vec::new(), None::<Box<Extra>>);
     while let Some(event) = events.next().await {
         match event? {
             Event::Text(more) => text.push_str(&more),
             Event::Reasoning(more) => reasoning.push_str(&more),
             Event::Logprobs(more) => logprobs.extend(more),
+            Event::Context(tokens) => context = tokens,
             Event::ToolCall(part) => part.add_to(&mut tool_calls),
             Event::Extra(more) => {
                 text.push_str(&more.text);
@@ -129,7 +130,7 @@ pub async fn collect(mut events: EventStream) -> Result<Whole, Error> {
                     // A text that ends the answer stood within one.
                     tool_calls.retain(ToolCall::is_whole);
                 }
-                return Ok(Whole { text, reasoning, tool_calls, logprobs, finish, usage, timings, extra });
+                return Ok(Whole { text, reasoning, tool_calls, logprobs, finish, usage, timings, extra, context });
             }
         }
     }

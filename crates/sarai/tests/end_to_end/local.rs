@@ -103,6 +103,58 @@ async fn a_prompt_of_tokens_is_that_of_its_text() {
     assert!(unknown.status == 400 && unknown.text.contains("999999"), "{}", unknown.text);
 }
 
+/// As Ollama's clients of `/api/generate` have a conversation.
+#[tokio::test]
+async fn who_goes_on_from_the_context_of_an_answer_is_answered_as_in_a_conversation() {
+    let hosted = format!(
+        "  hosted: {{ backend: ollama_http, fallback: gguf_native, url: 'http://127.0.0.1:9', gguf_path: {} }}\n",
+        smollm2()
+    );
+    let sarai = Sarai::start(&config(&hosted));
+    let ask = async |path: &str, more: Value| {
+        let mut body = json!({ "model": "lfm2", "stream": false, "options": { "temperature": 0, "num_predict": 40 } });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        sarai.post(path, body.to_string()).await
+    };
+    let (hello, question) = ("My name is Ann. Say hello.", "What is my name?");
+    let generate = async |more: Value| ask("/api/generate", more).await;
+    let first = generate(json!({ "prompt": hello })).await.json();
+    let count = |answer: &Value| answer["prompt_eval_count"].as_u64().unwrap() + answer["eval_count"].as_u64().unwrap();
+    let length = |answer: &Value| answer["context"].as_array().map_or(0, |tokens| tokens.len() as u64);
+    assert_eq!(length(&first), count(&first), "all that was said: {first}");
+
+    let said = |text: &Value| json!([{ "role": "user", "content": hello }, { "role": "assistant", "content": text }, { "role": "user", "content": question }]);
+    let chat = ask("/api/chat", json!({ "messages": said(&first["response"]) })).await.json();
+    let further = generate(json!({ "prompt": question, "context": first["context"] })).await.json();
+    assert_eq!(further["prompt_eval_count"], chat["prompt_eval_count"], "{further}");
+    assert_eq!(further["response"], chat["message"]["content"]);
+    let lines = generate(json!({ "prompt": question, "context": first["context"], "stream": true })).await.lines();
+    assert_eq!(lines.last().unwrap()["context"], further["context"]);
+    assert!(lines.iter().rev().skip(1).all(|line| line.get("context").is_none()), "{lines:?}");
+
+    let stopped = generate(json!({ "prompt": "Count to ten: 1 2 3", "options": { "temperature": 0, "stop": ["6"] } }))
+        .await
+        .json();
+    let context = json!({ "prompt": "Go on.", "context": stopped["context"] });
+    assert!(length(&stopped) < count(&stopped), "nothing of what ended it: {stopped}");
+    assert_eq!(generate(context).await.status, 200);
+
+    let raw = generate(json!({ "prompt": hello, "raw": true })).await.json();
+    assert!(raw.get("context").is_none(), "{raw}");
+    for (wrong, says) in [
+        (json!({ "prompt": "Hi", "context": [1, 999_999] }), "999999"),
+        (json!({ "prompt": "Hi", "context": [1], "raw": true }), "leave `context` out"),
+        (json!({ "prompt": "Hi", "context": "words" }), "context"),
+        // It may be of a host, where tokens mean something else.
+        (json!({ "prompt": "Hi", "context": [1], "model": "hosted" }), ""),
+    ] {
+        let refused = generate(wrong.clone()).await;
+        assert!(refused.status >= 400 && refused.text.contains(says), "{wrong}: {}", refused.text);
+    }
+    let unsaid = generate(json!({ "prompt": "Hi", "model": "hosted" })).await.json();
+    assert!(unsaid["done"] == true && unsaid.get("context").is_none(), "{unsaid}");
+}
+
 #[tokio::test]
 async fn ten_requests_for_a_cold_model_load_it_once_and_are_all_answered() {
     let sarai = Sarai::start(&config(""));

@@ -57,6 +57,16 @@ async fn answers_through_sarai_equal_those_of_ollama_asked_directly() {
     let text: String = ours.iter().map(|line| line["response"].as_str().unwrap()).collect();
     assert_eq!(Some(text.as_str()), whole["response"].as_str(), "with the template, streamed");
 
+    generate["stream"] = false.into();
+    (generate["prompt"], generate["context"]) = ("Name another.".into(), whole["context"].clone());
+    let whole = Answer::of(direct("/api/generate", &generate).await.unwrap()).await.json();
+    assert!(whole["context"].as_array().is_some_and(|tokens| tokens.len() > 30), "{whole}");
+    generate["stream"] = true.into();
+    let ours = sarai.post("/api/generate", generate.to_string()).await.lines();
+    let (last, earlier) = ours.split_last().unwrap();
+    assert_eq!((&last["done"], &last["context"]), (&json!(true), &whole["context"]), "beside the end");
+    assert!(earlier.iter().all(|line| line["done"] == false && line["response"] != ""), "{earlier:?}");
+
     let loaded = sarai.post("/api/generate", r#"{"model":"solar"}"#).await;
     assert_eq!((loaded.status, &loaded.json()["done_reason"]), (200, &json!("load")), "{}", loaded.text);
 

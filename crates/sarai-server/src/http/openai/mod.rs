@@ -239,7 +239,7 @@ fn step(writer: &ChunkWriter, end: &mut End, event: Result<Event, Error>) -> Str
             }
             writer.extra(*extra).map(|chunk| sse(&chunk)).unwrap_or_default()
         }
-        Ok(Event::Alive | Event::Vector { .. }) => String::new(),
+        Ok(Event::Alive | Event::Vector { .. } | Event::Context(_)) => String::new(),
         Ok(Event::Done { finish, usage, timings }) => sse(&writer.finish(finish, &usage, &timings, &end.served)),
         Err(error) => sse(&openai_body(&error)),
     }
