@@ -268,8 +268,8 @@ pub fn parse_ollama(body: &[u8]) -> Result<Parsed, Error> {
     let inputs = if is_nothing || inputs.is_empty() { Vec::new() } else { checked("input", inputs, Empty::Allowed)? };
     let mut parsed = Parsed::new(body.model, inputs);
     parsed.request.truncate = body.truncate.unwrap_or(true);
-    let num_ctx = body.options.and_then(|Object(options)| options.num_ctx).filter(|&tokens| tokens > 0);
-    parsed.request.context_tokens = num_ctx.map(|tokens| u32::try_from(tokens).unwrap_or(u32::MAX));
+    let num_ctx = body.options.and_then(|Object(options)| options.num_ctx);
+    parsed.request.context_tokens = num_ctx.map(|tokens| u32::try_from(tokens.max(0)).unwrap_or(u32::MAX));
     Ok(Parsed {
         // To Ollama, 0 is not set, and more than there are is all.
         dimensions: dimensions(body.dimensions.filter(|n| *n != 0))?,

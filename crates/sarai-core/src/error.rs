@@ -156,7 +156,7 @@ pub enum Error {
     },
     /// A text of which a vector is wanted does not fit the model's context.
     #[error(
-        "the input is too large: a text has {tokens} tokens, which exceeds the context length, and the maximum input length of \
+        "the input length exceeds the context length: a text of {tokens} tokens is too large, the maximum input length of \
          `{model}` is {most} tokens: shorten it, or have it truncated"
     )]
     TextTooLong {

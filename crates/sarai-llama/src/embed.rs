@@ -288,7 +288,18 @@ impl Reader<'_> {
                 most: u32::try_from(most).unwrap_or(u32::MAX),
             });
         }
-        let end = self.tokens("", AddBos::Always, Special::Tokenize)?.last().copied();
+        // What a text is framed by.
+        let frame = self.tokens("", AddBos::Always, Special::Tokenize)?;
+        if most <= frame.len() {
+            let message = format!(
+                "the input after truncation exceeds maximum context length: `num_ctx` is {most}, and `{}` frames a text by {}: \
+                 use more",
+                self.name,
+                frame.len()
+            );
+            return Err(Error::invalid("options.num_ctx", message));
+        }
+        let end = frame.last().copied();
         let has_end = end.is_some() && tokens.last().copied() == end;
         tokens.truncate(most);
         if let (true, Some(end), Some(last)) = (has_end, end, tokens.last_mut()) {

@@ -84,9 +84,10 @@ impl Fetcher {
     }
 
     async fn fetch(&self, url: &str, room: &mut Room) -> Result<Vec<u8>, String> {
+        let written = url;
         let url = Url::parse(url).map_err(|error| format!("is no URL ({error}): use a data URL in base64"))?;
         let fetched = match url.scheme() {
-            "file" => timeout_at(room.until, self.read(&url, room.bytes)).await,
+            "file" => timeout_at(room.until, self.read(written, &url, room.bytes)).await,
             _ => timeout_at(room.until, self.download(&url, room.bytes)).await,
         };
         let late = |_| format!("is not there within {} s (media.seconds)", self.config.limit.as_secs());
@@ -95,15 +96,23 @@ impl Fetcher {
         Ok(fetched)
     }
 
-    async fn read(&self, url: &Url, most: usize) -> Result<Vec<u8>, String> {
+    async fn read(&self, written: &str, url: &Url, most: usize) -> Result<Vec<u8>, String> {
         const REFUSED: &str =
             "is in no folder that may be read: name the folder in `media.folders`, or send a data URL in base64";
-        let path = url.to_file_path().map_err(|()| "is no path of this machine: use file:///…".to_owned())?;
-        // Links are followed first: what counts is where the file is.
-        let path = tokio::fs::canonicalize(path).await.map_err(|_| REFUSED.to_owned())?;
-        if !self.config.folders.iter().any(|folder| is_below(&path, folder)) {
-            return Err(REFUSED.to_owned());
+        let paths = match (url.to_file_path(), written.split_once("://")) {
+            (Ok(path), _) => vec![path],
+            // As llama.cpp's server has it: below a folder that may be read.
+            (Err(()), Some((_, below))) => self.config.folders.iter().map(|folder| folder.join(below)).collect(),
+            (Err(()), None) => Vec::new(),
+        };
+        let mut allowed = None;
+        for path in paths {
+            // Links are followed first: what counts is where the file is.
+            let path = tokio::fs::canonicalize(path).await.ok();
+            let path = path.filter(|path| self.config.folders.iter().any(|folder| is_below(path, folder)));
+            allowed = allowed.or(path);
         }
+        let path = allowed.ok_or(REFUSED)?;
         // Before it is opened: a pipe would be waited for.
         if !tokio::fs::metadata(&path).await.is_ok_and(|meta| meta.is_file()) {
             return Err("is no file: name one".to_owned());

@@ -186,6 +186,14 @@ async fn what_is_too_long_is_cut_or_refused_as_asked_and_what_is_wrong_is_a_400(
     let few = |truncate: bool| json!({ "model": "minilm", "input": long, "truncate": truncate, "options": { "num_ctx": 16.0 } });
     assert_eq!(post("/api/embed", few(true)).await.json()["prompt_eval_count"], 16);
     assert_eq!(post("/api/embed", few(false)).await.status, 400);
+    let none_left = |most: u32| json!({ "model": "minilm", "input": long, "options": { "num_ctx": most } });
+    for most in [0, 1, 2] {
+        let refused = post("/api/embed", none_left(most)).await;
+        // Ollama's own tests look for these words.
+        let says = "input after truncation exceeds maximum context length";
+        assert!(refused.status == 400 && refused.text.contains(says), "{}", refused.text);
+    }
+    assert_eq!(post("/api/embed", none_left(3)).await.json()["prompt_eval_count"], 3);
     let asked = post("/v1/embeddings", json!({ "model": "minilm", "input": long, "truncate": true })).await.json();
     assert_eq!(asked["usage"]["prompt_tokens"], 512, "{asked}");
     // The longest that fits: 510 words between two marks.

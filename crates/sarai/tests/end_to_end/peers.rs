@@ -23,6 +23,10 @@ async fn llama_cpps_paths_are_there_and_the_only_model_need_not_be_named() {
     let timings = &answer["timings"];
     assert_eq!(timings["predicted_n"], answer["usage"]["completion_tokens"]);
     assert!(timings["prompt_ms"].as_f64().unwrap() > 0.0 && timings["predicted_per_second"].as_f64().unwrap() > 0.0);
+    let prompt = json!({ "prompt": "Hi", "max_tokens": 2 });
+    assert_eq!(sarai.post("/completions", prompt.to_string()).await.json()["object"], "text_completion");
+    let vectors = sarai.post("/embeddings", json!({ "model": "vectors", "input": "Hi" }).to_string()).await.json();
+    assert_eq!(vectors["data"][0]["embedding"].as_array().unwrap().len(), 384);
     let mut streamed = body.clone();
     streamed["stream"] = true.into();
     let chunks = sarai.post("/chat/completions", streamed.to_string()).await.sse();

@@ -468,6 +468,15 @@ async fn pictures_in_files_are_read_where_the_configuration_allows_it() {
     assert_eq!(text(&answer(&sarai, "qwen2vl", &[url("blue.png")]).await), "blue");
     let refused = sarai.post("/v1/chat/completions", body("qwen2vl", &[url("../x.png")], json!({}))).await;
     assert_eq!((refused.status, refused.text.contains("media.folders")), (400, true), "{}", refused.text);
+    // Below the folder, as llama.cpp's server has it.
+    let below = |name: &str| json!({ "type": "image_url", "image_url": { "url": format!("file://{name}") } });
+    std::fs::create_dir(folder.path().join("Some")).unwrap();
+    std::fs::write(folder.path().join("Some/red.png"), png(64, 64, RED)).unwrap();
+    assert_eq!(text(&answer(&sarai, "qwen2vl", &[below("Some/red.png")]).await), "red");
+    for name in ["../x.png", "Some/../../x.png", "none.png", "Some"] {
+        let refused = sarai.post("/v1/chat/completions", body("qwen2vl", &[below(name)], json!({}))).await;
+        assert_eq!(refused.status, 400, "{name}: {}", refused.text);
+    }
 }
 
 #[expect(deprecated, reason = "the newer one is unsafe, for file descriptors, which are not unshared here")]
