@@ -21,7 +21,7 @@ use crate::fetch::Fetcher;
 use crate::gateway::Gateway;
 use crate::health::Health;
 use crate::http::connections::Stop;
-use crate::http::{App, connections, door};
+use crate::http::{App, Shared, connections, door};
 use crate::planner::Planner;
 use crate::pool::{Parts, Pool};
 use crate::reload::{Live, Names, keep_current};
@@ -134,14 +134,14 @@ impl Server {
     }
 
     async fn serve_until(self, stop: Stop) {
-        let app = App {
+        let app = App::new(Shared {
             gateway: self.gateway.clone(),
             max_body_bytes: self.config.server.max_body_bytes,
             bodies: Arc::new(Semaphore::new(MOST_BODIES * (self.config.server.max_body_bytes >> 10))),
             stall: self.config.server.stall,
             heartbeat: self.config.server.heartbeat,
             started: std::time::SystemTime::now(),
-        };
+        });
         let resident = tokio::spawn(load_residents(self.gateway.clone(), self.config.clone()));
         let drain = self.config.server.drain;
         let (stopping, mut stopped) = tokio::sync::watch::channel(false);

@@ -431,8 +431,9 @@ impl Dispatch {
         let allowed = |worker: &&Candidate| ask.may_stand_in(worker, &self.health);
         let own = ask.worker.as_ref().filter(allowed);
         let worker = own.or_else(|| ask.fallback.as_ref().filter(allowed));
+        let is_alone = ask.hosts.len() + others.len() <= 1 && worker.is_none();
         let (mut asked, opened) = match candidate.remote() {
-            Some(remote) => {
+            Some(remote) if !is_alone => {
                 let is_near =
                     |host: &Candidate| host.remote().is_some_and(|remote| !self.health.is_measured_soon(remote));
                 let further = ask.hosts.iter().filter(|host| is_near(host) && !others.iter().any(|one| one.is(host)));
@@ -450,7 +451,7 @@ impl Dispatch {
                 failed.into_iter().chain(late).for_each(|(one, error)| ask.note(&one, error));
                 (by, opened)
             }
-            None => (candidate.clone(), attempt::open(self, candidate, &ask.request, place).await),
+            _ => (candidate.clone(), attempt::open(self, candidate, &ask.request, place).await),
         };
         let outcome = match opened {
             Ok(events) => self.begin(ask, &mut asked, events).await,

@@ -30,19 +30,21 @@ impl Health {
     /// Looks at a host whose distance is not known, and waits for it: one that is far away may not be asked. One look is for all who
     /// wait; where it was in vain lately, who cannot be reached is told so by the request.
     pub async fn measure(&self, remote: &Remote) {
+        let is_unknown = |host: &Host| host.is_to_be_measured(Instant::now());
+        if remote.wan || self.is_open(remote) || !self.table.lock().hosts.get(&remote.url).is_some_and(is_unknown) {
+            return;
+        }
         let measured = async {
             let mut looks = self.table.looks.subscribe();
-            while self.table.lock().hosts.get(&remote.url).is_some_and(|host| host.is_to_be_measured(Instant::now())) {
+            while self.table.lock().hosts.get(&remote.url).is_some_and(is_unknown) {
                 self.table.look_if_due(remote);
                 if looks.changed().await.is_err() {
                     break;
                 }
             }
         };
-        if !remote.wan && !self.is_open(remote) {
-            let hangs = self.table.lock().hosts.get(&remote.url).is_some_and(Host::hangs);
-            let _ = timeout(if hangs { LOOK_NOW } else { MEASURE_WITHIN }, measured).await;
-        }
+        let hangs = self.table.lock().hosts.get(&remote.url).is_some_and(Host::hangs);
+        let _ = timeout(if hangs { LOOK_NOW } else { MEASURE_WITHIN }, measured).await;
     }
 
     /// Waits a little for the first look at hosts of which nothing is known yet: those that are near are found so at once, and share the

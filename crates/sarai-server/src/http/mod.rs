@@ -13,6 +13,7 @@ mod show;
 mod stream;
 mod waiting;
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -31,9 +32,28 @@ use crate::gateway::Gateway;
 pub use access::Door;
 use error::Failure;
 
-/// What every handler needs.
+/// What every handler needs; each request has it several times.
 #[derive(Clone, Debug)]
-pub struct App {
+pub struct App(Arc<Shared>);
+
+impl App {
+    /// Of all of it.
+    pub fn new(shared: Shared) -> Self {
+        Self(Arc::new(shared))
+    }
+}
+
+impl Deref for App {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+/// What all handlers share.
+#[derive(Debug)]
+pub struct Shared {
     /// The entrance.
     pub gateway: Gateway,
     /// The largest body in bytes.

@@ -88,7 +88,7 @@ async fn generated(app: App, kind: Kind, parsed: Parsed, terms: Terms) -> Result
 }
 
 /// A stream whose first lines have no text, and tell of what it waits for.
-fn told_meanwhile(waiting: Box<Waiting>, writer: LineWriter, stall: Duration) -> Response {
+fn told_meanwhile(waiting: Waiting, writer: LineWriter, stall: Duration) -> Response {
     let mut under_way = None;
     let encode = move |what| -> Bytes {
         match (what, &mut under_way) {

@@ -20,7 +20,7 @@ pub enum Begun {
     /// It has begun.
     Answer(Answer),
     /// A model is loaded for it, or it is held back.
-    Waiting(Box<Waiting>),
+    Waiting(Waiting),
 }
 
 /// A stream that waits for its first word.
@@ -52,7 +52,7 @@ pub async fn begin(app: App, parsed: Parsed, terms: Terms) -> Result<Begun, Erro
         match answer {
             Ok(answer) => return answer.map(Begun::Answer),
             Err(_) if is_held_back || app.gateway.loading(&model).await.is_some() => {
-                return Ok(Begun::Waiting(Box::new(Waiting { app, model, coming })));
+                return Ok(Begun::Waiting(Waiting { app, model, coming }));
             }
             Err(_) => {}
         }

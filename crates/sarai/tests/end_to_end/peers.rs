@@ -263,3 +263,46 @@ async fn a_host_is_told_to_unload_and_shows_its_model() {
     let version = local.get("/api/version").await.json();
     assert_eq!(version["sarai"], env!("CARGO_PKG_VERSION"));
 }
+
+/// Those of Ollama's own integration tests that judge the server, and not what a larger model knows.
+const OLLAMAS: [&str; 13] = [
+    "TestAPIListModels",
+    "TestAPIGenerateLogprobs",
+    "TestAPIChatLogprobs",
+    "TestAPIToolCalling",
+    "TestNumPredict",
+    "TestEmbedCosineDistanceCorrelation",
+    "TestAllMiniLMEmbeddings",
+    "TestAllMiniLMEmbed",
+    "TestAllMiniLMBatchEmbed",
+    "TestAllMiniLMEmbedTruncate",
+    "TestEmbedTruncation",
+    "TestEmbedLargeInput",
+    "TestEmbedStatusCode",
+];
+
+/// Compiled from its source, unmodified. The names that it asks for stand for the weights that are here.
+#[tokio::test]
+async fn ollamas_own_tests_pass() {
+    let program = std::env::var("SARAI_OLLAMA").expect("SARAI_OLLAMA is missing: run the tests with `make test`");
+    let program = std::path::Path::new(&program).with_file_name("integration.test");
+    let sarai = Sarai::start(&format!(
+        "models:\n  llama3.2:1b: {{ backend: gguf_native, gguf_path: {}, aliases: [\"llama3.2\", \"qwen3:0.6b\"] }}\n  all-minilm: {{ backend: gguf_native, gguf_path: {}, role: embedding }}\n",
+        qwen(),
+        minilm()
+    ));
+    let mut tests = tokio::process::Command::new(program);
+    tests.args(["-test.v", "-test.timeout", "5m", "-test.run", &format!("^({})$", OLLAMAS.join("|"))]);
+    tests.env("OLLAMA_HOST", &sarai.url).env("OLLAMA_TEST_EXISTING", "1").kill_on_drop(true);
+    let said = tests.output().await.unwrap();
+    let said = String::from_utf8_lossy(&said.stdout);
+    for name in OLLAMAS {
+        assert!(said.contains(&format!("--- PASS: {name} (")), "{name}: {said}");
+    }
+    // What is skipped for lack of a model passes, too.
+    for case in
+        ["TestAPIToolCalling/llama3.2", "TestEmbedStatusCode/all-minilm", "TestAllMiniLMEmbedTruncate/truncate_error"]
+    {
+        assert!(said.contains(&format!("--- PASS: {case} (")), "{case}: {said}");
+    }
+}

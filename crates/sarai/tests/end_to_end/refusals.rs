@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::support::host::{Host, Step, last_line, line, ok, ollama, on_host, served_by, with_worker};
+use crate::support::host::{Host, Step, last_line, line, ok, ollama, on_host, openai, served_by, with_worker};
 use crate::support::{Answer, Ollama, Sarai, chat, minilm, qwen, smollm2};
 use serde_json::{Value, json};
 
@@ -140,6 +140,62 @@ async fn a_host_recovers_without_traffic_by_a_token_and_not_by_its_list() {
     sarai.until("it is back", |ps| ps["models"][0]["deployments"][0]["breaker"] == "closed").await;
     assert_eq!(host.asked().len(), asked, "no client was needed for it");
     assert!(served_by(&ask(&sarai, json!({})).await).contains("ollama_http"));
+}
+
+/// Some servers complete texts and know no chats: a probe, which is one, tells nothing of them.
+#[tokio::test]
+async fn a_host_without_chats_is_used_again_once_it_is_there_and_lists_the_model() {
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let model = |name: &str| {
+        format!(
+            "  {name}: {{ backend: openai_http, url: \"http://{address}\", model_name: {name}, fallback: gguf_native, gguf_path: {}, context_length: 1024 }}\n",
+            smollm2()
+        )
+    };
+    let sarai = Sarai::start(&format!("models:\n{}{}", model("m"), model("gone")));
+    let ask = async |name: &str| {
+        let body = json!({ "model": name, "prompt": "Hello.", "max_tokens": 2 });
+        let answer = sarai.post("/v1/completions", body.to_string()).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        served_by(&answer).to_owned()
+    };
+    let breaker = |ps: &Value, name: &str| -> String {
+        let model = ps["models"].as_array().unwrap().iter().find(|model| model["name"] == name);
+        model.map(|model| model["deployments"][0]["breaker"].as_str().unwrap().to_owned()).unwrap_or_default()
+    };
+    for name in ["m", "gone"] {
+        assert_eq!((ask(name).await, ask(name).await), (format!("{name}@gguf_native"), format!("{name}@gguf_native")));
+    }
+    let probed = Arc::new(AtomicUsize::new(0));
+    let counts = Arc::clone(&probed);
+    let host = Host::start_at(&address, move |_, body| {
+        let text = json!({ "choices": [{ "index": 0, "text": "yes", "finish_reason": "length" }] });
+        if body.get("messages").is_none() {
+            return openai(&[text]);
+        }
+        counts.fetch_add(usize::from(body["model"] == "gone"), Ordering::SeqCst);
+        vec![Step::Send("HTTP/1.1 404 No\r\nconnection: close\r\ncontent-length: 0\r\n\r\n".into())]
+    });
+    sarai.until("the model that is listed is back", |ps| breaker(ps, "m") == "closed").await;
+    assert!(ask("m").await.starts_with("m@openai_http"));
+    sarai.until("the one that is not was probed", |_| probed.load(Ordering::SeqCst) > 0).await;
+    assert_ne!(breaker(&sarai.ps().await, "gone"), "closed");
+    assert_eq!(ask("gone").await, "gone@gguf_native");
+    assert_eq!(host.asked().len(), 1);
+}
+
+/// It takes connections, answers requests, and says nothing to whoever looks at it.
+#[tokio::test]
+async fn a_host_that_hangs_when_it_is_looked_at_is_asked_all_the_same_and_waited_for_once() {
+    let host = Host::start_unseen(|_, _| ollama(&["yes"]));
+    let sarai = Sarai::start(&on_host(&host.url, ""));
+    let began = Instant::now();
+    for round in 0..4 {
+        let answer = ask(&sarai, json!({})).await;
+        assert!(served_by(&answer).contains("ollama_http"), "{round}: {}", answer.text);
+    }
+    // Four seconds for the first look, and the moment that each later one is given: it would be four times as long.
+    assert!(began.elapsed() < Duration::from_secs(12), "{:?}", began.elapsed());
 }
 
 /// The host has one place, and somebody holds it; the model's own worker has nothing to do.

@@ -21,8 +21,6 @@ const MAX_LINE_BYTES: usize = 1 << 20;
 const MAX_ANSWER_BYTES: usize = 128 << 20;
 /// How long the end of a body may follow its end mark.
 const END_OF_BODY: Duration = Duration::from_secs(1);
-/// How long it is waited for before the end mark is passed on.
-const END_IS_THERE: Duration = Duration::from_millis(2);
 
 type Chunks = std::pin::Pin<Box<dyn Stream<Item = Result<Bytes, reqwest::Error>> + Send>>;
 
@@ -93,7 +91,7 @@ pub(super) fn events(
         let event = lines.next().await?;
         lines.finished |= event.is_err() || matches!(event, Ok(Event::Done { .. }));
         if matches!(event, Ok(Event::Done { .. })) {
-            lines.read_to_the_end().await;
+            lines.read_to_the_end();
         }
         Some((event, lines))
     }))
@@ -101,20 +99,12 @@ pub(super) fn events(
 
 impl Lines {
     /// Reads what follows the end mark, which is nothing: only then can the connection serve the next request.
-    async fn read_to_the_end(&mut self) {
+    fn read_to_the_end(&mut self) {
         let mut chunks = std::mem::replace(&mut self.chunks, Box::pin(stream::empty()));
-        let mut rest =
-            Box::pin(tokio::time::timeout(END_OF_BODY, async move { while chunks.next().await.is_some() {} }));
-        // It is there as a rule, and who asks next finds the connection free; else nobody waits for it. The connection's
-        // task has it once it had its turn, mostly.
-        for _ in 0..2 {
-            if (&mut rest).now_or_never().is_some() {
-                return;
-            }
-            tokio::task::yield_now().await;
-        }
-        if tokio::time::timeout(END_IS_THERE, &mut rest).await.is_err() {
-            tokio::spawn(rest);
+        let mut rest = Box::pin(async move { while chunks.next().await.is_some() {} });
+        // It is there, or once the connection's task had its turn, which it has before who asks next: nobody waits for it.
+        if (&mut rest).now_or_never().is_none() {
+            tokio::spawn(tokio::time::timeout(END_OF_BODY, rest));
         }
     }
 

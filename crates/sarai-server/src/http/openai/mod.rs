@@ -131,7 +131,7 @@ async fn answer(
 }
 
 /// A stream whose first words are comments about what it waits for.
-fn told_meanwhile(waiting: Box<Waiting>, mut writer: ChunkWriter, stall: Duration) -> Response {
+fn told_meanwhile(waiting: Waiting, mut writer: ChunkWriter, stall: Duration) -> Response {
     let mut end = None;
     let encode = move |what| -> Bytes {
         let done = match &what {

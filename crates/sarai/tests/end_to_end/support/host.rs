@@ -40,7 +40,20 @@ impl Host {
         Self::start_at("127.0.0.1:0", steps)
     }
 
+    /// Says nothing to whoever looks at it.
+    pub fn start_unseen(steps: impl Fn(usize, &Value) -> Vec<Step> + Send + Sync + 'static) -> Self {
+        Self::launch("127.0.0.1:0", false, steps)
+    }
+
     pub fn start_at(address: &str, steps: impl Fn(usize, &Value) -> Vec<Step> + Send + Sync + 'static) -> Self {
+        Self::launch(address, true, steps)
+    }
+
+    fn launch(
+        address: &str,
+        is_seen: bool,
+        steps: impl Fn(usize, &Value) -> Vec<Step> + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind(address).unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (asked, steps) = (Arc::new(Mutex::new(Vec::new())), Arc::new(steps));
@@ -48,7 +61,7 @@ impl Host {
         std::thread::spawn(move || {
             for socket in listener.incoming().map_while(Result::ok) {
                 let (table, steps) = (Arc::clone(&table), Arc::clone(&steps));
-                std::thread::spawn(move || drop(serve(socket, &table, &*steps)));
+                std::thread::spawn(move || drop(serve(socket, is_seen, &table, &*steps)));
             }
         });
         Self { url, asked }
@@ -75,6 +88,7 @@ impl Host {
 
 fn serve(
     mut socket: TcpStream,
+    is_seen: bool,
     table: &Mutex<Vec<Asked>>,
     steps: &dyn Fn(usize, &Value) -> Vec<Step>,
 ) -> std::io::Result<()> {
@@ -95,6 +109,9 @@ fn serve(
         }
         request.extend_from_slice(&buffer[..read]);
     };
+    if head.starts_with("GET ") && !is_seen {
+        return socket.read(&mut buffer).map(drop);
+    }
     if head.starts_with("GET ") {
         let list = json!({ "models": [{ "name": "m:latest" }], "data": [
             { "id": "m" },
