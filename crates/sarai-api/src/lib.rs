@@ -113,6 +113,12 @@ pub struct Served {
 }
 
 impl Served {
+    /// Whether some of it is another model's than the one that was asked: its tokens mean nothing to that.
+    #[must_use]
+    pub fn is_of_another_model(&self) -> bool {
+        self.degraded.iter().any(|lost| lost.starts_with("model:"))
+    }
+
     /// Notes that somebody else went on.
     pub fn resume(&mut self, by: String, reason: String, degraded: Vec<String>) {
         for lost in degraded {

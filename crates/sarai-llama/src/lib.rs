@@ -67,6 +67,7 @@ pub fn run_worker(socket: OwnedFd) -> anyhow::Result<()> {
 /// The socket cannot be read.
 pub fn run_spare(socket: OwnedFd) -> anyhow::Result<()> {
     prefer_as_victim(WORKER_SCORE / 2);
+    pages::release_start();
     std::io::copy(&mut UnixStream::from(socket), &mut std::io::sink())?;
     Ok(())
 }

@@ -20,15 +20,28 @@ pub fn trim(path: &Path) {
     trim_heap();
 }
 
-/// Gives back the pages of this program that its start has read: nothing does so again for most of them, and the others come back from
-/// the page cache.
+/// Gives back the pages of this program and its libraries that its start has read: nothing does so again for most of them, and the
+/// others come back from the page cache.
 pub fn release_start() {
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let executable = std::fs::read_link("/proc/self/exe").unwrap_or_default();
-    let code = maps.lines().filter(|line| line.split(' ').nth(1) == Some("r-xp")).collect::<Vec<_>>().join("\n");
-    for mapping in mappings_of(&code, &executable.to_string_lossy()) {
-        advise(&executable, (mapping.start, mapping.end), rustix::mm::Advice::LinuxDontNeed);
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap_or_default();
+    for (path, mapping) in only_read(&smaps) {
+        advise(path, (mapping.start, mapping.end), rustix::mm::Advice::LinuxDontNeed);
     }
+}
+
+/// Mappings of files that are as the files are: what was written to is not, addresses that the loader has filled in among it.
+fn only_read(smaps: &str) -> impl Iterator<Item = (&Path, Mapping)> {
+    let is_head = |line: &str| line.split(' ').next().is_some_and(|word| word.contains('-') && !word.contains(':'));
+    let mut of = None;
+    smaps.lines().filter_map(move |line| {
+        if is_head(line) {
+            let permissions = line.split(' ').nth(1).unwrap_or_default();
+            of = mapping(line).filter(|_| permissions.starts_with('r') && !permissions.contains('w'));
+            return None;
+        }
+        let written = line.strip_prefix("Anonymous:")?.split_whitespace().next()?;
+        of.take().filter(|_| written == "0")
+    })
 }
 
 /// Returns to the system what freed contexts leave behind in the allocator.
@@ -81,19 +94,38 @@ impl Mapping {
 
 /// Where a file is mapped.
 fn mappings_of<'a>(maps: &'a str, name: &'a str) -> impl Iterator<Item = Mapping> + 'a {
-    let is_ours = move |line: &&str| line.find('/').is_some_and(|at| &line[at..] == name);
-    maps.lines().filter(is_ours).filter_map(|line| {
-        let mut fields = line.split_whitespace();
-        let (start, end) = fields.next()?.split_once('-')?;
-        let address = |text| usize::from_str_radix(text, 16).ok();
-        let offset = u64::from_str_radix(fields.nth(1)?, 16).ok()?;
-        Some(Mapping { start: address(start)?, end: address(end)?, offset })
-    })
+    maps.lines().filter_map(mapping).filter(move |(path, _)| *path == Path::new(name)).map(|(_, mapping)| mapping)
+}
+
+/// A line of `/proc/self/maps`, if it is of a file.
+fn mapping(line: &str) -> Option<(&Path, Mapping)> {
+    let path = Path::new(&line[line.find('/')?..]);
+    let mut fields = line.split_whitespace();
+    let (start, end) = fields.next()?.split_once('-')?;
+    let address = |text| usize::from_str_radix(text, 16).ok();
+    let offset = u64::from_str_radix(fields.nth(1)?, 16).ok()?;
+    Some((path, Mapping { start: address(start)?, end: address(end)?, offset }))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Mapping, mappings_of};
+    use super::*;
+
+    #[test]
+    fn what_was_written_to_is_not_given_back() {
+        let smaps = "55f0-55f8 r--p 00000000 fe:00 9                    /usr/bin/sarai\nSize:   4 kB\nAnonymous:             0 kB\nVmFlags: rd mr\n\
+                     55f8-5600 r--p 00008000 fe:00 9                    /usr/bin/sarai\nAnonymous:            12 kB\n\
+                     5600-5608 rw-p 00010000 fe:00 9                    /usr/bin/sarai\nAnonymous:             0 kB\n\
+                     5608-5610 r-xp 00000000 00:00 0                    [vdso]\nAnonymous:             0 kB\n\
+                     5610-5618 ---p 00000000 fe:00 9                    /lib/libc.so.6\nAnonymous:             0 kB\n\
+                     5618-5620 r-xp 00010000 fe:00 9                    /lib/libc.so.6\nAnonymous:             0 kB\n";
+        let given_back: Vec<_> =
+            only_read(smaps).map(|(path, mapping)| (path.display().to_string(), mapping.start)).collect();
+        assert_eq!(given_back, [("/usr/bin/sarai".to_owned(), 0x55f0), ("/lib/libc.so.6".to_owned(), 0x5618)]);
+        // This program goes on with what it needs.
+        release_start();
+        assert!(only_read(&std::fs::read_to_string("/proc/self/smaps").unwrap_or_default()).count() > 2);
+    }
 
     #[test]
     fn the_pieces_of_a_mapped_file_are_found() {

@@ -89,6 +89,16 @@ fn form_of(request: &GenerateRequest, chat: ChatParams) -> Option<ChatParams> {
     (is_new && (request.tools.is_some() || reasons)).then_some(chat)
 }
 
+/// What a system and a user say, said by the user; `None` if it is anything else.
+fn in_one_turn(messages: &[Message]) -> Option<Message> {
+    match messages {
+        [system, user] if system.role == Role::System && user.role == Role::User => {
+            Some(Message::new(Role::User, format!("{}\n\n{}", system.content, user.content)))
+        }
+        _ => None,
+    }
+}
+
 /// Turns behind what was said before, as the template writes them behind an answer.
 fn behind(
     model: &LlamaModel,
@@ -99,7 +109,12 @@ fn behind(
     // What was said is there in tokens: one that nobody else writes stands for it.
     let answer = format!("{:032x}", rand::random::<u128>());
     let said = [Message::new(Role::User, "?"), Message::new(Role::Assistant, answer.as_str())];
-    let chat = apply(templates, &[&said, messages].concat(), "", request)?;
+    let chat =
+        apply(templates, &[&said, messages].concat(), "", request).or_else(|error| match in_one_turn(messages) {
+            // Some templates want those of the system first: said by the user, it is still said.
+            Some(turn) => apply(templates, &[&said[..], &[turn]].concat(), "", request).map_err(|_| error),
+            None => Err(error),
+        })?;
     let mut tokens = known(model, "context", &request.context)?;
     // The template writes the mark of the answer's end.
     while tokens.last().is_some_and(|token| model.is_eog_token(*token)) {
@@ -231,7 +246,7 @@ fn around(model: &LlamaModel, prefix: &str, suffix: &str) -> Result<Vec<LlamaTok
 
 /// Text that goes on in the middle of a line. Some vocabularies put a space before whatever they are handed: there, it is
 /// tokenised behind a line break, which is taken off again.
-fn given_tokens(model: &LlamaModel, given: &str) -> Result<Vec<LlamaToken>, Error> {
+pub fn given_tokens(model: &LlamaModel, given: &str) -> Result<Vec<LlamaToken>, Error> {
     let tokens =
         |text: &str| model.str_to_token_with_special(text, AddBos::Never, Special::Plaintext).map_err(internal);
     let piece = |token: &LlamaToken| model.token_to_raw_bytes(*token, Special::Plaintext).unwrap_or_default();

@@ -78,6 +78,7 @@ impl LineWriter {
         put(&mut line, self.kind, extra);
         Some(line)
     }
+
     /// The only line of an answer that does not stream.
     #[must_use]
     pub fn whole(&self, now: SystemTime, whole: Whole, served: &Served) -> Value {
@@ -89,7 +90,10 @@ impl LineWriter {
         if !logprobs.is_empty() {
             line["logprobs"] = logprobs::of_chat(&logprobs);
         }
-        if let Some(extra) = extra.filter(|extra| extra.api == Api::Ollama) {
+        if let Some(mut extra) = extra.filter(|extra| extra.api == Api::Ollama) {
+            if served.is_of_another_model() {
+                extra.top.remove("context");
+            }
             put(&mut line, self.kind, *extra);
         }
         line
@@ -116,7 +120,7 @@ impl LineWriter {
         line["prompt_eval_duration"] = ns(prompt).into();
         line["eval_count"] = end.usage.completion_tokens.into();
         line["eval_duration"] = ns(timings.decode).into();
-        if !check::is_default(&end.context) {
+        if !check::is_default(&end.context) && !end.served.is_of_another_model() {
             line["context"] = end.context;
         }
         line["sarai"] = extension(end.served, timings);

@@ -123,13 +123,13 @@ pub fn parse_line(line: &[u8]) -> Result<RemoteLine, RemoteCause> {
         return Err(RemoteCause::Reported(error));
     }
     let done = line.done.ok_or_else(|| RemoteCause::Garbled(start()))?;
+    let mut top = beyond(std::mem::take(&mut line.rest));
     let (text, message) = match line.message {
         Some(message) => (message.content, beyond(message.rest)),
-        None => (line.response.unwrap_or_default(), Map::new()),
+        // Hidden reasoning stands beside the text there, and is no less of the answer.
+        None => (line.response.unwrap_or_default(), top.remove_entry("thinking").into_iter().collect()),
     };
-    // Of `/api/generate`, hidden reasoning stands beside the text.
     let calls = message.contains_key("tool_calls");
-    let top = beyond(std::mem::take(&mut line.rest));
     let step = match (top.is_empty() && message.is_empty(), text.is_empty()) {
         (true, true) => None,
         (true, false) => Some(Event::Text(text)),

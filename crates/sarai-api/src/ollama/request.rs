@@ -204,7 +204,7 @@ pub fn parse_generate(body: &[u8]) -> Result<OllamaRequest, Error> {
         rest.need_also("context", "`context` is not supported".into(), is_plain);
     }
     if rest.is_needy() || !is_raw {
-        // Only there it tells its context, and only of raw prompts what was said can be put behind them.
+        // A host tells its context only there. A raw prompt is sent so that what was said already may be put behind it.
         rest.generate();
         ["prompt", "system", "raw", "context"].iter().for_each(|name| rest.keep(name));
     }

@@ -17,6 +17,7 @@ use crate::drafter::Followed;
 use crate::logprobs;
 use crate::media::Pieces;
 use crate::pages;
+use crate::prompt::given_tokens;
 use crate::schedule::{Row, Step};
 use crate::unit::Unit;
 
@@ -218,7 +219,7 @@ impl Engine<'_> {
         };
         generation.generated += 1;
         if self.model.is_eog_token(token) {
-            generation.asked.writer.told.iter_mut().for_each(|told| told.push(token, 0));
+            generation.asked.writer.told.iter_mut().for_each(|told| told.push(token, &[]));
             return self.end(index, FinishReason::Stop, frames).map(|()| None);
         }
         if let Some((alternatives, waiting)) = &mut generation.asked.writer.likely {
@@ -227,7 +228,7 @@ impl Engine<'_> {
         }
         let shown = generation.asked.writer.shown(token);
         let piece = self.model.token_to_raw_bytes(token, shown).unwrap_or_default();
-        generation.asked.writer.told.iter_mut().for_each(|told| told.push(token, piece.len()));
+        generation.asked.writer.told.iter_mut().for_each(|told| told.push(token, &piece));
         match generation.asked.writer.answer.push(&piece) {
             Pushed::Stopped(text) => {
                 return self.end_with(index, FinishReason::Stop, text, frames).map(|()| None);
@@ -267,9 +268,11 @@ impl Engine<'_> {
         events.extend(rest);
         if let Some(told) = &writer.told {
             let prompt: Option<Vec<_>> = generation.asked.prompt.iter().map(|unit| unit.text()).collect();
+            let (tokens, rest) = told.passed_on();
+            let rest = given_tokens(self.model, rest)?;
             // What stands for a picture is no token.
             events.extend(prompt.map(|prompt| {
-                Event::Context(prompt.into_iter().chain(told.passed_on()).map(|token| token.0).collect())
+                Event::Context(prompt.into_iter().chain(tokens).chain(rest).map(|token| token.0).collect())
             }));
         }
         for event in events {

@@ -37,33 +37,38 @@ pub struct Writer {
 /// Tokens of an answer that are told behind its end.
 #[derive(Default)]
 pub struct Told {
-    /// Each with the bytes of its text.
-    tokens: Vec<(LlamaToken, usize)>,
-    /// Bytes of the text that was passed on.
-    bytes: usize,
+    /// Each with what it says.
+    tokens: Vec<(LlamaToken, Vec<u8>)>,
+    /// What was passed on.
+    text: String,
 }
 
 impl Told {
-    /// A token that was chosen.
-    pub fn push(&mut self, token: LlamaToken, bytes: usize) {
-        self.tokens.push((token, bytes));
+    /// A token that was chosen, and what it says.
+    pub fn push(&mut self, token: LlamaToken, piece: &[u8]) {
+        self.tokens.push((token, piece.to_vec()));
     }
 
-    /// Those whose text was passed on: of a text that ends the answer there is nothing.
-    pub fn passed_on(&self) -> impl Iterator<Item = LlamaToken> {
-        let mut end = 0;
-        let is_within = move |(token, bytes): &(LlamaToken, usize)| {
-            end += bytes;
-            (end <= self.bytes).then_some(*token)
-        };
-        self.tokens.iter().map_while(is_within)
+    /// Those that say what was passed on, and what is left of that: a text that ends the answer may begin within a token.
+    pub fn passed_on(&self) -> (impl Iterator<Item = LlamaToken>, &str) {
+        let (mut end, mut whole, mut said) = (0, 0, 0);
+        for (index, (_, piece)) in self.tokens.iter().enumerate() {
+            if !self.text.as_bytes()[end..].starts_with(piece) {
+                break;
+            }
+            end += piece.len();
+            if self.text.is_char_boundary(end) {
+                (whole, said) = (index + 1, end);
+            }
+        }
+        (self.tokens[..whole].iter().map(|(token, _)| *token), &self.text[said..])
     }
 }
 
 impl Writer {
     /// What is passed on of more text.
     pub fn events(&mut self, text: String) -> Vec<Event> {
-        self.told.iter_mut().for_each(|told| told.bytes += text.len());
+        self.told.iter_mut().for_each(|told| told.text.push_str(&text));
         match &mut self.parts {
             _ if text.is_empty() => Vec::new(),
             Some(parts) => {
@@ -150,18 +155,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_a_text_that_ends_an_answer_no_token_is_told() {
-        let mut told = Told::default();
-        [("one", 1), (" t", 2), ("wo", 3), ("##", 4), ("#", 5)]
-            .iter()
-            .for_each(|(text, token)| told.push(LlamaToken(*token), text.len()));
-        let of = |told: &Told| told.passed_on().map(|token| token.0).collect::<Vec<_>>();
-        assert!(of(&told).is_empty());
-        told.bytes = "one two".len();
-        assert_eq!(of(&told), [1, 2, 3]);
-        told.bytes = "one two###".len();
-        told.push(LlamaToken(9), 0);
-        assert_eq!(of(&told), [1, 2, 3, 4, 5, 9], "the mark of its end has no text");
+    fn what_was_passed_on_is_told_and_nothing_of_a_text_that_ended_it() {
+        let told = |text: &str| {
+            let mut told = Told { text: text.into(), ..Told::default() };
+            let pieces: [&[u8]; 7] = [b"one", b" t", b"wo", &[0xc3], &[0xa9], b"##", b""];
+            pieces.iter().zip(1..).for_each(|(piece, token)| told.push(LlamaToken(token), piece));
+            let (tokens, rest) = told.passed_on();
+            (tokens.map(|token| token.0).collect::<Vec<_>>(), rest.to_owned())
+        };
+        assert_eq!(told(""), (vec![], String::new()));
+        assert_eq!(told("one two"), (vec![1, 2, 3], String::new()));
+        assert_eq!(told("one tw"), (vec![1, 2], "w".into()), "it ended within a token");
+        assert_eq!(told("one twoé"), (vec![1, 2, 3, 4, 5], String::new()), "a letter of two tokens");
+        assert_eq!(told("one twoé##"), (vec![1, 2, 3, 4, 5, 6, 7], String::new()), "the mark of its end says nothing");
+        assert_eq!(told("one two\u{fffd}"), (vec![1, 2, 3], "\u{fffd}".into()), "what is no letter was replaced");
     }
 
     #[test]

@@ -223,7 +223,8 @@ struct Seeking<'a> {
 
 impl Seeking<'_> {
     fn of_model(&self, model: &Arc<Model>) -> Vec<Tier> {
-        if matches!(self.request.prompt, Prompt::Tokens(_)) && model.name != self.asked.name {
+        let has_tokens = matches!(self.request.prompt, Prompt::Tokens(_)) || !self.request.context.is_empty();
+        if has_tokens && model.name != self.asked.name {
             // They mean something else to another model.
             return Vec::new();
         }

@@ -431,7 +431,7 @@ impl Dispatch {
         let allowed = |worker: &&Candidate| ask.may_stand_in(worker, &self.health);
         let own = ask.worker.as_ref().filter(allowed);
         let worker = own.or_else(|| ask.fallback.as_ref().filter(allowed));
-        let is_alone = ask.hosts.len() + others.len() <= 1 && worker.is_none();
+        let is_alone = others.is_empty() && worker.is_none() && ask.hosts.iter().all(|host| host.is(candidate));
         let (mut asked, opened) = match candidate.remote() {
             Some(remote) if !is_alone => {
                 let is_near =

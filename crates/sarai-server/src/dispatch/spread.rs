@@ -107,7 +107,8 @@ pub fn prompt_tokens(request: &GenerateRequest) -> u32 {
     };
     let tools = request.tools.as_ref().map_or(0, |tools| tools.definitions.len());
     let media = request.media().count().saturating_mul(MEDIA_TOKENS);
-    let tokens = ((bytes + tools) / BYTES_PER_TOKEN).saturating_add(media).saturating_add(16);
+    let tokens = (bytes + tools) / BYTES_PER_TOKEN + request.context.len();
+    let tokens = tokens.saturating_add(media).saturating_add(16);
     u32::try_from(tokens).unwrap_or(u32::MAX)
 }
 

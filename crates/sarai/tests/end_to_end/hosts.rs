@@ -165,7 +165,7 @@ async fn a_prompt_of_tokens_is_asked_of_nobody_who_would_read_it_otherwise() {
 async fn a_client_that_leaves_before_any_header_came_cancels_at_the_host_and_nobody_is_asked_again() {
     let host = Host::start(|_, _| vec![Step::Hold]);
     let sarai = Sarai::start(&on_host(&host.url, &with_worker("")));
-    let mut took = Vec::new();
+    let mut took = [Duration::MAX; 2];
     for stream in [false, true, false, true] {
         let before = host.asked().len();
         let body = chat("solar", "Hello.", json!({ "stream": stream }));
@@ -174,13 +174,14 @@ async fn a_client_that_leaves_before_any_header_came_cancels_at_the_host_and_nob
         let left = Instant::now();
         asked.abort();
         let seen = host.until("the client's leave", |asked| asked[before].left.is_some()).await;
-        took.push(seen[before].left.unwrap().duration_since(left));
+        let least = &mut took[usize::from(stream)];
+        *least = seen[before].left.unwrap().duration_since(left).min(*least);
         sarai.until("its place is free", |ps| ps["models"][0]["deployments"][0]["outstanding"] == 0).await;
         assert_eq!(host.asked().len(), before + 1, "nothing is tried again for a client that has left");
         assert!(sarai.worker_pids().await.is_empty());
     }
     // What else the machine does may be in the way of one; what waits for something is in the way of all.
-    assert!(took.iter().min().is_some_and(|least| *least < Duration::from_millis(100)), "{took:?}");
+    assert!(took.iter().all(|least| *least < Duration::from_millis(100)), "{took:?}");
 }
 
 #[tokio::test]

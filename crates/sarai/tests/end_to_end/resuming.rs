@@ -1,6 +1,6 @@
 //! Who goes on, who is waited for, and where a request may go, when hosts break off, hang, are full or point elsewhere.
 
-use crate::support::host::{Host, Step, line, ok, ollama, openai, served_by};
+use crate::support::host::{Host, Step, line, ok, ollama, on_host, openai, served_by, with_worker};
 use crate::support::{Answer, Ollama, Sarai, Watch, chat, smollm2};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
@@ -308,4 +308,12 @@ async fn what_broke_off_within_a_call_or_a_thought_ends_with_an_error() {
         assert!(!answer.text.contains("[DONE]") && !answer.text.contains("\"finish_reason\":\"stop\""));
         assert_eq!((cut.asked().len(), other.asked().len()), (1, 0));
     }
+    // Ollama has the thoughts of a prompt beside its text.
+    let thought = json!({ "model": "m", "response": "", "thinking": "Let me think", "done": false });
+    let cut = Host::start(move |_, _| vec![Step::Send(format!("{}{thought}\n", ok("application/x-ndjson")))]);
+    let sarai = Sarai::start(&on_host(&cut.url, &with_worker("")));
+    let body = json!({ "model": "solar", "prompt": "Hi", "options": { "temperature": 0 } });
+    let lines = sarai.post("/api/generate", body.to_string()).await.lines();
+    assert_eq!((&lines[0]["thinking"], lines.len()), (&json!("Let me think"), 2), "{lines:?}");
+    assert!(lines[1]["error"].is_string() && cut.asked()[0].head.starts_with("POST /api/generate"), "{lines:?}");
 }

@@ -15,8 +15,8 @@ use super::MAX_WHOLE_BYTES;
 use super::refusal::{is_about_ability, is_about_length};
 use crate::backend::EventStream;
 
-/// The longest line that a host may send, in bytes.
-const MAX_LINE_BYTES: usize = 1 << 20;
+/// The longest line that a host may send, in bytes: Ollama's last one may have all tokens of a context as numbers.
+const MAX_LINE_BYTES: usize = 2 << 20;
 /// More than any model says: an answer that is wanted whole is kept, and what is out of a stream is remembered.
 const MAX_ANSWER_BYTES: usize = 128 << 20;
 /// How long the end of a body may follow its end mark.
@@ -102,7 +102,7 @@ impl Lines {
     fn read_to_the_end(&mut self) {
         let mut chunks = std::mem::replace(&mut self.chunks, Box::pin(stream::empty()));
         let mut rest = Box::pin(async move { while chunks.next().await.is_some() {} });
-        // It is there, or once the connection's task had its turn, which it has before who asks next: nobody waits for it.
+        // It is there, or once the connection's task had its turn, which it mostly has before who asks next: nobody waits for it.
         if (&mut rest).now_or_never().is_none() {
             tokio::spawn(tokio::time::timeout(END_OF_BODY, rest));
         }
