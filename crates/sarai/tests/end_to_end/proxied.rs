@@ -21,11 +21,12 @@ const AN_ERROR: &str = "{\"error\":\"an error was encountered while running the 
 
 #[tokio::test]
 async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer() {
-    let ollama = Ollama::start();
+    let mut ollama = Ollama::start();
     let config = |url: &str, is_harmless: bool| {
         // Where nothing is lost, a machine that has other things to do is no reason to go on elsewhere.
-        let deadlines = if is_harmless { "" } else { "    deadlines: { gap_seconds: 2, first_token_seconds: 4 }\n" };
-        on_host(url, &with_worker(deadlines)).replace("model_name: m", "model_name: solar")
+        let [gap, first] = if is_harmless { [20, 20] } else { [2, 4] };
+        let deadlines = format!("    deadlines: {{ gap_seconds: {gap}, first_token_seconds: {first} }}\n");
+        on_host(url, &with_worker(&deadlines)).replace("model_name: m", "model_name: solar")
     };
     let body = chat("solar", "Count from one to twenty.", json!({ "stream": true, "max_tokens": 24 }));
     let plain = chat("solar", "Count from one to twenty.", json!({ "max_tokens": 24 }));
@@ -42,6 +43,7 @@ async fn whatever_a_proxy_does_to_a_real_ollama_the_client_sees_one_whole_answer
     let between = between.map(|harm| (Harm::Between(harm), 900));
     let first = INSTEAD.map(Harm::Instead).into_iter().chain([Harm::Late, Harm::HugeLine]);
     for (harm, after) in amid.chain(between).chain(first.map(|harm| (harm, 0))) {
+        ollama.revive().await;
         let sarai = Sarai::start(&config(&harming(&ollama.url, harm, after), harm.is_harmless()));
         let streamed = sarai.post("/v1/chat/completions", body.clone()).await;
         let what = format!("{harm:?} after {after} bytes: {}", streamed.text);

@@ -313,6 +313,19 @@ impl Ollama {
         }
     }
 
+    /// Starts it again if it hangs: Ollama 0.24 may lose its only place for good when a client leaves (its runner takes the next request,
+    /// and never looks for a cache slot), which a test cannot prevent that has clients leave.
+    pub async fn revive(&mut self) {
+        let body = serde_json::json!({ "model": "solar", "prompt": "Hi", "options": { "num_predict": 1 } });
+        let asked = reqwest::Client::new().post(format!("{}/api/generate", self.url)).body(body.to_string()).send();
+        let answered = async { asked.await.ok()?.bytes().await.ok() };
+        if tokio::time::timeout(Duration::from_secs(5), answered).await.is_ok_and(|answer| answer.is_some()) {
+            return;
+        }
+        self.kill();
+        self.run();
+    }
+
     /// A URL where nothing listens.
     pub fn unreachable() -> String {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
