@@ -269,7 +269,8 @@ impl Engine<'_> {
         if let Some(told) = &writer.told {
             let prompt: Option<Vec<_>> = generation.asked.prompt.iter().map(|unit| unit.text()).collect();
             let (tokens, rest) = told.passed_on();
-            let rest = given_tokens(self.model, rest)?;
+            // What cannot be tokenised, such as a NUL, is no reason to end all answers.
+            let rest = given_tokens(self.model, rest).unwrap_or_default();
             // What stands for a picture is no token.
             events.extend(prompt.map(|prompt| {
                 Event::Context(prompt.into_iter().chain(tokens).chain(rest).map(|token| token.0).collect())
